@@ -1,0 +1,27 @@
+"""Shared fixtures. Tests use one thread each and fixed seeds, so that they give the same answer everywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of golden vectors and texts that accompanies the project's own checkout and CI, not a user's clone."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI needs the golden vectors and texts at {folder}")
+        pytest.skip(f"needs the golden vectors and texts at {folder}, which a user's clone does not have")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -34,7 +34,7 @@ class LazyCommands(TyperGroup):
         return command
 
 
-app = typer.Typer(cls=LazyCommands, no_args_is_help=True, add_completion=False, help=__import__("megalodon").__doc__)
+app = typer.Typer(cls=LazyCommands, no_args_is_help=True, add_completion=False, help="Language models with unlimited context.")
 
 
 @app.callback()

@@ -1,50 +1,49 @@
-"""The `megalodon` command. One file per command: parse, call, print; commands are listed here and imported when called."""
+"""The `megalodon` command. One file per command: parse, call, print. Commands are listed here and imported when called."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 
-import click
-import typer
-from typer.core import TyperGroup
+from megalodon import __version__
 
 COMMANDS = {
-    "train": "Train a model from a YAML config.",
-    "generate": "Continue a prompt, a file or standard input of any length.",
-    "evaluate": "Measure a model on held-out text.",
-    "tokenizer": "Train a byte-pair encoding on your text.",
-    "convert": "Read and write other implementations' checkpoints.",
-    "info": "Show versions, hardware and the back ends in use.",
+    "train": "train a model from a YAML config",
+    "generate": "continue a prompt, a file or standard input of any length",
+    "evaluate": "measure a model on held-out text",
+    "tokenizer": "train a byte-pair encoding on your text",
+    "convert": "read and write other implementations' checkpoints",
+    "info": "show versions, hardware and the back ends in use",
 }
 
 
-class LazyCommands(TyperGroup):
-    """Imports `megalodon.cli.<command>` only when that command runs, so that `megalodon --help` is quick."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        module = importlib.import_module(f"megalodon.cli.{name}")
-        command = typer.main.get_command(module.app)
-        command.name, command.short_help = name, COMMANDS[name]
-        return command
+def overview() -> str:
+    """The text of `megalodon --help`, made without importing any command, so that it is quick."""
+    rows = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+    return (
+        f"megalodon {__version__}: language models with unlimited context\n\n"
+        f"usage: megalodon COMMAND [ARGUMENTS]\n\n{rows}\n\n"
+        "megalodon COMMAND --help tells each command's arguments."
+    )
 
 
-app = typer.Typer(cls=LazyCommands, no_args_is_help=True, add_completion=False, help="Language models with unlimited context.")
-
-
-@app.callback()
-def _root() -> None: ...
-
-
-def main() -> None:
-    """Entry point: bad input prints one line and exits with status 2; a defect keeps its traceback."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command. Bad input prints one line and exits with status 2; a defect keeps its traceback."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return
+    if name in ("-V", "--version"):
+        print(__version__)
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"megalodon: no command {name!r}: {hint}", file=sys.stderr)
+        raise SystemExit(2)
     try:
-        app()
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError) as error:
+        importlib.import_module(f"megalodon.cli.{name}").app(rest, prog_name=f"megalodon {name}")
+    except (ValueError, OSError) as error:
         print(f"megalodon: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,0 +1,39 @@
+"""The mathematics: Megalodon's operators, sequence-first, each with a definition and fast forms that are tested against it."""
+
+from __future__ import annotations
+
+import torch
+
+from megalodon.ops.backend import ENVIRONMENT_VARIABLE, default_backend
+from megalodon.ops.cema import IMPLEMENTATIONS as _CEMA
+from megalodon.ops.cema import cema
+from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
+from megalodon.ops.chunk_attention import causal_attention, chunk_attention
+from megalodon.ops.layout import Layout, move_rows
+from megalodon.ops.rotary import rotate, rotations
+from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
+from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
+
+__all__ = [
+    "ENVIRONMENT_VARIABLE",
+    "Layout",
+    "Prior",
+    "Statistics",
+    "backends",
+    "causal_attention",
+    "cema",
+    "chunk_attention",
+    "default_backend",
+    "move_rows",
+    "rotate",
+    "rotations",
+    "timestep_norm",
+]
+
+OPERATORS = {"cema": _CEMA, "timestep_norm": _TIMESTEP_NORM, "chunk_attention": _CHUNK_ATTENTION}
+
+
+def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, tuple[str, ...]]]:
+    """For each operator: the back end that runs on `device` unless one is named, and all that there are."""
+    chosen = default_backend(torch.device(device))
+    return {name: (chosen, tuple(implementations)) for name, implementations in OPERATORS.items()}

@@ -1,0 +1,72 @@
+"""The complex exponential moving average with constant coefficients (SPEC: CEMA; arXiv 2404.08801, section 3.1)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megalodon.ops.backend import Implementations, choose, full_precision
+from megalodon.ops.cema import blocked, reference
+from megalodon.ops.layout import Layout
+
+IMPLEMENTATIONS: Implementations = {"reference": reference.cema, "blocked": blocked.cema}
+
+
+def cema(
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    backend: str | None = None,
+    *,
+    layout: Layout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Complex exponential moving average along time.
+
+    For each channel d and component j, `h_t = q h_{t-1} + p x_t` and `y_t = Re(sum_j gamma_j h_{t,j}) + omega x_t`.
+    Computed in float32 (float64 for float64 input) whatever the dtype of `x`, under autocast too.
+
+    Args:
+        x: [B, L, D], any floating dtype.
+        p: real [D, N]; input weights.
+        q: complex [D, N]; decay and phase, |q| < 1.
+        gamma: complex [D, N]; output weights, 1/sqrt(N) included.
+        omega: real [D]; weight of the residual `omega x`. [D, 1] is accepted.
+        initial_state: complex [B, D, N]; the state before the first token. None: zero.
+        segment_ids: int [B, L]; a change along L starts a document with a zero state. The row's first document continues
+            `initial_state`.
+        backend: "reference" or "blocked"; None chooses (see `megalodon.ops.backend`).
+        layout: the batch's layout, in place of `segment_ids`, where it is already known. Tokens beyond its `lengths` give
+            zero and leave the state alone.
+
+    Returns:
+        (y [B, L, D] in the dtype of x, the state after each row's last token: complex [B, D, N]).
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}: it must be a floating-point [B, L, D]")
+    batch, length, dim = x.shape
+    real = full_precision(x.dtype)
+    omega = None if omega is None else omega.reshape(-1).to(real)
+    if p.ndim != 2 or p.shape[0] != dim or p.is_complex():
+        raise ValueError(f"p is {p.dtype} of shape {tuple(p.shape)}: it must be real [D, N] with D = {dim}")
+    for name, value in (("q", q), ("gamma", gamma)):
+        if value.shape != p.shape or not value.is_complex():
+            raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}: it must be complex {tuple(p.shape)}")
+    if omega is not None and omega.shape != (dim,):
+        raise ValueError(f"omega has {omega.numel()} values: it must have D = {dim}")
+    if initial_state is not None and (initial_state.shape != (batch, *p.shape) or not initial_state.is_complex()):
+        raise ValueError(
+            f"initial_state is {initial_state.dtype} of shape {tuple(initial_state.shape)}: "
+            f"it must be complex {(batch, *p.shape)}"
+        )
+    if layout is None:
+        layout = Layout(batch, length, x.device, segment_ids=segment_ids)
+    run = choose(IMPLEMENTATIONS, backend, x.device)
+    wide = real.to_complex()
+    state = None if initial_state is None else initial_state.to(wide)
+    return run(x, p.to(real), q.to(wide), gamma.to(wide), omega, state, layout)

@@ -1,0 +1,83 @@
+"""Softmax attention inside fixed chunks of the sequence (SPEC: Chunk attention; arXiv 2404.08801, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megalodon.ops.backend import Implementations, choose
+from megalodon.ops.chunk_attention import blocked, reference
+from megalodon.ops.chunk_attention.causal import causal_attention
+from megalodon.ops.layout import Layout
+
+__all__ = ["IMPLEMENTATIONS", "causal_attention", "chunk_attention"]
+
+IMPLEMENTATIONS: Implementations = {"reference": reference.chunk_attention, "blocked": blocked.chunk_attention}
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    *,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    prefix_lengths: Sequence[int] | Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    dropout: float = 0.0,
+    dropkey: bool = False,
+    backend: str | None = None,
+    layout: Layout | None = None,
+) -> Tensor:
+    """Causal attention inside chunks of C tokens, counted from the start of each document.
+
+    Queries and keys come rotated (`megalodon.ops.rotate`); scores are not scaled. The softmax runs in float32 or better.
+
+    Args:
+        q, k: [B, L, H, d].
+        v: [B, L, H, e].
+        chunk_size: C.
+        prefix_k, prefix_v: [B, n, H, d] and [B, n, H, e], n < C; keys and values of the chunk that is open before the
+            first token. Row b has `prefix_lengths[b]` of them (None: n), at the start.
+        segment_ids: int [B, L]; a change along L starts a document and a chunk.
+        dropout: probability of dropping a weight after the softmax, or a key before it with `dropkey`.
+        dropkey: drop keys before the softmax (never a token's own).
+        backend: "reference" or "blocked"; None chooses (see `megalodon.ops.backend`).
+        layout: the batch's layout, in place of `segment_ids` and `prefix_lengths`, where it is already known. Tokens
+            beyond its `lengths` give zero.
+
+    Returns:
+        [B, L, H, e] in the dtype of v.
+
+    Raises:
+        ValueError: a shape does not fit; the message names the argument.
+    """
+    if q.ndim != 4 or k.shape != q.shape:
+        raise ValueError(f"q and k have shapes {tuple(q.shape)} and {tuple(k.shape)}: both must be one [B, L, H, d]")
+    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v has shape {tuple(v.shape)}: it must be [B, L, H, e] with B, L, H = {tuple(q.shape[:3])}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: it must be at least 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: it must be at least 0 and less than 1")
+    if (prefix_k is None) != (prefix_v is None):
+        raise ValueError("prefix_k and prefix_v are given together or not at all")
+    prefix = None
+    if prefix_k is not None and prefix_v is not None:
+        for name, value, like in (("prefix_k", prefix_k, k), ("prefix_v", prefix_v, v)):
+            if value.ndim != 4 or (value.shape[0], *value.shape[2:]) != (like.shape[0], *like.shape[2:]):
+                raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be like {tuple(like.shape)} but for L")
+        prefix = (prefix_k, prefix_v)
+    if layout is None:
+        positions = prefix_lengths
+        if positions is None and prefix_k is not None:
+            positions = [prefix_k.shape[1]] * q.shape[0]
+        layout = Layout(
+            q.shape[0], q.shape[1], q.device, segment_ids=segment_ids, positions=positions, chunk_size=chunk_size
+        )
+    longest = int(layout.offsets.max(initial=0))
+    if longest > (0 if prefix_k is None else prefix_k.shape[1]):
+        raise ValueError(f"the open chunk holds {longest} tokens: prefix_k and prefix_v must hold them")
+    return choose(IMPLEMENTATIONS, backend, q.device)(q, k, v, prefix, layout, dropout, dropkey)

@@ -1,0 +1,142 @@
+"""Causal attention over rectangles of keys: the dense core that chunk attention is arranged for.
+
+Queries are taken in strips of rows. A strip needs only the keys up to its last row, so a chunk costs little more than its
+causal half; scores exist for one strip at a time and are computed again in the backward pass, which costs little because
+keys are narrow and values wide (q, k have 256 dimensions where v has 2048).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+from megalodon.ops.backend import matmul_dtype
+
+STRIP = 128
+"""Rows of queries computed together."""
+
+
+def visible(
+    rows: range, keys: int, offset: int | Tensor, first: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """bool, True where query `i` of `rows` may see key `j` of `keys`: `first[i] <= j <= i + offset`. None: all.
+
+    The mask covers the last `columns` keys of the strip, the only ones of which some are hidden: [rows, columns], or
+    [N, 1, rows, keys] where offsets or firsts differ by row.
+    """
+    i = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    if first is None and isinstance(offset, int):
+        begin = min(rows.start + offset + 1, keys)
+        if begin == keys:
+            return None
+        return torch.arange(begin, keys, device=device) <= i + offset
+    j = torch.arange(keys, device=device)
+    shift = offset if isinstance(offset, int) else offset[:, None, None, None]
+    mask = j <= i + shift
+    if first is not None:
+        mask = mask & (j >= first[:, None, rows.start : rows.stop, None])
+    return mask if mask.ndim == 4 else mask.expand(1, 1, -1, -1)
+
+
+def _strips(q: Tensor, k: Tensor, offset: int | Tensor, first: Tensor | None) -> Iterator[tuple[slice, int, Tensor | None]]:
+    """(rows, number of keys they need, mask) of each strip."""
+    queries, keys = q.shape[-2], k.shape[-2]
+    for start in range(0, queries, STRIP):
+        stop = min(start + STRIP, queries)
+        needed = min(keys, stop + offset) if isinstance(offset, int) else keys
+        yield slice(start, stop), needed, visible(range(start, stop), needed, offset, first, q.device)
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax, in float32 or better, of the scores of one strip."""
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    scores = scores.float() if scores.dtype == torch.bfloat16 else scores
+    if mask is not None:
+        scores[..., scores.shape[-1] - mask.shape[-1] :].masked_fill_(~mask, -torch.inf)
+    return torch.softmax(scores, dim=-1)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None) -> Tensor:
+        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype, device=v.device)
+        for rows, keys, mask in _strips(q, k, offset, first):
+            weights = _weights(q[..., rows, :], k[..., :keys, :], mask)
+            out[..., rows, :] = torch.matmul(weights.to(v.dtype), v[..., :keys, :])
+        ctx.save_for_backward(q, k, v, first, None if isinstance(offset, int) else offset)
+        ctx.offset = offset if isinstance(offset, int) else None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor):
+        q, k, v, first, offset = ctx.saved_tensors
+        offset = ctx.offset if offset is None else offset
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, keys, mask in _strips(q, k, offset, first):
+            q_s, k_s, v_s, grad_s = q[..., rows, :], k[..., :keys, :], v[..., :keys, :], grad[..., rows, :]
+            weights = _weights(q_s, k_s, mask)
+            d_weights = torch.matmul(grad_s, v_s.transpose(-1, -2)).to(weights.dtype)
+            dv[..., :keys, :] += torch.matmul(weights.to(grad.dtype).transpose(-1, -2), grad_s)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(q.dtype)
+            dq[..., rows, :] = torch.matmul(d_scores, k_s)
+            dk[..., :keys, :] += torch.matmul(d_scores.transpose(-1, -2), q_s)
+        return dq, dk, dv, None, None
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset: int | Tensor = 0,
+    first: Tensor | None = None,
+    dropout: float = 0.0,
+    dropkey: bool = False,
+) -> Tensor:
+    """Attention of each query over the keys that precede it; scores are not scaled; softmax in float32 or better.
+
+    Args:
+        q: [N, L, H, d]; query i stands at key position `i + offset`.
+        k: [N, K, H, d]; v: [N, K, H, e]; K >= L + offset.
+        offset: int, or int64 [N] where it differs by row.
+        first: int64 [N, L]; the first key each query may see. None: 0.
+        dropout: probability, applied in training mode by the caller's choice to pass it.
+        dropkey: drop keys before the softmax, in place of weights after it.
+
+    Returns:
+        [N, L, H, e] in the dtype of v.
+    """
+    dtype, wide = v.dtype, matmul_dtype(v)
+    q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
+    if dropout > 0:
+        out = _with_dropout(q, k, v, offset, first, dropout, dropkey)
+    else:
+        out = _CausalAttention.apply(q, k, v, offset, first)
+    return out.transpose(1, 2).to(dtype)
+
+
+def _with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None, dropout: float, dropkey: bool
+) -> Tensor:
+    """Whole score matrices, differentiated by autograd: what is dropped must be the same in both passes."""
+    outputs = []
+    for rows, keys, mask in _strips(q, k, offset, first):
+        scores = torch.matmul(q[..., rows, :], k[..., :keys, :].transpose(-1, -2))
+        scores = scores.float() if scores.dtype == torch.bfloat16 else scores
+        hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=q.device).expand_as(scores).clone()
+        if mask is not None:
+            hidden[..., keys - mask.shape[-1] :] |= ~mask
+        if dropkey:
+            own = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (
+                offset if isinstance(offset, int) else offset[:, None, None, None]
+            )
+            hidden |= (torch.rand_like(scores) < dropout) & (torch.arange(keys, device=q.device) != own)
+        weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
+        if not dropkey:
+            weights = F.dropout(weights, dropout)
+        outputs.append(torch.matmul(weights.to(v.dtype), v[..., :keys, :]))
+    return torch.cat(outputs, dim=-2)

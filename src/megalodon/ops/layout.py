@@ -1,0 +1,319 @@
+"""Where the tokens of a batch stand: in their document, in their chunk, in their row.
+
+A `Layout` is made once per forward pass and shared by every layer. Most batches are *plain*: every row is full and is one
+document, and nothing here costs anything. Batches with packed documents, padding, or rows at different points of their
+chunks are *ragged*. The operators compute on dense tiles, so for a ragged batch the layout says where each token goes:
+
+- `blocks(T)`: documents aligned to blocks of T tokens, for CEMA, whose state starts afresh at a block's start;
+- `bins`: spans (one chunk of one document) packed into rectangles, for attention, masked by where a span begins.
+
+Tokens move there and back by `move_rows`, which copies each at most once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+class _MoveRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(source, target)
+        ctx.rows = x.shape[0]
+        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, target, x.index_select(0, source))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor):
+        source, target = ctx.saved_tensors
+        dx = grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, source, grad.index_select(0, target))
+        return dx, None, None, None
+
+
+def move_rows(x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
+    """A tensor of `rows` rows with `out[target] = x[source]` and zeros elsewhere; no row is named twice in either list.
+
+    Args:
+        x: [n, ...].
+        source, target: int64 [m].
+        rows: the length of the result's first dimension.
+    """
+    return _MoveRows.apply(x, source, target, rows)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Documents aligned to blocks of T tokens, n blocks a row.
+
+    Attributes:
+        count: n.
+        source, target: int64 [m]; token `source` (of B*L) stands in slot `target` (of B*n*T).
+        fresh: bool [B, n]; the block starts a document, so that no state enters it.
+        tail: int64 [B]; the block that holds the row's last token (0 for an empty row).
+        tail_source, tail_target: int64; the tokens of that block, moved to the end of a block of their own (of B*T).
+        tail_length: int64 [B]; how many tokens that block holds.
+    """
+
+    count: int
+    source: Tensor
+    target: Tensor
+    fresh: Tensor
+    tail: Tensor
+    tail_source: Tensor
+    tail_target: Tensor
+    tail_length: Tensor
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Spans packed into m rectangles of w slots. A slot holds a cached key, a token, or nothing.
+
+    Attributes:
+        shape: (m, w).
+        token, slot: int64; token `token` (of B*L) stands in `slot` (of m*w).
+        cached, cached_slot: int64; cached key `cached` (of B*n, n the width of the cache) stands in `cached_slot`.
+        first: int64 [m, w]; the first slot of the slot's own span: what it may attend to begins there.
+    """
+
+    shape: tuple[int, int]
+    token: Tensor
+    slot: Tensor
+    cached: Tensor
+    cached_slot: Tensor
+    first: Tensor
+
+
+class Layout:
+    """Where each token of a batch of B rows of L tokens stands.
+
+    Args:
+        batch, length: B and L.
+        device: where index tensors are made.
+        segment_ids: int [B, L]; a change along L starts a new document. None: each row is one document.
+        lengths: int [B]; how many tokens of each row are real, from its start. None: all.
+        positions: how many tokens of its first document each row has seen before. None: 0.
+        chunk_size: C; needed for everything about chunks.
+
+    The first document of a row continues what the row's state remembers; the others start afresh.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        length: int,
+        device: torch.device | str = "cpu",
+        *,
+        segment_ids: Tensor | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        positions: Sequence[int] | Tensor | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        if segment_ids is not None and segment_ids.shape != (batch, length):
+            raise ValueError(f"segment_ids has shape {tuple(segment_ids.shape)}: it must be {(batch, length)}")
+        self.batch, self.length, self.device, self.chunk_size = batch, length, torch.device(device), chunk_size
+        self.lengths = _whole_numbers("lengths", lengths, batch, length)
+        self.positions = _whole_numbers("positions", positions, batch, 0)
+        self._segments = None if segment_ids is None else segment_ids.detach().cpu().numpy()
+
+    @cached_property
+    def starts(self) -> np.ndarray | None:
+        """bool [B, L]: the token starts a new document. None when every row is one document."""
+        if self._segments is None or self.length < 2:
+            return None
+        starts = np.zeros((self.batch, self.length), dtype=bool)
+        starts[:, 1:] = self._segments[:, 1:] != self._segments[:, :-1]
+        starts &= np.arange(self.length) < self.lengths[:, None]
+        return starts if starts.any() else None
+
+    @cached_property
+    def plain(self) -> bool:
+        """Every row is full and is one document."""
+        return self.starts is None and bool((self.lengths == self.length).all())
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """int64 [B]: tokens in each row's open chunk before this batch."""
+        if self.chunk_size is None:
+            raise ValueError("chunk_size is needed to place tokens in chunks")
+        return self.positions % self.chunk_size
+
+    @cached_property
+    def uniform_offset(self) -> int | None:
+        """The one offset of a plain batch whose rows all stand at the same place in their chunks, else None."""
+        same = self.plain and self.batch > 0 and bool((self.offsets == self.offsets[0]).all())
+        return int(self.offsets[0]) if same else None
+
+    @cached_property
+    def fits_open_chunk(self) -> bool:
+        """No row starts a document or goes past the end of its open chunk: all it sees is cache and tokens, in order."""
+        assert self.chunk_size is not None
+        return self.starts is None and bool((self.offsets + self.lengths <= self.chunk_size).all())
+
+    @cached_property
+    def document_start(self) -> np.ndarray:
+        """int64 [B, L]: the index in the row of the first token of the token's document."""
+        if self.starts is None:
+            return np.zeros((self.batch, self.length), dtype=np.int64)
+        return np.maximum.accumulate(np.where(self.starts, np.arange(self.length), 0), axis=1)
+
+    @cached_property
+    def document_positions(self) -> np.ndarray:
+        """int64 [B, L]: how many tokens of its document come before the token, those of earlier batches included."""
+        before = np.where(self.document_start == 0, self.positions[:, None], 0)
+        return np.arange(self.length) - self.document_start + before
+
+    @cached_property
+    def end_positions(self) -> np.ndarray:
+        """int64 [B]: how many tokens of its last document each row has seen after this batch."""
+        rows = np.arange(self.batch)
+        last = self.document_positions[rows, np.maximum(self.lengths - 1, 0)] + 1 if self.length else self.positions
+        return np.where(self.lengths > 0, last, self.positions)
+
+    @cached_property
+    def chunk_positions(self) -> Tensor:
+        """int64 [L], or [B, L] where the rows differ: the token's position inside its chunk."""
+        if self.uniform_offset is not None:
+            assert self.chunk_size is not None
+            return (torch.arange(self.length, device=self.device) + self.uniform_offset) % self.chunk_size
+        return self._tensor(self.document_positions % self.chunk_size)
+
+    @cached_property
+    def restart(self) -> Tensor | None:
+        """int64 [B, L] for `timestep_norm`: `document_start` as a tensor; None when every row is one document."""
+        return None if self.starts is None else self._tensor(self.document_start)
+
+    @cached_property
+    def padding(self) -> Tensor | None:
+        """bool [B, L]: True where a token is padding. None when every row is full."""
+        if bool((self.lengths == self.length).all()):
+            return None
+        return self._tensor(np.arange(self.length) >= self.lengths[:, None])
+
+    def blocks(self, size: int) -> Blocks:
+        """Every document aligned to blocks of `size` tokens."""
+        cache = self.__dict__.setdefault("_blocks", {})
+        if size not in cache:
+            cache[size] = self._align(size)
+        return cache[size]
+
+    def _align(self, size: int) -> Blocks:
+        index = np.arange(self.length)
+        real = index < self.lengths[:, None]
+        within = index - self.document_start
+        opens = real & (within % size == 0)
+        block = np.cumsum(opens, axis=1) - 1
+        count = max(int(opens.sum(axis=1).max(initial=0)), 1)
+        fresh = np.zeros((self.batch, count), dtype=bool)
+        if self.starts is not None:
+            fresh[np.nonzero(self.starts)[0], block[self.starts]] = True
+        source = np.flatnonzero(real)
+        row = source // max(self.length, 1)
+        block_of, slot_of = block.reshape(-1)[source], (within % size).reshape(-1)[source]
+        tail = np.maximum(opens.sum(axis=1) - 1, 0)
+        last = (self.lengths - 1).clip(0)
+        tail_length = np.zeros(self.batch, dtype=np.int64)
+        if self.length:
+            tail_length = np.where(self.lengths > 0, within[np.arange(self.batch), last] % size + 1, 0)
+        in_tail = block_of == tail[row]
+        tail_target = row * size + slot_of + size - tail_length[row]
+        return Blocks(
+            count=count,
+            source=self._tensor(source),
+            target=self._tensor((row * count + block_of) * size + slot_of),
+            fresh=self._tensor(fresh),
+            tail=self._tensor(tail),
+            tail_source=self._tensor(source[in_tail]),
+            tail_target=self._tensor(tail_target[in_tail]),
+            tail_length=self._tensor(tail_length),
+        )
+
+    @cached_property
+    def bins(self) -> Bins:
+        """Every span of every document, packed into as few rectangles as first-fit decreasing finds."""
+        spans = self._spans()
+        sizes = spans[:, 2] + spans[:, 3]
+        width = max(int(sizes.max(initial=1)), 1)
+        bin_of, start_of, count = _first_fit_decreasing(sizes, width)
+        slots = bin_of * width + start_of
+        cache_width = max(int(self.offsets.max(initial=0)), 1)
+        token = _ranges(spans[:, 0] * self.length + spans[:, 1], spans[:, 3])
+        slot = _ranges(slots + spans[:, 2], spans[:, 3])
+        cached = _ranges(spans[:, 0] * cache_width, spans[:, 2])
+        cached_slot = _ranges(slots, spans[:, 2])
+        first = np.tile(np.arange(width), count)  # an empty slot attends to itself, so that its softmax is defined
+        first[_ranges(slots, sizes)] = np.repeat(start_of, sizes)
+        return Bins(
+            shape=(count, width),
+            token=self._tensor(token),
+            slot=self._tensor(slot),
+            cached=self._tensor(cached),
+            cached_slot=self._tensor(cached_slot),
+            first=self._tensor(first.reshape(count, width)),
+        )
+
+    def _spans(self) -> np.ndarray:
+        """int64 [spans, 4]: row, first token, cached keys before it, tokens. Order: by row, then by token."""
+        index = np.arange(self.length)
+        real = index < self.lengths[:, None]
+        begins = (self.document_positions % self.chunk_size == 0) | (index == 0)
+        if self.starts is not None:
+            begins |= self.starts
+        row, first = np.nonzero(begins & real)
+        following = np.append(first[1:], 0)
+        ends = np.where(np.append(row[1:] != row[:-1], True) if len(row) else row > 0, self.lengths[row], following)
+        cached = np.where(first == 0, self.offsets[row], 0)
+        return np.stack([row, first, cached, ends - first], axis=1)
+
+    def open_chunk(self) -> tuple[Tensor, Tensor, Tensor, Tensor, np.ndarray]:
+        """What is left open after this batch: which cached keys and which tokens stay, and where.
+
+        Returns:
+            (cached, cached_target, token, token_target, lengths): int64 index lists into the B*n cached keys, the B*L
+            tokens and the B*w slots of the new cache, w = max(lengths); and the new lengths, int64 [B].
+        """
+        left = self.end_positions % self.chunk_size
+        width, cache_width = max(int(left.max(initial=0)), 1), max(int(self.offsets.max(initial=0)), 1)
+        rows = np.arange(self.batch)
+        fresh = np.minimum(left, self.lengths)
+        kept = left - fresh
+        token = _ranges(rows * self.length + self.lengths - fresh, fresh)
+        token_target = _ranges(rows * width + kept, fresh)
+        cached, cached_target = _ranges(rows * cache_width, kept), _ranges(rows * width, kept)
+        return *(self._tensor(i) for i in (cached, cached_target, token, token_target)), left
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+
+def _whole_numbers(name: str, values: Sequence[int] | Tensor | None, batch: int, default: int) -> np.ndarray:
+    if values is None:
+        return np.full(batch, default, dtype=np.int64)
+    array = np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.int64)
+    if array.shape != (batch,):
+        raise ValueError(f"{name} has shape {array.shape}: it must have one value for each of {batch} rows")
+    return array
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The concatenation of `arange(start, start + length)` over pairs."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def _first_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Pack items into bins: (bin of each item, its start inside the bin, number of bins)."""
+    room = np.full(max(len(sizes), 1), capacity, dtype=np.int64)
+    bin_of, start_of = np.zeros(len(sizes), dtype=np.int64), np.zeros(len(sizes), dtype=np.int64)
+    for item in np.argsort(-sizes, kind="stable"):
+        where = int(np.argmax(room >= sizes[item]))
+        bin_of[item], start_of[item] = where, capacity - room[where]
+        room[where] -= sizes[item]
+    return bin_of, start_of, max(int(bin_of.max(initial=0)) + 1, 1)

@@ -1,0 +1,38 @@
+"""Rotary position embedding on adjacent pairs (x0, x1), (x2, x3), ... as complex numbers (SPEC: Chunk attention)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotations(positions: Tensor, dim: int, base: float) -> Tensor:
+    """Unit complex numbers that turn pair i of a token at position t by `t * base**(-2i / dim)` radians.
+
+    Args:
+        positions: int64 [...]; positions inside the chunk.
+        dim: size of a head; even.
+        base: the slowest pair turns once in about `2 pi base` tokens.
+
+    Returns:
+        complex64 [..., dim / 2]; angles are computed in float64 where the device has it.
+    """
+    wide = torch.float32 if positions.device.type == "mps" else torch.float64
+    frequencies = base ** (-torch.arange(0, dim, 2, dtype=wide, device=positions.device) / dim)
+    angles = positions[..., None].to(wide) * frequencies
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the pairs of each head.
+
+    Args:
+        x: [B, L, H, d], any floating dtype; computed in float32 (float64 for float64).
+        turns: complex [L, d / 2] or [B, L, d / 2], from `rotations`.
+
+    Returns:
+        [B, L, H, d] in the dtype of x.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns[..., None, :]).flatten(-2).to(x.dtype)

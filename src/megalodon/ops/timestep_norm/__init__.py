@@ -1,0 +1,98 @@
+"""Group normalisation with statistics that accumulate along time (SPEC: TimestepNorm; arXiv 2404.08801, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalodon.ops.backend import Implementations, choose, full_precision
+from megalodon.ops.layout import Layout
+from megalodon.ops.timestep_norm import blocked, reference
+from megalodon.ops.timestep_norm.statistics import Prior, Statistics
+
+__all__ = ["IMPLEMENTATIONS", "Prior", "Statistics", "timestep_norm"]
+
+IMPLEMENTATIONS: Implementations = {"reference": reference.timestep_norm, "blocked": blocked.timestep_norm}
+
+
+def timestep_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    count: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
+    *,
+    prior: Prior | None = None,
+    layout: Layout | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalise each token by the statistics of all tokens so far, itself included.
+
+    Args:
+        x: [B, L, D], any floating dtype.
+        weight: [D] or None; the stored offset: the effective scale is `weight + 1`.
+        bias: [D] or None.
+        num_groups: G; a divisor of D.
+        count: int64 [B]; tokens seen before. None: a fresh sequence (`mean` and `var` must then be None too).
+        mean, var: [B, G]; the statistics of the tokens seen before. The returned statistics have their dtype: pass
+            float64 for streams of millions of tokens fed in small pieces. float32 by default (float64 for float64 x).
+        padding_mask: bool [B, L]; True where a token is padding: it gives zero and leaves the statistics alone.
+        segment_ids: int [B, L]; a change along L starts a document with fresh statistics. The row's first document
+            continues count, mean and var.
+        eps: added to the variance.
+        backend: "reference" or "blocked"; None chooses (see `megalodon.ops.backend`).
+        prior: what a fresh document starts from. None: count 0, mean 0, variance 1.
+        layout: the batch's layout, in place of `segment_ids` and `padding_mask`, where it is already known.
+
+    Returns:
+        (y [B, L, D] in the dtype of x, count, mean, var after each row's last token).
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}: it must be a floating-point [B, L, D]")
+    batch, length, dim = x.shape
+    if num_groups < 1 or dim % num_groups:
+        raise ValueError(f"num_groups={num_groups} does not divide D={dim}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.shape != (dim,):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {(dim,)}")
+    if padding_mask is not None and (padding_mask.shape != (batch, length) or padding_mask.dtype != torch.bool):
+        raise ValueError(
+            f"padding_mask is {padding_mask.dtype} of shape {tuple(padding_mask.shape)}: it must be bool {(batch, length)}"
+        )
+    initial, prior = _initial(x, num_groups, count, mean, var, prior)
+    if layout is None:
+        layout = Layout(batch, length, x.device, segment_ids=segment_ids)
+    elif padding_mask is None:
+        padding_mask = layout.padding
+    with torch.autocast(x.device.type, enabled=False):
+        run = choose(IMPLEMENTATIONS, backend, x.device)
+        y, last = run(x, weight, bias, initial, prior, padding_mask, layout.restart, eps)
+    return y, last.count, last.mean, last.var
+
+
+def _initial(
+    x: Tensor, groups: int, count: Tensor | None, mean: Tensor | None, var: Tensor | None, prior: Prior | None
+) -> tuple[Statistics, Prior]:
+    given = {"count": count, "mean": mean, "var": var}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise ValueError(f"{', '.join(missing)} missing: count, mean and var are given together or not at all")
+    batch = x.shape[0]
+    if prior is None:
+        prior = Prior.default(groups, full_precision(x.dtype), x.device)
+    if count is None or mean is None or var is None:
+        fresh = torch.full((batch,), prior.count, dtype=torch.int64, device=x.device)
+        return Statistics(fresh, prior.mean.expand(batch, groups), prior.var.expand(batch, groups)), prior
+    for name, value, shape in (("count", count, (batch,)), ("mean", mean, (batch, groups)), ("var", var, (batch, groups))):
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {shape}")
+    real = torch.promote_types(mean.dtype, full_precision(x.dtype))
+    return Statistics(count, mean.to(real), var.to(real)), prior

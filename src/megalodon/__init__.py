@@ -1,3 +1,10 @@
-"""Megalodon language models with unlimited context (arXiv 2404.08801), on PyTorch. The public names, nothing else."""
+"""Megalodon language models with unlimited context (arXiv 2404.08801), on PyTorch. The public names, nothing else.
+
+Importing it registers the model with Transformers, so that `AutoModelForCausalLM` finds it.
+"""
+
+from megalodon.model import PRESETS, MegalodonConfig, MegalodonForCausalLM, MegalodonModel, MegalodonState
 
 __version__ = "0.1.0"
+
+__all__ = ["PRESETS", "MegalodonConfig", "MegalodonForCausalLM", "MegalodonModel", "MegalodonState", "__version__"]

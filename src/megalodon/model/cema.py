@@ -1,0 +1,48 @@
+"""CEMA: the complex exponential moving average that carries long memory (SPEC: CEMA)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from megalodon import ops
+from megalodon.ops.backend import full_precision
+from megalodon.ops.layout import Layout
+
+
+class CEMA(nn.Module):
+    """Parameters: `alpha`, `delta` [D, N, 1]; `theta` [D, 1, 1]; `gamma` [D, N, 2] (re, im); `omega` [D, 1]."""
+
+    def __init__(self, dim: int, components: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(dim, components, 1))
+        self.delta = nn.Parameter(torch.empty(dim, components, 1))
+        self.theta = nn.Parameter(torch.empty(dim, 1, 1))
+        self.gamma = nn.Parameter(torch.empty(dim, components, 2))
+        self.omega = nn.Parameter(torch.empty(dim, 1))
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(p real [D, N], q complex [D, N], gamma complex [D, N] scaled by 1/sqrt(N)), float32 or better."""
+        wide = full_precision(self.alpha.dtype)
+        components = self.alpha.shape[1]
+        p = torch.sigmoid(self.alpha.to(wide)[..., 0])
+        decay = 1 - p * torch.sigmoid(self.delta.to(wide)[..., 0])
+        wave = torch.arange(1, components + 1, dtype=wide, device=p.device) * (2 * math.pi / components)
+        phase = torch.sigmoid(self.theta.to(wide)[..., 0]) * wave
+        q = torch.complex(decay * phase.cos(), decay * phase.sin())
+        gamma = torch.view_as_complex(self.gamma.to(wide).contiguous()) / math.sqrt(components)
+        return p, q, gamma
+
+    def forward(self, x: Tensor, state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+        """x [B, L, D] and h complex [B, D, N] -> (y [B, L, D], h after it)."""
+        with torch.autocast(x.device.type, enabled=False):
+            p, q, gamma = self.coefficients()
+        return ops.cema(x, p, q, gamma, self.omega, state, layout=layout)
+
+
+def initial_theta(dim: int) -> Tensor:
+    """[D, 1, 1]: logits of phases spread geometrically from near 1 to 1/D, in random channel order."""
+    phase = torch.exp(-math.log(dim) / dim * torch.arange(1, dim + 1, dtype=torch.float64))
+    return torch.logit(phase)[torch.randperm(dim)].float().view(dim, 1, 1)

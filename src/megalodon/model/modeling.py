@@ -1,0 +1,352 @@
+"""The model: embeddings, blocks, final norm and head, as Transformers classes.
+
+Padding is taken out before the first block and put back after the last: inside, every row begins with its first real
+token, which is where its chunks are counted from.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from megalodon import ops
+from megalodon.model.block import MegalodonBlock
+from megalodon.model.cema import CEMA, initial_theta
+from megalodon.model.chunk_attention import GatedChunkAttention
+from megalodon.model.config import MegalodonConfig
+from megalodon.model.feed_forward import FeedForward
+from megalodon.model.norms import LayerNorm, RMSNorm
+from megalodon.model.state import Dimensions, MegalodonState
+from megalodon.model.timestep_norm import TimestepNorm
+from megalodon.ops.layout import Layout, move_rows
+
+LOGITS_AT_ONCE = 1 << 25
+"""Logits that the loss computes at a time when it is not asked to return them (128 MiB in float32)."""
+
+
+class MegalodonPreTrainedModel(PreTrainedModel):
+    """What all Megalodon models share: initialisation, loading and saving."""
+
+    config_class = MegalodonConfig
+    config: MegalodonConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("MegalodonBlock",)
+    _keep_in_fp32_modules_strict = ("cema",)
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """SPEC: Initialisation."""
+        if isinstance(module, nn.Linear):
+            self._init_linear(module)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            self._init_table(module.weight)
+        elif isinstance(module, TimestepNorm | RMSNorm | LayerNorm):
+            for parameter in module.parameters(recurse=False):
+                init.zeros_(parameter)
+        elif isinstance(module, CEMA):
+            init.normal_(module.alpha, 0.0, 0.2)
+            init.normal_(module.delta, 0.0, 0.2)
+            init.copy_(module.theta, initial_theta(module.theta.shape[0]))
+            real = torch.randn(module.gamma.shape[:2])
+            init.copy_(module.gamma, torch.stack([real, torch.zeros_like(real)], dim=-1))
+            init.trunc_normal_(module.omega, 0.0, 0.25, -1.0, 1.0)
+        elif isinstance(module, GatedChunkAttention):
+            init.zeros_(module.qk_weight)
+            init.zeros_(module.qk_bias)
+        elif isinstance(module, FeedForward) and module.alpha is not None:
+            init.constant_(module.alpha, module.initial_alpha)
+
+    def _init_linear(self, module: nn.Linear) -> None:
+        if module is self.get_output_embeddings():
+            self._init_table(module.weight)
+            return
+        match self.config.init_mode:
+            case "he":
+                init.kaiming_normal_(module.weight, a=math.sqrt(5.0))
+            case "bert":
+                init.normal_(module.weight, 0.0, 0.02)
+            case "xavier":
+                init.xavier_uniform_(module.weight)
+            case "gaussian":
+                init.normal_(module.weight, 0.0, 1 / math.sqrt(module.in_features))
+            case "none":
+                init.kaiming_uniform_(module.weight, a=math.sqrt(5.0))
+
+    def _init_table(self, weight: Tensor) -> None:
+        std = 1 / math.sqrt(self.config.model_dim)
+        init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std)
+
+
+class _Rows(NamedTuple):
+    """The real tokens of a padded batch: token `source` (of B*L) is token `target` (of B*length) of the compact batch."""
+
+    source: Tensor
+    target: Tensor
+    lengths: Tensor
+    length: int
+
+    @staticmethod
+    def of(attention_mask: Tensor) -> _Rows | None:
+        """None when nothing is padded."""
+        real = attention_mask.bool()
+        if real.all():
+            return None
+        lengths = real.sum(1)
+        length = max(int(lengths.max()), 1)
+        place = real.cumsum(1) - 1 + torch.arange(len(real), device=real.device)[:, None] * length
+        return _Rows(real.flatten().nonzero()[:, 0], place[real], lengths, length)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, L, ...] -> [B, length, ...], padding moved to the end and zeroed."""
+        return move_rows(x.flatten(0, 1), self.source, self.target, len(x) * self.length).unflatten(0, (len(x), -1))
+
+    def unpack(self, x: Tensor, length: int) -> Tensor:
+        """[B, length, ...] -> [B, L, ...], padding zero."""
+        return move_rows(x.flatten(0, 1), self.target, self.source, len(x) * length).unflatten(0, (len(x), -1))
+
+
+class MegalodonModel(MegalodonPreTrainedModel):
+    """Token ids -> normalised hidden states, and the state of the sequences."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = nn.ModuleList(MegalodonBlock(config, i) for i in range(config.num_layers))
+        self.final_norm = TimestepNorm(
+            config.model_dim, config.norm_num_groups, config.norm_prior_count, config.norm_eps, config.norm_affine
+        )
+        self.embedding_scale = math.sqrt(config.model_dim) if config.scale_emb else 1.0
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: MegalodonState | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        segment_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Run the network.
+
+        Args:
+            input_ids: int64 [B, L]; or inputs_embeds [B, L, D] in its place.
+            attention_mask: [B, L], or [B, P + L] of which the last L columns count; 0 where a token is padding, which
+                may stand anywhere. Padding gives zeros and leaves the state alone.
+            past_key_values: the state before the first token; None for new sequences. It is not changed.
+            use_cache: return the state after the last token. None: the config's value, or False in training.
+            segment_ids: int [B, L]; a change along L starts a document, isolated from what came before. The first
+                document of a row continues its state.
+            output_hidden_states: return the input of each block and the final hidden states.
+
+        Returns:
+            last_hidden_state [B, L, D] and past_key_values (a `MegalodonState`).
+
+        Raises:
+            ValueError: the arguments do not fit each other or the model; the message names the argument.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        x = self._embed(input_ids, inputs_embeds)
+        batch, length = x.shape[:2]
+        self._check(x, attention_mask, past_key_values, segment_ids)
+        rows = None if attention_mask is None else _Rows.of(attention_mask[:, -length:] if length else attention_mask)
+        if rows is not None:
+            x = rows.pack(x)
+            segment_ids = None if segment_ids is None else rows.pack(segment_ids)
+        layout = Layout(
+            batch,
+            x.shape[1],
+            x.device,
+            segment_ids=segment_ids,
+            lengths=None if rows is None else rows.lengths,
+            positions=None if past_key_values is None else past_key_values.position,
+            chunk_size=self.config.chunk_size,
+        )
+        turns = ops.rotations(layout.chunk_positions, self.config.head_dim, self.config.rope_base)
+        hidden = []
+        layers = []
+        for i, block in enumerate(self.layers):
+            if output_hidden_states:
+                hidden.append(x)
+            memory = None if past_key_values is None else past_key_values.layers[i]
+            x, memory = block(x, memory, turns, layout, use_cache)
+            layers.append(memory)
+        x, final = self.final_norm(x, None if past_key_values is None else past_key_values.final, layout)
+        state = None
+        if use_cache:
+            state = MegalodonState(layers, final, torch.from_numpy(layout.end_positions), Dimensions.of(self.config))
+        if output_hidden_states:
+            hidden.append(x)
+        if rows is not None:
+            x, hidden = rows.unpack(x, length), [rows.unpack(h, length) for h in hidden]
+        output = BaseModelOutputWithPast(x, state, tuple(hidden) if output_hidden_states else None)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        if inputs_embeds is None:
+            assert input_ids is not None
+            if input_ids.ndim != 2:
+                raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be [B, L]")
+            if input_ids.device.type == "cpu" and input_ids.numel():  # on a GPU the look would wait for the device
+                low, high = int(input_ids.min()), int(input_ids.max())
+                if low < 0 or high >= self.embed_tokens.num_embeddings:
+                    raise ValueError(
+                        f"input_ids has values from {low} to {high}: "
+                        f"they must lie in 0 to {self.embed_tokens.num_embeddings - 1} (vocab_size)"
+                    )
+            inputs_embeds = self.embed_tokens(input_ids)
+        return F.dropout(inputs_embeds * self.embedding_scale, self.config.dropout, self.training)
+
+    def _check(
+        self, x: Tensor, attention_mask: Tensor | None, state: MegalodonState | None, segment_ids: Tensor | None
+    ) -> None:
+        batch, length = x.shape[:2]
+        autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        if torch.float16 in (x.dtype, autocast):
+            raise ValueError("float16 has too little range for Megalodon's memory: use bfloat16 or float32")
+        if attention_mask is not None:
+            if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}: it must be [{batch}, {length}] "
+                    "(or longer, with what was read before at its start)"
+                )
+        if segment_ids is not None and segment_ids.shape != (batch, length):
+            raise ValueError(f"segment_ids has shape {tuple(segment_ids.shape)}: it must be {(batch, length)}")
+        if state is None:
+            return
+        if not isinstance(state, MegalodonState):
+            raise ValueError(f"past_key_values is a {type(state).__name__}: it must be a MegalodonState or None")
+        state.dimensions.check(Dimensions.of(self.config))
+        if state.batch_size != batch:
+            raise ValueError(f"past_key_values has {state.batch_size} rows: input_ids has {batch}")
+        if state.device != x.device:
+            raise ValueError(f"past_key_values is on {state.device}: the model is on {x.device} (use .to)")
+
+
+class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
+    """The language model: `MegalodonModel` and a linear head without bias; logits in float32."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__(config)
+        self.model = MegalodonModel(config)
+        self.vocab_size = config.output_size or config.vocab_size
+        self.lm_head = nn.Linear(config.model_dim, self.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Transformers must not make a cache of its own: the model returns its state."""
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: MegalodonState | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        segment_ids: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Predict the next token at every position. Arguments that `MegalodonModel.forward` has mean the same.
+
+        Args:
+            labels: int64 [B, L]; token ids as they stand in the text: shifted here; -100 is ignored.
+            shift_labels: int64 [B, L]; targets already shifted: `shift_labels[:, t]` follows token t; -100 is ignored.
+            logits_to_keep: give logits for the last so many positions (0: all), or for these positions.
+            return_logits: False with labels or shift_labels: logits are None and the loss is computed in slices.
+            num_items_in_batch: what the summed loss is divided by. None: the number of targets.
+
+        Returns:
+            loss (scalar, nats per target), logits float32 [B, L, vocab], past_key_values (a `MegalodonState`).
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            segment_ids,
+            output_hidden_states,
+            return_dict=True,
+        )
+        x = outputs.last_hidden_state
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if shift_labels is not None and shift_labels.shape != x.shape[:2]:
+            raise ValueError(f"labels have shape {tuple(shift_labels.shape)}: they must be {tuple(x.shape[:2])}")
+        loss = logits = None
+        if return_logits or shift_labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(x[:, kept]).float()
+            if shift_labels is not None:
+                total = F.cross_entropy(
+                    logits.flatten(0, 1), shift_labels[:, kept].flatten().to(x.device), reduction="sum"
+                )
+                loss = _mean(total, shift_labels[:, kept], num_items_in_batch)
+        else:
+            loss = _mean(self._loss_in_slices(x, shift_labels.to(x.device)), shift_labels, num_items_in_batch)
+        output = CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _loss_in_slices(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss; never more than `LOGITS_AT_ONCE` logits exist."""
+
+        def loss_of(x: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
+
+        x, targets = x.flatten(0, 1), targets.flatten()
+        rows = max(LOGITS_AT_ONCE // self.vocab_size, 1)
+        if len(x) <= rows:
+            return loss_of(x, targets)
+        slices = zip(x.split(rows), targets.split(rows), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.stack([loss_of(*pair) for pair in slices]).sum()
+        return torch.stack([checkpoint(loss_of, *pair, use_reentrant=False) for pair in slices]).sum()
+
+
+def _mean(total: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:
+    if count is None:
+        return total / (targets != -100).sum().to(total.device)
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+AutoConfig.register("megalodon", MegalodonConfig)
+AutoModel.register(MegalodonConfig, MegalodonModel)
+AutoModelForCausalLM.register(MegalodonConfig, MegalodonForCausalLM)

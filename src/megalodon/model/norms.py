@@ -1,0 +1,39 @@
+"""Norms over the features of one token. Every scale is stored as an offset: the effective scale is `weight + 1`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def _effective(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if weight is None else (weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1).to(dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm of the last dimension; `weight` [D] is the stored offset, None without affine."""
+
+    def __init__(self, dim: int, eps: float, affine: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return F.rms_norm(x, x.shape[-1:], _effective(self.weight, x.dtype), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm of the last dimension; `weight` [D] is the stored offset; both None without affine."""
+
+    def __init__(self, dim: int, eps: float, affine: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], _effective(self.weight, x.dtype), bias, self.eps)

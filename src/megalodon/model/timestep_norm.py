@@ -1,0 +1,55 @@
+"""TimestepNorm: group norm whose statistics accumulate along time (SPEC: TimestepNorm)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megalodon import ops
+from megalodon.ops.backend import accumulator_dtype
+from megalodon.ops.layout import Layout
+
+
+class Moments(NamedTuple):
+    """Mean and variance of what a sequence has shown so far, [B, G] each. The count is the sequence's position."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class TimestepNorm(nn.Module):
+    """Parameters: `weight` (offset) and `bias` [D]; with a positive `prior_count` also `prior_mean`, `prior_logv` [G]."""
+
+    def __init__(self, dim: int, num_groups: int, prior_count: int, eps: float, affine: bool) -> None:
+        super().__init__()
+        self.num_groups, self.prior_count, self.eps = num_groups, prior_count, eps
+        self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+        if prior_count > 0:
+            self.prior_mean = nn.Parameter(torch.zeros(num_groups))
+            self.prior_logv = nn.Parameter(torch.zeros(num_groups))
+
+    def prior(self, device: torch.device) -> ops.Prior:
+        """What a fresh document starts from."""
+        dtype = accumulator_dtype(device)
+        if self.prior_count == 0:
+            return ops.Prior.default(self.num_groups, dtype, device)
+        return ops.Prior(self.prior_count, self.prior_mean.to(dtype), self.prior_logv.to(dtype).exp())
+
+    def forward(self, x: Tensor, moments: Moments | None, layout: Layout) -> tuple[Tensor, Moments]:
+        """x [B, L, D] and the moments of what came before -> (the normalised x, the moments after it)."""
+        prior = self.prior(x.device)
+        count = mean = var = None
+        if moments is not None:
+            positions = torch.from_numpy(layout.positions).to(x.device)
+            count = positions + self.prior_count
+            mean, var = moments
+            if (layout.positions == 0).any():
+                fresh = (positions == 0)[:, None]
+                mean, var = torch.where(fresh, prior.mean, mean), torch.where(fresh, prior.var, var)
+        y, _, mean, var = ops.timestep_norm(
+            x, self.weight, self.bias, self.num_groups, count, mean, var, eps=self.eps, prior=prior, layout=layout
+        )
+        return y, Moments(mean, var)

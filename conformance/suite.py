@@ -1,0 +1,93 @@
+"""Transformers' model tests, pointed at a tiny Megalodon. Run through `run.py`, which puts Transformers' `tests` on the path."""
+
+from __future__ import annotations
+
+import unittest
+from typing import Any
+
+from tests.test_configuration_common import ConfigTester
+from tests.test_modeling_common import ids_tensor
+from transformers.models.auto import modeling_auto
+from transformers.testing_utils import torch_device
+
+from absent import CausalLMModelTest
+from megalodon import MegalodonConfig, MegalodonForCausalLM, MegalodonModel
+
+# Several tests find out what a class is for (does it take labels?) in these tables of Transformers' own models.
+modeling_auto.MODEL_MAPPING_NAMES["megalodon"] = MegalodonModel.__name__
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["megalodon"] = MegalodonForCausalLM.__name__
+
+
+class MegalodonModelTester:
+    """The tiny model and its inputs. Attributes under their Transformers names are read by the tests."""
+
+    batch_size = 13
+    seq_length = 7
+    is_training = True
+    vocab_size = 99
+    hidden_size = 32
+    num_hidden_layers = 2
+    num_attention_heads = 2
+    pad_token_id = 0
+    bos_token_id = 1
+    eos_token_id = 2
+    config_class = MegalodonConfig
+    base_model_class = MegalodonModel
+    causal_lm_class = MegalodonForCausalLM
+    question_answering_class = sequence_classification_class = token_classification_class = None
+    all_model_classes = (MegalodonModel, MegalodonForCausalLM)
+
+    def __init__(self, parent: unittest.TestCase) -> None:
+        self.parent = parent
+
+    @property
+    def pipeline_model_mapping(self) -> dict[str, type]:
+        return {"feature-extraction": MegalodonModel, "text-generation": MegalodonForCausalLM}
+
+    def get_config(self) -> MegalodonConfig:
+        # Chunks of 5 tokens, so that every input of 7 crosses a chunk boundary.
+        return MegalodonConfig(
+            vocab_size=self.vocab_size,
+            num_layers=self.num_hidden_layers,
+            model_dim=self.hidden_size,
+            z_dim=16,
+            value_dim=64,
+            num_heads=self.num_attention_heads,
+            ffn_hidden_dim=37,
+            cema_ndim=4,
+            chunk_size=5,
+            norm_num_groups=4,
+            pad_token_id=self.pad_token_id,
+            bos_token_id=self.bos_token_id,
+            eos_token_id=self.eos_token_id,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[MegalodonConfig, dict[str, Any]]:
+        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        return self.get_config(), {"input_ids": input_ids, "attention_mask": input_ids.new_ones(input_ids.shape).tril()}
+
+
+class MegalodonModelTest(CausalLMModelTest, unittest.TestCase):
+    model_tester_class = MegalodonModelTester
+    model_tester = None  # type: ignore[assignment]
+    has_attentions = False  # no pass keeps a whole attention matrix to return
+
+    def setUp(self) -> None:
+        self.model_tester = MegalodonModelTester(self)
+        self.config_tester = ConfigTester(
+            self,
+            config_class=MegalodonConfig,
+            common_properties=["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"],
+        )
+        self.all_model_classes = self.model_tester.all_model_classes
+        self.pipeline_model_mapping = self.model_tester.pipeline_model_mapping
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+    def test_model(self) -> None:
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = MegalodonModel(config).to(torch_device).eval()
+        shape = (self.model_tester.batch_size, self.model_tester.seq_length, self.model_tester.hidden_size)
+        self.assertEqual(model(**inputs).last_hidden_state.shape, shape)
+        self.assertEqual(model(inputs["input_ids"]).last_hidden_state.shape, shape)

@@ -1,0 +1,37 @@
+"""`megalodon tokenizer`: train a byte-pair encoding on text and save it as a folder that AutoTokenizer loads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def tokenizer(
+    source: Annotated[str, typer.Argument(help="stdlib, a file, a folder, a glob, or a dataset's name")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="a new folder for the tokenizer")],
+    vocab_size: Annotated[
+        int, typer.Option(help="ids at most: 256 bytes, the end of a document, the rest learned")
+    ] = 32000,
+    min_frequency: Annotated[int, typer.Option(help="a pair must occur this often to become a token")] = 2,
+    kind: Annotated[str, typer.Option(help="auto, text, jsonl, parquet, huggingface or stdlib")] = "auto",
+    field: Annotated[str, typer.Option(help="the field that holds the text in JSONL, Parquet and datasets")] = "text",
+    name: Annotated[str | None, typer.Option(help="Hugging Face: the dataset's configuration")] = None,
+    split: Annotated[str | None, typer.Option(help="Hugging Face: the split [default: train]")] = None,
+    max_documents: Annotated[int | None, typer.Option(help="read only this many documents")] = None,
+) -> None:
+    """Train a byte-level BPE on SOURCE and save it in OUT. `data.tokenizer: OUT` in a training config uses it."""
+    from megalodon.data.bpe import train_bpe_folder
+    from megalodon.data.corpus import Corpus
+
+    options = {"kind": kind, "field": field, "name": name, "split": split, "max_documents": max_documents}
+    corpus = Corpus({"source": source} | options)
+    trained = train_bpe_folder(corpus, output, vocab_size, min_frequency, show_progress=sys.stderr.isatty())
+    print(f"{output}: {trained.vocab_size} ids, end of document {trained.eos_token_id}")
+    if trained.vocab_size < vocab_size:
+        print(f"the text has no more pairs that occur {min_frequency} times, so there are fewer ids than {vocab_size}")

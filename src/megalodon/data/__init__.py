@@ -1,0 +1,42 @@
+"""Text to batches: corpora, tokenizers, the token cache, held-out splits, packing and the loader."""
+
+from megalodon.data.cache import (
+    TokenizedCorpus,
+    TokenizeProgress,
+    cache_root,
+    check_vocabulary,
+    open_tokenized,
+    tokenize,
+)
+from megalodon.data.corpus import Corpus, CorpusConfig, Document
+from megalodon.data.loader import Batch, Loader, Origin, held_out_batches
+from megalodon.data.reading import TextFile, read_text
+from megalodon.data.split import DocumentSet, HeldOutConfig, check_sizes, prepare_documents, split_documents
+from megalodon.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer
+
+__all__ = [
+    "Batch",
+    "ByteTokenizer",
+    "Corpus",
+    "CorpusConfig",
+    "Document",
+    "DocumentSet",
+    "HeldOutConfig",
+    "Loader",
+    "Origin",
+    "StreamDecoder",
+    "TextFile",
+    "TokenizeProgress",
+    "TokenizedCorpus",
+    "Tokenizer",
+    "cache_root",
+    "check_sizes",
+    "check_vocabulary",
+    "held_out_batches",
+    "load_tokenizer",
+    "open_tokenized",
+    "prepare_documents",
+    "read_text",
+    "split_documents",
+    "tokenize",
+]

@@ -1,0 +1,256 @@
+"""Batches for training and for held-out measurement.
+
+    loader = Loader(documents, mode="streamed", batch_size=8, sequence_length=512)
+    for batch in loader:  # endless
+        state = state.reset(~batch.continues)
+        out = model(batch.input_ids, shift_labels=batch.labels, segment_ids=batch.segment_ids, past_key_values=state)
+
+A batch depends on the loader's settings and its number alone: `loader.batch_at(n)`. So the position is one integer,
+resuming is exact, and data-parallel ranks need not talk: the global batch of `batch_size` rows is that of one process,
+and rank k of w takes rows k*batch_size/w up to (k+1)*batch_size/w of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from megalodon.data.packing import NO_TARGET, DocumentStream, PackedRows, Row, StreamedRows, Stretch
+from megalodon.data.split import DocumentSet
+
+Mode: TypeAlias = Literal["packed", "streamed"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a row's tokens come from: documents by name, and the token of the first at which the row begins."""
+
+    names: tuple[str, ...]
+    offset: int
+
+    def __str__(self) -> str:
+        more = f" and {len(self.names) - 1} more, up to {self.names[-1]}" if len(self.names) > 1 else ""
+        return f"{self.names[0]} from token {self.offset}{more}"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B rows of L tokens.
+
+    `input_ids` [B, L] int64; `labels` [B, L] int64, already shifted: labels[b, t] is the target of position t, -100
+    where there is none; `segment_ids` [B, L] int64, a change along L begins another document, or None where no row
+    holds a change (or documents are not isolated); `continues` [B] bool, whether the row's first token follows the
+    row's last token of the batch before (its state must be reset otherwise), or None for independent rows;
+    `num_tokens` targets and the `num_bytes` of text they stand for (None where tokens do not map to bytes).
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    segment_ids: torch.Tensor | None
+    continues: torch.Tensor | None
+    num_tokens: int
+    num_bytes: int | None
+    rows: tuple[Row, ...]
+    documents: DocumentSet
+
+    @property
+    def origins(self) -> list[Origin]:
+        """Each row's documents, for error messages and logs. Made when asked for."""
+        return [
+            Origin(tuple(self.documents.name(i) for i in row.documents.tolist()), int(row.offsets[0]))
+            for row in self.rows
+        ]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on a device."""
+
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            segment_ids=moved(self.segment_ids),
+            continues=moved(self.continues),
+        )
+
+
+def make_batch(rows: list[Row], documents: DocumentSet, isolate: bool, continues: list[bool] | None) -> Batch:
+    """Rows as tensors."""
+    labels = np.stack([row.targets for row in rows])
+    segments = np.stack([row.segments for row in rows])
+    targets = labels[labels != NO_TARGET]
+    lengths = documents.corpus.token_lengths
+    return Batch(
+        input_ids=torch.from_numpy(np.stack([row.inputs for row in rows])),
+        labels=torch.from_numpy(labels),
+        segment_ids=torch.from_numpy(segments) if isolate and segments[:, -1].any() else None,
+        continues=None if continues is None else torch.tensor(continues),
+        num_tokens=len(targets),
+        num_bytes=None if lengths is None else int(lengths[targets].sum()),
+        rows=tuple(rows),
+        documents=documents,
+    )
+
+
+class Loader:
+    """Endless batches of a set of documents.
+
+    `mode` "packed": independent rows; "streamed": each row reads on from batch to batch, and the trainer carries its
+    state. `isolate`: documents in a row do not see each other (`segment_ids` marks them, no label crosses a border);
+    without it a row is one text. `batch_size` counts the rows of all `world_size` ranks together. `seed` orders the
+    documents anew in every epoch; with `shuffle=False` they stay in the corpus's order.
+
+    Raises ValueError for sizes that are not positive or do not divide, and for too few tokens.
+    """
+
+    def __init__(
+        self,
+        documents: DocumentSet,
+        *,
+        mode: Mode,
+        batch_size: int,
+        sequence_length: int,
+        seed: int = 0,
+        isolate: bool = True,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if mode not in ("packed", "streamed"):
+            raise ValueError(f"mode is {mode!r}; give packed or streamed")
+        self.own_rows = own_rows(batch_size, sequence_length, rank, world_size)
+        needed = max(batch_size, sequence_length + 1) if mode == "streamed" else sequence_length + 1
+        if documents.num_tokens < needed:
+            raise ValueError(
+                f"the documents hold {documents.num_tokens} tokens; batch_size {batch_size} and sequence_length "
+                f"{sequence_length} in mode {mode} need at least {needed}: give a larger corpus or smaller sizes"
+            )
+        self.documents, self.isolate, self.mode = documents, isolate, mode
+        kind = PackedRows if mode == "packed" else StreamedRows
+        self.layout = kind(DocumentStream(documents, seed, shuffle), batch_size, sequence_length)
+        self.settings: dict[str, Any] = {
+            "mode": mode,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "seed": seed,
+            "isolate": isolate,
+            "shuffle": shuffle,
+            "documents": documents.fingerprint(),
+        }
+        self.step = 0
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the documents so far."""
+        return self.step * self.layout.rows * self.layout.sequence_length / self.documents.num_tokens
+
+    def batch_at(self, step: int) -> Batch:
+        """This rank's part of batch number `step`, whatever the loader's position."""
+        stretches = [self.layout.stretches(step, row) for row in self.own_rows]
+        rows = [self.layout.stream.row(stretch, self.isolate) for stretch in stretches]
+        continues = None
+        if self.mode == "streamed":
+            continues = [self.layout.continues(step, row, self.isolate) for row in self.own_rows]
+        return make_batch(rows, self.documents, self.isolate, continues)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self.batch_at(self.step)
+        self.step += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, with the settings it belongs to; plain values. The same on every rank."""
+        return {"step": self.step} | self.settings
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position: the next batch is the one that was next then. The number of ranks may differ.
+
+        Raises ValueError naming each setting that differs from those the position was saved with."""
+        changed = [
+            f"{key} was {state.get(key)!r} and is {value!r}"
+            for key, value in self.settings.items()
+            if state.get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"the loader's saved position belongs to other settings: {'; '.join(changed)}. "
+                "Resume with the settings and the corpus of the checkpoint, or start a new run"
+            )
+        step = state.get("step")
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"the loader's saved step is {step!r}, not a number of batches")
+        self.step = step
+
+
+def own_rows(batch_size: int, sequence_length: int, rank: int, world_size: int) -> range:
+    """The rows of the global batch that `rank` of `world_size` makes; checks the sizes."""
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length), ("world_size", world_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be 1 or more")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}; with world_size {world_size} it must be 0 to {world_size - 1}")
+    if batch_size % world_size:
+        raise ValueError(f"batch_size is {batch_size}; it must be a multiple of world_size {world_size}")
+    share = batch_size // world_size
+    return range(rank * share, (rank + 1) * share)
+
+
+def held_out_batches(
+    documents: DocumentSet,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    isolate: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Every token of the documents once, in order, in streamed batches: the same ones every time.
+
+    The documents lie end to end in `batch_size` rows of equal length, which the model reads with its state carried as
+    in training. All batches have the shape [B, L]; the last is filled up with id 0 in a segment of its own without
+    labels.
+    """
+    own = own_rows(batch_size, sequence_length, rank, world_size)
+    layout = StreamedRows(DocumentStream(documents, seed=0, shuffle=False), batch_size, sequence_length)
+    if documents.num_tokens < batch_size:
+        raise ValueError(
+            f"the held-out set is too small: {documents.num_tokens} tokens for batch_size {batch_size}; "
+            "hold out more, or use a smaller batch"
+        )
+    longest = -(-documents.num_tokens // batch_size)
+    for step in range(-(-longest // sequence_length)):
+        rows, continues = [], []
+        for number in own:
+            start, stop = layout.span(number)
+            begin, end = (min(start + (step + i) * sequence_length, stop) for i in (0, 1))
+            rows.append(_padded(layout.stream, Stretch(0, begin, end), sequence_length, isolate))
+            continues.append(begin < end and layout.continues(step, number, isolate))
+        yield make_batch(rows, documents, isolate, continues)
+
+
+def _padded(stream: DocumentStream, stretch: Stretch, length: int, isolate: bool) -> Row:
+    """The row of a stretch that may be shorter than `length`, even empty, filled up."""
+    missing = length - (stretch.stop - stretch.start)
+    if missing == length:  # a row that ended with the batch before; its origin is its last token
+        stretch = Stretch(stretch.epoch, stretch.start - 1, stretch.stop)
+        row = stream.row([stretch], isolate)
+        padding = np.zeros(length, dtype=np.int64)
+        return replace(row, inputs=padding, targets=padding + NO_TARGET, segments=padding)
+    row = stream.row([stretch], isolate)
+    if not missing:
+        return row
+    return replace(
+        row,
+        inputs=np.pad(row.inputs, (0, missing)),
+        targets=np.pad(row.targets, (0, missing), constant_values=NO_TARGET),
+        segments=np.pad(row.segments, (0, missing), constant_values=row.segments[-1] + 1),
+    )

@@ -1,0 +1,195 @@
+"""Text to token ids and back: what every tokenizer offers, the built-in byte tokenizer, and `load_tokenizer`.
+
+Special tokens (the end-of-document token and its like) are not text: text that happens to spell one is encoded as
+ordinary text, they decode to nothing, and they count zero bytes. So `decode(encode(text)) == text`, and
+`num_bytes(ids)` is the size of the UTF-8 text that the ids stand for.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import os
+import re
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+TokenIds: TypeAlias = "Sequence[int] | np.ndarray"
+
+# A hub name such as `gpt2` or `mistralai/Mistral-7B-v0.1`: what a missing path is tried as.
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back. `vocab_size` is the largest id plus one; ids are int64 [n] arrays.
+
+    Attributes: `name` for people, `fingerprint` (sha256) that differs whenever ids may differ, `eos_token_id` which
+    ends every document or None, `token_bytes` the UTF-8 bytes of each id (special tokens have none, `b""`), or None
+    where the tokenizer cannot map its tokens to bytes.
+    """
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    eos_token_id: int | None
+    token_bytes: list[bytes] | None
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of several texts, each on its own, without special tokens."""
+
+    @abstractmethod
+    def decode(self, ids: TokenIds) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id out of range."""
+
+    @abstractmethod
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder that takes ids one after another and never gives out half a character."""
+
+    @abstractmethod
+    def save(self, folder: Path | str) -> None:
+        """Write the files from which `load_tokenizer` and Transformers' `AutoTokenizer` load this tokenizer."""
+
+    def cut(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The same text cut where encoding the pieces one by one equals encoding the whole.
+
+        A tokenizer that knows no such places keeps the text whole, and so needs memory for all of it.
+        """
+        if text := "".join(pieces):
+            yield text
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Ids [n] int64 of a text (bytes are taken as UTF-8), without special tokens."""
+        return self.encode_batch([text if isinstance(text, str) else text.decode()])[0]
+
+    def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Ids of a text that arrives in pieces; together they equal `encode` of the whole. Constant memory where
+        `cut` can cut."""
+        for text in self.cut(pieces):
+            yield self.encode(text)
+
+    @cached_property
+    def token_lengths(self) -> np.ndarray | None:
+        """Bytes of text per id, int64 [vocab_size], or None where tokens do not map to bytes."""
+        if self.token_bytes is None:
+            return None
+        return np.array([len(token) for token in self.token_bytes], dtype=np.int64)
+
+    def num_bytes(self, ids: TokenIds) -> int:
+        """Size in bytes of the text of `ids`. Raises ValueError where tokens do not map to bytes."""
+        if self.token_lengths is None:
+            raise ValueError(f"tokenizer {self.name!r} cannot map tokens to bytes: count the bytes of the text instead")
+        return int(self.token_lengths[np.asarray(ids, dtype=np.int64)].sum())
+
+    def _check_ids(self, ids: TokenIds) -> np.ndarray:
+        array = np.asarray(ids, dtype=np.int64)
+        if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
+            raise ValueError(
+                f"token ids out of range: {int(array.min())} to {int(array.max())} given, "
+                f"tokenizer {self.name!r} has 0 to {self.vocab_size - 1}"
+            )
+        return array
+
+
+class StreamDecoder(ABC):
+    """Text from ids that arrive one after another. The texts given out, `flush` included, add up to `decode` of all."""
+
+    @abstractmethod
+    def feed(self, ids: int | TokenIds) -> str:
+        """The text that these ids complete; empty while a character is not complete."""
+
+    @abstractmethod
+    def flush(self) -> str:
+        """What is left: U+FFFD for a character that was never completed. The decoder starts afresh."""
+
+
+class ByteStreamDecoder(StreamDecoder):
+    """For tokenizers whose tokens are bytes: joins them and holds back an incomplete UTF-8 character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        assert tokenizer.token_bytes is not None
+        self._tokenizer = tokenizer
+        self._bytes = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, ids: int | TokenIds) -> str:
+        checked = self._tokenizer._check_ids([ids] if isinstance(ids, int | np.integer) else ids)
+        return self._utf8.decode(b"".join(self._bytes[i] for i in checked.tolist()))
+
+    def flush(self) -> str:
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of UTF-8 text. Byte 0 occurs in no text, so it serves as the end of a document."""
+
+    name = "bytes"
+    vocab_size = 256
+    eos_token_id = 0
+
+    def __init__(self) -> None:
+        self.fingerprint = hashlib.sha256(b"megalodon bytes 1").hexdigest()
+        self.token_bytes = [b"", *(bytes([i]) for i in range(1, 256))]
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        raw = text.encode() if isinstance(text, str) else text
+        if b"\0" in raw:
+            raise ValueError(f"byte {raw.index(0)} is NUL, which ends a document and cannot be part of a text")
+        return np.frombuffer(raw, dtype=np.uint8).astype(np.int64)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def cut(self, pieces: Iterable[str]) -> Iterator[str]:
+        return (piece for piece in pieces if piece)
+
+    def decode(self, ids: TokenIds) -> str:
+        return self._check_ids(ids).astype(np.uint8).tobytes().replace(b"\0", b"").decode(errors="replace")
+
+    def stream_decoder(self) -> StreamDecoder:
+        return ByteStreamDecoder(self)
+
+    def save(self, folder: Path | str) -> None:
+        from megalodon.data.pretrained import byte_tokenizer_for_transformers
+
+        save_pretrained(byte_tokenizer_for_transformers(), folder)
+
+
+def save_pretrained(tokenizer: object, folder: Path | str) -> None:
+    """`tokenizer.save_pretrained(folder)` with every file written under a temporary name and renamed."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=target) as temporary:
+        tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
+        for path in sorted(Path(temporary).iterdir()):
+            path.replace(target / path.name)
+
+
+def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that `spec` names: `bytes`, a `tokenizer.json` of the tokenizers library, a folder that
+    Transformers' AutoTokenizer loads (a model's folder, say), or a name on the Hugging Face hub.
+
+    Raises FileNotFoundError or ValueError that say what would be right.
+    """
+    name = os.fspath(spec)
+    if name == "bytes":
+        return ByteTokenizer()
+    from megalodon.data.pretrained import tokenizer_from_file, tokenizer_from_pretrained
+
+    path = Path(name).expanduser()
+    if path.is_file():
+        return tokenizer_from_file(path)
+    if path.is_dir() or (HUB_NAME.fullmatch(name) and path.suffix != ".json"):
+        return tokenizer_from_pretrained(path if path.is_dir() else name)
+    raise FileNotFoundError(
+        f"tokenizer {name!r}: no such file or folder (from folder {Path.cwd()}). Give `bytes`, a tokenizer.json, a "
+        "folder with a tokenizer, or a name on the Hugging Face hub"
+    )

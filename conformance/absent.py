@@ -1,6 +1,6 @@
-"""What a source distribution of Transformers leaves out of `tests/`, replaced by empty shells so that the rest imports.
+"""What a source distribution of Transformers leaves out of `tests/`, as empty shells so that the rest imports.
 
-A distribution carries the files `tests/test_*.py` and no other; a checkout carries all. A shell brings no test of its own:
+A distribution carries the files `tests/test_*.py` and no other; a checkout carries all. A shell brings no test:
 mixins are empty classes, and a helper that the tests call skips them. `MISSING` names the files, for the run's summary.
 """
 
@@ -64,7 +64,7 @@ def _provide_shells(tests: Path) -> list[str]:
 
 
 def _causal_lm_base(tests: Path) -> type:
-    """Transformers' collection of tests for causal language models, or the same one made of the mixins that are there."""
+    """Transformers' collection of tests for causal language models, or the same made of the mixins that are there."""
     if (tests / "causal_lm_tester.py").is_file():
         return importlib.import_module("tests.causal_lm_tester").CausalLMModelTest
     mixins = {

@@ -7,19 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 from absent import MISSING
-from not_applicable import IN_CHECKOUT_ONLY, NOT_APPLICABLE
+from not_applicable import NOT_APPLICABLE
 
-_listed = NOT_APPLICABLE | ({} if "causal_lm_tester.py" in MISSING else IN_CHECKOUT_ONLY)
 _gone: list[str] = []
 _skips: Counter[str] = Counter()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     names = {item.name for item in items}
-    _gone.extend(sorted(set(_listed) - names))
+    _gone.extend(sorted(set(NOT_APPLICABLE) - names))
     for item in items:
-        if item.name in _listed:
-            item.add_marker(pytest.mark.xfail(reason=_listed[item.name], strict=True))
+        if item.name in NOT_APPLICABLE:
+            item.add_marker(pytest.mark.xfail(reason=NOT_APPLICABLE[item.name], strict=True))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -28,7 +27,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.skipped and not hasattr(report, "wasxfail"):
         reason = str(call.excinfo.value) if call.excinfo else "skipped"
         _skips[reason.splitlines()[0] if reason else "no reason given"] += 1
-        if item.name in _listed:
+        if item.name in NOT_APPLICABLE:
             report.outcome = "failed"
             report.longrepr = f"{item.name} is listed in not_applicable.py, but Transformers skips it itself: {reason}"
     return report
@@ -46,13 +45,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("cannot hold for Megalodon (not_applicable.py)")
         for report in listed:
             name = report.nodeid.rpartition("::")[2]
-            write(f"{name}: {_listed[name]}")
+            write(f"{name}: {NOT_APPLICABLE[name]}")
     if _skips:
         terminalreporter.section("skipped by Transformers itself")
         for reason, count in sorted(_skips.items(), key=lambda pair: (-pair[1], pair[0])):
             write(f"{count:4d}  {reason}")
     if MISSING:
-        terminalreporter.section("not in this source distribution, so not run")
+        terminalreporter.section("files of Transformers' tests that this source leaves out, so not run")
         for name in MISSING:
             write(f"tests/{name}")
         write("A checkout of the same version has them: python conformance/run.py --source DIR")

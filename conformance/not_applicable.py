@@ -12,6 +12,3 @@ NOT_APPLICABLE: dict[str, str] = {
         "padding, so the hidden states of a padded batch are copies laid out with it, off the path to the output"
     ),
 }
-
-IN_CHECKOUT_ONLY: dict[str, str] = {}
-"""The same for the tests that only a checkout carries (`run.py --source`): generation, export, pipelines."""

@@ -5,8 +5,8 @@ per version, ignored by git); none of their code lives in this repository. `suit
 `not_applicable.py` is the one table of tests that cannot hold for it, each with its reason, and `conftest.py` fails the
 run when a test in that table passes, is skipped by Transformers itself, or is gone.
 
-A source distribution carries only the files `tests/test_*.py`; those it leaves out (the generation tests among them) are
-named at the end of the run. A checkout of the same version has them all: `--source DIR`.
+A source distribution carries only the files `tests/test_*.py`; what it leaves out (the generation tests among it) is
+named at the end of the run. A checkout of the same version has all of it: `--source DIR`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def download(version: str) -> Path:
         result = subprocess.run([sys.executable, "-m", "pip", *command, f"transformers=={version}"], check=False)
         archives = list(Path(scratch).glob("*.tar.gz"))
         if result.returncode or len(archives) != 1:
-            raise OSError(
-                f"pip could not get the source distribution of transformers {version} (see its message above)"
-            )
+            raise OSError(f"pip could not get the source distribution of transformers {version}: see above")
         with tarfile.open(archives[0]) as archive:
             members = [m for m in archive.getmembers() if m.isfile() and m.name.split("/", 2)[1:2] == ["tests"]]
             if not members:

@@ -1,17 +1,18 @@
-"""Transformers' model tests, pointed at a tiny Megalodon. Run through `run.py`, which puts Transformers' `tests` on the path."""
+"""Transformers' model tests, pointed at a tiny Megalodon. Run by `run.py`, which puts their `tests` on the path."""
 
 from __future__ import annotations
 
 import unittest
 from typing import Any
 
+import torch
+from absent import CausalLMModelTest
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ids_tensor
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 
-from absent import CausalLMModelTest
-from megalodon import MegalodonConfig, MegalodonForCausalLM, MegalodonModel
+from megalodon import MegalodonConfig, MegalodonForCausalLM, MegalodonModel, MegalodonState
 
 # Several tests find out what a class is for (does it take labels?) in these tables of Transformers' own models.
 modeling_auto.MODEL_MAPPING_NAMES["megalodon"] = MegalodonModel.__name__
@@ -72,6 +73,12 @@ class MegalodonModelTest(CausalLMModelTest, unittest.TestCase):
     model_tester = None  # type: ignore[assignment]
     has_attentions = False  # no pass keeps a whole attention matrix to return
 
+    if hasattr(CausalLMModelTest, "test_left_padding_compatibility"):
+
+        def test_left_padding_compatibility(self) -> None:
+            self.has_attentions = True  # which this test reads as "knows padding"
+            super().test_left_padding_compatibility()
+
     def setUp(self) -> None:
         self.model_tester = MegalodonModelTester(self)
         self.config_tester = ConfigTester(
@@ -91,3 +98,16 @@ class MegalodonModelTest(CausalLMModelTest, unittest.TestCase):
         shape = (self.model_tester.batch_size, self.model_tester.seq_length, self.model_tester.hidden_size)
         self.assertEqual(model(**inputs).last_hidden_state.shape, shape)
         self.assertEqual(model(inputs["input_ids"]).last_hidden_state.shape, shape)
+
+    # What the generation tests ask of a model whose memory is not one of Transformers' caches.
+
+    def _check_past_key_values_for_generate(
+        self, batch_size: int, past_key_values: MegalodonState, seq_length: int, config: MegalodonConfig
+    ) -> None:
+        self.assertIsInstance(past_key_values, MegalodonState)
+        self.assertEqual(past_key_values.batch_size, batch_size)
+        self.assertLessEqual(past_key_values.get_seq_length(), seq_length)  # it counts no padding
+        self.assertEqual(len(past_key_values.layers), config.num_layers)
+
+    def _check_caches_are_equal(self, cache1: MegalodonState, cache2: MegalodonState) -> None:
+        torch.testing.assert_close(cache1.state_dict(), cache2.state_dict())

@@ -1,12 +1,15 @@
 """The shape of a Megalodon model: a Transformers config with the paper's names, and the published sizes by name."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: `strict` checks values against annotations that are types, not strings.
+import functools
 import math
-from typing import Any, ClassVar, Literal
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal, Self
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig, PreTrainedConfig
 
 _COMMON: dict[str, Any] = {"vocab_size": 32000, "cema_ndim": 16, "chunk_size": 2048, "norm_num_groups": 64}
 _1_3B = {**_COMMON, "num_layers": 24, "model_dim": 2048, "z_dim": 512, "value_dim": 4096, "num_heads": 2}
@@ -31,7 +34,46 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The reference's sizes and the paper's 7B (SPEC: Presets)."""
 
+_OTHER_KEYS = frozenset(
+    {
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "is_decoder",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "quantization_config",
+        "torch_dtype",
+    }
+)
+"""Keys that Transformers passes or saves although no config has a field for them."""
 
+
+def _checked(cls: type["MegalodonConfig"]) -> type["MegalodonConfig"]:
+    """Make construction refuse unknown keys, which Transformers keeps silently, and raise ValueErrors of one line."""
+    construct = cls.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: "MegalodonConfig", **values: Any) -> None:
+        known = {field.name for field in fields(cls)} | _OTHER_KEYS | cls.attribute_map.keys()
+        known |= vars(GenerationConfig()).keys()
+        for name in values.keys() - known:
+            if not name.startswith("_"):
+                near = "".join(f"; did you mean {other}?" for other in get_close_matches(name, known, 1))
+                raise ValueError(f"{name}={values[name]!r}: a Megalodon config has no such field{near}")
+        try:
+            construct(self, **values)
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__ or error)) from None
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@_checked
 @strict
 class MegalodonConfig(PreTrainedConfig):
     """Configuration of a Megalodon model (arXiv 2404.08801). Keyword arguments only; defaults are the 200m preset.
@@ -61,7 +103,8 @@ class MegalodonConfig(PreTrainedConfig):
         init_mode: of linear layers: "he", "bert", "xavier", "gaussian", or "none" for PyTorch's own.
 
     Raises:
-        ValueError: a value is out of range or sizes do not divide; the message names the field.
+        ValueError: a key is unknown, a value has the wrong type or is out of range, or sizes do not divide; the message
+            names the field.
     """
 
     model_type = "megalodon"
@@ -84,10 +127,10 @@ class MegalodonConfig(PreTrainedConfig):
     cema_ndim: int = 16
     chunk_size: int = 2048
     norm_num_groups: int = 32
-    norm_eps: float = 1e-5
+    norm_eps: float | int = 1e-5
     norm_affine: bool = True
     norm_prior_count: int = 0
-    rope_base: float = 10000.0
+    rope_base: float | int = 10000.0
     swiglu: bool = False
     rescale_nffn: bool = False
     scale_emb: bool = False
@@ -151,7 +194,7 @@ class MegalodonConfig(PreTrainedConfig):
         return self.value_dim // self.num_heads
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> MegalodonConfig:
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
         """A published size, with any field overridden.
 
         Raises:

@@ -50,6 +50,10 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ("cema",)
     _is_stateful = True
 
+    def __init__(self, config: MegalodonConfig, *args: Any, **kwargs: Any) -> None:
+        _refuse_float16(config.dtype, torch.get_default_dtype())
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """SPEC: Initialisation."""
@@ -96,8 +100,13 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std)
 
 
+def _refuse_float16(*dtypes: torch.dtype | None) -> None:
+    if torch.float16 in dtypes:
+        raise ValueError("float16 has too little range for Megalodon's memory: use bfloat16 or float32")
+
+
 class _Rows(NamedTuple):
-    """The real tokens of a padded batch: token `source` (of B*L) is token `target` (of B*length) of the compact batch."""
+    """The real tokens of a padded batch: token `source` of its B*L is token `target` of the compact B*length."""
 
     source: Tensor
     target: Tensor
@@ -236,14 +245,14 @@ class MegalodonModel(MegalodonPreTrainedModel):
     ) -> None:
         batch, length = x.shape[:2]
         autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-        if torch.float16 in (x.dtype, autocast):
-            raise ValueError("float16 has too little range for Megalodon's memory: use bfloat16 or float32")
-        if attention_mask is not None:
-            if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}: it must be [{batch}, {length}] "
-                    "(or longer, with what was read before at its start)"
-                )
+        _refuse_float16(x.dtype, autocast)
+        if attention_mask is not None and (
+            attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length
+        ):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: it must be [{batch}, {length}] "
+                "(or longer, with what was read before at its start)"
+            )
         if segment_ids is not None and segment_ids.shape != (batch, length):
             raise ValueError(f"segment_ids has shape {tuple(segment_ids.shape)}: it must be {(batch, length)}")
         if state is None:
@@ -277,7 +286,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: Any, batch_size: int, length: int
     ) -> None:
-        """Called once by `generate`, when it has repeated the prompts for beams or samples: give each copy its state."""
+        """Called once by `generate`, after repeating the prompts for beams or samples: give each copy its state."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r}: Megalodon's memory is its state, "

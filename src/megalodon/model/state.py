@@ -1,6 +1,6 @@
 """All that a sequence remembers: the one memory of training, generation and saved contexts.
 
-A state is a value. Running a model on it never changes it, so that it can be used again (a fork). Its size does not depend
+A state is a value. Running a model on it never changes it, so it can be used again (a fork). Its size does not depend
 on how much was read: per layer the norm's moments, CEMA's h, and the keys and values of the chunk that is still open.
 """
 

@@ -1,0 +1,21 @@
+"""Other implementations' checkpoints, in and out. One file per implementation; `reference` is the authors' own."""
+
+from megalodon.convert.checkpoint import read_checkpoint, write_checkpoint
+from megalodon.convert.pretrained import read_pretrained, write_pretrained
+from megalodon.convert.reference import (
+    config_from_reference,
+    config_to_reference,
+    state_dict_from_reference,
+    state_dict_to_reference,
+)
+
+__all__ = [
+    "config_from_reference",
+    "config_to_reference",
+    "read_checkpoint",
+    "read_pretrained",
+    "state_dict_from_reference",
+    "state_dict_to_reference",
+    "write_checkpoint",
+    "write_pretrained",
+]

@@ -1,0 +1,113 @@
+"""A model and its tokenizer from a folder, checked: every weight there, the vocabulary large enough, a usable dtype."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from megalodon.data.tokenizer import Tokenizer, load_tokenizer
+from megalodon.model import MegalodonForCausalLM
+
+
+class DtypeName(StrEnum):
+    """The dtypes that a model runs in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """PyTorch's dtype of a `DtypeName`.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    if name is None:
+        return None
+    if name not in list(DtypeName):
+        raise ValueError(f"dtype is {name!r}; it must be float32 or bfloat16")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device of this name, or the first GPU, or the CPU.
+
+    Raises:
+        ValueError: for a name that PyTorch does not know, or a device that this machine does not have.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def load_model(
+    folder: Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> MegalodonForCausalLM:
+    """A model in evaluation mode.
+
+    Args:
+        folder: what `save_pretrained` (or training, or `megalodon convert`) wrote.
+        device: None for the first GPU, or the CPU.
+        dtype: None for that of the weights.
+
+    Raises:
+        FileNotFoundError: if the folder or its files are missing.
+        ValueError: if weights are damaged, missing or of other shapes, or the dtype is float16.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model folder {folder}: give one that training, convert or save_pretrained wrote")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: it is not a model folder")
+    where = choose_device(device) if device is None or isinstance(device, str) else device
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = MegalodonForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged: {error}") from None
+    except StrictDataclassError as error:  # Transformers' wrapping of what is wrong
+        raise ValueError(f"{folder / 'config.json'} is not possible: {error.__cause__ or error}") from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    model: MegalodonForCausalLM
+    model, report = loaded
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if report[kind]:
+            first = min(map(str, report[kind]))
+            raise ValueError(f"the weights in {folder} do not fit its config: {kind.replace('_', ' ')}, {first} first")
+    if model.dtype == torch.float16:
+        raise ValueError(f"{folder} holds float16 weights; choose dtype bfloat16 or float32")
+    return model.eval().to(where)
+
+
+def load_tokenizer_for(model: MegalodonForCausalLM, folder: Path, name: str | None = None) -> Tokenizer:
+    """The tokenizer of this name, or the one in the model's folder.
+
+    Raises:
+        FileNotFoundError: if the folder holds none and no name is given.
+        ValueError: if it has more ids than the model.
+    """
+    if name is None and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        raise FileNotFoundError(f"{folder} holds no tokenizer: name one with --tokenizer (bytes, a file or a folder)")
+    tokenizer = load_tokenizer(name or folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.name!r} has ids up to {tokenizer.vocab_size - 1}; "
+            f"the model's vocab_size is {model.config.vocab_size}"
+        )
+    return tokenizer

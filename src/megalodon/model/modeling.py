@@ -342,7 +342,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         segment_ids: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool = True,
         num_items_in_batch: Tensor | int | None = None,
@@ -354,10 +353,12 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
 
         Args:
             labels: int64 [B, L]; token ids as they stand in the text: shifted here; -100 is ignored.
-            shift_labels: int64 [B, L]; targets already shifted: `shift_labels[:, t]` follows token t; -100 is ignored.
             logits_to_keep: give logits for the last so many positions (0: all), or for these positions.
             return_logits: False with labels or shift_labels: logits are None and the loss is computed in slices.
             num_items_in_batch: what the summed loss is divided by. None: the number of targets.
+            shift_labels: in place of labels, int64 [B, L], already shifted: `shift_labels[:, t]` follows token t; -100
+                is ignored. By keyword only and unnamed in the signature, as in Transformers: its Trainer takes every
+                parameter with "label" in its name for one that each batch brings.
 
         Returns:
             loss (scalar, nats per target), logits float32 [B, L, vocab], past_key_values (a `MegalodonState`).
@@ -373,6 +374,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         x = outputs.last_hidden_state
+        shift_labels = kwargs.get("shift_labels")
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         if shift_labels is not None and shift_labels.shape != x.shape[:2]:

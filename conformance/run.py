@@ -12,6 +12,7 @@ named at the end of the run. A checkout of the same version has all of it: `--so
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -61,6 +62,11 @@ def main() -> int:
     parser.add_argument("--source", type=Path, help="a checkout of Transformers at the installed version")
     options, pytest_arguments = parser.parse_known_args()
 
+    if importlib.util.find_spec("parameterized") is None:
+        print(
+            "conformance: Transformers' tests need the package parameterized: pip install -e '.[dev]'", file=sys.stderr
+        )
+        return 2
     import pytest
     import transformers
 

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -30,6 +23,7 @@ from megalodon.model.cema import CEMA, initial_theta
 from megalodon.model.chunk_attention import GatedChunkAttention
 from megalodon.model.config import MegalodonConfig
 from megalodon.model.feed_forward import FeedForward
+from megalodon.model.generation import MegalodonGenerationMixin
 from megalodon.model.norms import LayerNorm, RMSNorm
 from megalodon.model.state import Dimensions, MegalodonState
 from megalodon.model.timestep_norm import TimestepNorm
@@ -266,7 +260,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             raise ValueError(f"past_key_values is on {state.device}: the model is on {x.device} (use .to)")
 
 
-class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
+class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
     """The language model: `MegalodonModel` and a linear head without bias; logits in float32."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -277,61 +271,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         self.vocab_size = config.output_size or config.vocab_size
         self.lm_head = nn.Linear(config.model_dim, self.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """Transformers must not make a cache of its own: the model returns its state."""
-        return False
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: Any, batch_size: int, length: int
-    ) -> None:
-        """Called once by `generate`, after repeating the prompts for beams or samples: give each copy its state."""
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: Megalodon's memory is its state, "
-                "of constant size; leave cache_implementation out"
-            )
-        state = model_kwargs.get("past_key_values")
-        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-        if state is not None:
-            model_kwargs["past_key_values"] = state.repeat(copies) if copies > 1 else state
-        elif generation_config.use_cache:
-            nothing = torch.zeros(batch_size * copies, 0, dtype=torch.int64, device=self.device)
-            model_kwargs["past_key_values"] = self.model(nothing, use_cache=True).past_key_values
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: MegalodonState | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """What `generate` passes to the next forward pass: the columns of the prompt that the state has not read.
-
-        Raises:
-            ValueError: a state is given, but not the whole text that it has read the beginning of.
-        """
-        if is_first_iteration and next_sequence_length is not None and past_key_values is not None:
-            columns = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            next_sequence_length = columns - _columns_read(past_key_values, attention_mask)
-            if next_sequence_length < 1 <= columns:
-                raise ValueError(
-                    f"past_key_values has read {past_key_values.get_seq_length()} tokens, input_ids has {columns}: "
-                    "give the whole text, or only its new part with an attention_mask [B, read + new] for the whole"
-                )
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
 
     def forward(
         self,
@@ -407,14 +346,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         if not torch.is_grad_enabled():
             return torch.stack([loss_of(*pair) for pair in slices]).sum()
         return torch.stack([checkpoint(loss_of, *pair, use_reentrant=False) for pair in slices]).sum()
-
-
-def _columns_read(state: MegalodonState, attention_mask: Tensor | None) -> int:
-    """How many columns of a padded batch a state has read: it counts the real tokens of each row alone."""
-    if attention_mask is None:
-        return state.get_seq_length()
-    before = attention_mask.cumsum(1) < state.position.to(attention_mask.device)[:, None]
-    return int((before.sum(1) + (state.position > 0).to(attention_mask.device)).max())
 
 
 def _mean(total: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:

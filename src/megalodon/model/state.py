@@ -47,7 +47,8 @@ class OpenChunk:
         if chunk is None:
             chunk = OpenChunk(k[:, :0], v[:, :0])
         differentiable = torch.is_grad_enabled() and (k.requires_grad or chunk.keys.requires_grad)
-        if not chunk._writable(needed, k, v) or differentiable:
+        begun = bool((layout.offsets == 0).any())  # a chunk begins: its places hold what earlier holders still see
+        if begun or differentiable or not chunk._writable(needed, k, v):
             capacity = needed if differentiable else min(layout.chunk_size or needed, max(2 * needed, 16))
             chunk = chunk._grown(int(layout.offsets.max(initial=0)), capacity, k, v)
         chunk._appends[0] += 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalodon.convert.checkpoint import check_divides, read_checkpoint, write_checkpoint
 from megalodon.convert.pretrained import cast, read_pretrained, write_pretrained
-from megalodon.data.tokenizer import Tokenizer
+from megalodon.data import Tokenizer, check_vocabulary
 from megalodon.model.config import MegalodonConfig
 from megalodon.training.files import write_folder
 
@@ -35,11 +35,7 @@ def reference_to_pretrained(
             "dtype: the checkpoint is float16, which Megalodon does not run in; choose float32 or bfloat16"
         )
     if tokenizer is not None:
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"tokenizer {tokenizer.name!r} has ids up to {tokenizer.vocab_size - 1}; "
-                f"the checkpoint's vocab_size is {config.vocab_size}"
-            )
+        check_vocabulary(tokenizer, config.vocab_size)
         config.eos_token_id = tokenizer.eos_token_id
 
     def fill(folder: Path) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from megalodon.data.tokenizer import Tokenizer, load_tokenizer
+from megalodon.data import Tokenizer, check_vocabulary, load_tokenizer
 from megalodon.model import MegalodonForCausalLM
 
 
@@ -105,9 +105,5 @@ def load_tokenizer_for(model: MegalodonForCausalLM, folder: Path, name: str | No
     if name is None and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         raise FileNotFoundError(f"{folder} holds no tokenizer: name one with --tokenizer (bytes, a file or a folder)")
     tokenizer = load_tokenizer(name or folder)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer.name!r} has ids up to {tokenizer.vocab_size - 1}; "
-            f"the model's vocab_size is {model.config.vocab_size}"
-        )
+    check_vocabulary(tokenizer, model.config.vocab_size)
     return tokenizer

@@ -1,0 +1,142 @@
+"""`megalodon evaluate`: measure a model on held-out text. One sub-command per task."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import megalodon
+from megalodon.data import Corpus
+from megalodon.evaluation import Progress as Scored
+from megalodon.evaluation import evaluate_perplexity, plot_by_position
+from megalodon.inference import load_model, load_tokenizer_for
+from megalodon.inference.generation import default_piece_length
+from megalodon.inference.loading import DtypeName, torch_dtype
+from megalodon.training.files import write_file, write_text
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+Kind = Literal["auto", "text", "jsonl", "parquet", "huggingface", "stdlib"]
+
+
+@app.callback()
+def evaluate() -> None:
+    """Measure a model on held-out text."""
+
+
+@app.command()
+def perplexity(
+    folder: Annotated[Path, typer.Argument(metavar="MODEL", help="a model's folder")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="files, folders, globs, stdlib, or a dataset's name")
+    ],
+    output: Annotated[Path | None, typer.Option(help="write perplexity.json and perplexity.png to this folder")] = None,
+    piece_length: Annotated[
+        int | None,
+        typer.Option(help="tokens per forward pass; a multiple of the chunk size, 2048 or more, if not given"),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="read only so many tokens of each document")] = None,
+    max_documents: Annotated[int | None, typer.Option(help="read only so many documents")] = None,
+    kind: Annotated[Kind, typer.Option(help="what the sources are; told by their names with auto")] = "auto",
+    field: Annotated[str, typer.Option(help="the field that holds the text, where rows have fields")] = "text",
+    split: Annotated[str | None, typer.Option(help="Hugging Face: the split")] = None,
+    tokenizer_name: Annotated[str | None, typer.Option("--tokenizer", help="if the model's folder holds none")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU if not given")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="that of the weights if not given")] = None,
+) -> None:
+    """Loss and bits per byte of documents of any length, overall and by position, in constant memory."""
+    wanted = {"kind": kind, "field": field, "split": split, "max_documents": max_documents}
+    corpus = Corpus({"source": sources if len(sources) > 1 else sources[0], **wanted})
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    model = load_model(folder, device, torch_dtype(dtype))
+    tokenizer = load_tokenizer_for(model, folder, tokenizer_name)
+    piece_length = default_piece_length(model.config.chunk_size) if piece_length is None else piece_length
+    started = time.perf_counter()
+    with ProgressBar(corpus.total_bytes if max_tokens is None else None) as bar:
+        report = evaluate_perplexity(model, tokenizer, corpus.documents(), piece_length, max_tokens, bar.update)
+    seconds = time.perf_counter() - started
+    settings = {
+        "model": str(folder),
+        "sources": sources,
+        "tokenizer": tokenizer.name,
+        "piece_length": piece_length,
+        "max_tokens": max_tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "machine": platform.node(),
+        "versions": {"megalodon": megalodon.__version__, "torch": torch.__version__},
+        "seconds": seconds,
+        "tokens_per_second": report["overall"]["tokens"] / seconds,
+    }
+    print_report(report)
+    if output is not None:
+        write_text(output / "perplexity.json", json.dumps({"settings": settings, **report}, indent=1) + "\n")
+        write_file(output / "perplexity.png", lambda path: plot_by_position(report, path))
+        print(f"written: {output / 'perplexity.json'}, {output / 'perplexity.png'}")
+
+
+class ProgressBar:
+    """Progress on standard error, where that is a terminal: tokens, speed, loss so far, and time left if known."""
+
+    def __init__(self, total_bytes: int | None) -> None:
+        self.total = total_bytes
+        console = Console(stderr=True)
+        text = TextColumn("{task.description}")
+        columns = [text, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+        self.progress = Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
+        self.task = self.progress.add_task("", total=total_bytes)
+        self.started = time.perf_counter()
+
+    def __enter__(self) -> ProgressBar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def update(self, scored: Scored) -> None:
+        """Show how far it is."""
+        score = scored.score
+        speed = score.tokens / (time.perf_counter() - self.started)
+        name = Path(scored.name).name
+        loss = score.nats / score.tokens
+        text = f"document {scored.documents} ({name}) {score.tokens:,} tokens {speed:,.0f}/s loss {loss:.4f}"
+        total = self.total if score.bytes is not None else None
+        self.progress.update(self.task, description=text, completed=score.bytes or 0, total=total)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Tables for people, on standard output."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(_table("position", [(_range(entry), entry) for entry in report["by_position"]]))
+    documents = [(entry["name"], entry) for entry in report["documents"][:20]]
+    if len(report["documents"]) > len(documents):
+        documents.append((f"... {len(report['documents']) - len(documents)} more", {}))
+    overall = f"all {report['overall']['documents']} documents"
+    console.print(_table("document", [*documents, (overall, report["overall"])]))
+
+
+def _table(what: str, rows: list[tuple[str, dict[str, Any]]]) -> Table:
+    table = Table(what, box=None)
+    for heading in ("tokens", "loss", "perplexity", "bits/byte"):
+        table.add_column(heading, justify="right")
+    for name, entry in rows:
+        tokens = f"{entry['tokens']:,}" if entry else ""
+        numbers = (entry.get(key) for key in ("loss", "perplexity", "bits_per_byte"))
+        table.add_row(name, tokens, *("-" if number is None else f"{number:.4f}" for number in numbers))
+    return table
+
+
+def _range(entry: dict[str, Any]) -> str:
+    return f"{entry['from']:,} to {entry['to']:,}"

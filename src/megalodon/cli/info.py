@@ -1,0 +1,65 @@
+"""`megalodon info`: versions, hardware and the back ends in use; what a bug report needs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import typer
+
+import megalodon
+from megalodon import ops
+from megalodon.inference import choose_device
+from megalodon.ops.backend import cpu_multiplies_bfloat16
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
+def info() -> None:
+    """Show versions, hardware and the back ends in use."""
+    for name, value in facts():
+        print(f"{name:<26} {value}")
+
+
+def facts() -> list[tuple[str, str]]:
+    """What is shown, in order."""
+    device = choose_device()
+    rows = [
+        ("megalodon", megalodon.__version__),
+        ("torch", torch.__version__),
+        ("transformers", version("transformers")),
+        ("tokenizers", version("tokenizers")),
+        ("Python", platform.python_version()),
+        ("platform", platform.platform()),
+        ("CPU", f"{cpu_name()}, {os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads"),
+        ("CPU vector extensions", torch.backends.cpu.get_cpu_capability()),
+        ("CPU bfloat16 products", "in hardware" if cpu_multiplies_bfloat16() else "none: computed in float32"),
+        *((f"GPU {index}", gpu_name(index)) for index in range(torch.cuda.device_count())),
+        ("default device", str(device)),
+    ]
+    for operator, (chosen, available) in ops.backends(device).items():
+        rows.append((f"back end, {operator}", f"{chosen} (of {', '.join(available)})"))
+    forced = os.environ.get(ops.ENVIRONMENT_VARIABLE)
+    rows.append((ops.ENVIRONMENT_VARIABLE, f"{forced}, for every operator" if forced else "not set"))
+    return rows
+
+
+def cpu_name() -> str:
+    """The processor's name, from Linux's own list where there is one."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def gpu_name(index: int) -> str:
+    """Name, memory and compute capability of a GPU."""
+    properties = torch.cuda.get_device_properties(index)
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, {memory:.1f} GiB, compute capability {properties.major}.{properties.minor}"

@@ -75,6 +75,23 @@ def coefficients(p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, size
     )
 
 
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        ctx.inverse = tuple(dims.index(i) for i in range(len(dims)))
+        return x.permute(dims).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor):
+        return grad.permute(ctx.inverse).contiguous(), None
+
+
+def permute(x: Tensor, *dims: int) -> Tensor:
+    """`x.permute(dims)`, contiguous in both passes: batched products of strided matrices are many times slower."""
+    return _Permute.apply(x, dims)
+
+
 class _Scan(torch.autograd.Function):
     """States that enter each of n blocks, given what each block adds: `h[k + 1] = keep[k + 1] (decay h[k] + added[k])`."""
 
@@ -159,7 +176,7 @@ def _plain(
     count = -(-length // size)
     c = coefficients(p, q, gamma, omega, size)
     padded = F.pad(x, (0, 0, 0, count * size - length)) if length % size else x
-    u = padded.reshape(batch * count, size, dim).permute(2, 0, 1).contiguous()  # [D, B n, T]
+    u = permute(padded.reshape(batch * count, size, dim), 2, 0, 1)  # [D, B n, T]
     y, states = _blocks(u, c, batch, initial_state, None)
     rest = length - (count - 1) * size
     tail = u.view(dim, batch, count, size)[:, :, -1, :rest]
@@ -179,12 +196,13 @@ def _ragged(
     c = coefficients(p, q, gamma, omega, size)
     tokens = x.reshape(batch * length, dim)
     aligned = move_rows(tokens, blocks.source, blocks.target, batch * blocks.count * size)
-    u = aligned.view(batch * blocks.count, size, dim).permute(2, 0, 1).contiguous()
+    u = permute(aligned.view(batch * blocks.count, size, dim), 2, 0, 1)
     keep = (~blocks.fresh).t()[:, :, None, None].to(p.dtype)
     y, states = _blocks(u, c, batch, initial_state, keep)
     y = move_rows(y.reshape(-1, dim), blocks.target, blocks.source, batch * length)
 
-    tail = move_rows(tokens, blocks.tail_source, blocks.tail_target, batch * size).view(batch, size, dim).permute(2, 0, 1)
+    tail = move_rows(tokens, blocks.tail_source, blocks.tail_target, batch * size)
+    tail = permute(tail.view(batch, size, dim), 2, 0, 1)
     written = torch.view_as_complex((tail @ c.write).view(dim, batch, -1, 2)).transpose(0, 1)
     entering = states[blocks.tail, torch.arange(batch, device=x.device)]
     return y.view(batch, length, dim), written + c.powers[blocks.tail_length] * entering
@@ -197,16 +215,16 @@ def _blocks(
     dim, rows, size = u.shape
     count, components = rows // batch, c.powers.shape[-1]
     if count > 1:
-        added = torch.view_as_complex((u @ c.write).view(dim, batch, count, components, 2))
-        added = added.permute(2, 1, 0, 3).contiguous()
+        written = (u @ c.write).view(dim, batch, count, components, 2)
+        added = torch.view_as_complex(permute(written, 2, 1, 0, 3, 4))
     else:
         added = c.powers.new_zeros(1, batch, dim, components)
     states = scan(added, c.powers[size], _or_zeros(initial_state, u.view(batch, -1, dim), c.powers[0]), keep)
     y = torch.bmm(u, c.kernel)
     if count > 1 or initial_state is not None:
-        entering = torch.view_as_real(states).permute(2, 1, 0, 3, 4).reshape(dim, rows, 2 * components)
+        entering = permute(torch.view_as_real(states), 2, 1, 0, 3, 4).view(dim, rows, 2 * components)
         y = torch.baddbmm(y, entering, c.read)
-    return y.permute(1, 2, 0).contiguous(), states
+    return permute(y, 1, 2, 0), states
 
 
 def _or_zeros(initial_state: Tensor | None, x: Tensor, q: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""Random operator inputs and comparisons, shared by the operator tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude."""
+    if not expected.numel():
+        return 0.0
+    actual, expected = actual.detach(), expected.detach()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def cema_inputs(batch: int, length: int, dim: int, components: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Inputs of `cema` with gradients, |q| < 1."""
+    wide = dtype.to_complex()
+    phase = torch.rand(dim, components, dtype=dtype) * 6
+    q = torch.polar(torch.rand(dim, components, dtype=dtype) * 0.5 + 0.49, phase)
+    values = {
+        "x": torch.randn(batch, length, dim, dtype=dtype),
+        "p": torch.rand(dim, components, dtype=dtype),
+        "q": q,
+        "gamma": torch.randn(dim, components, dtype=wide),
+        "omega": torch.randn(dim, dtype=dtype),
+        "initial_state": torch.randn(batch, dim, components, dtype=wide),
+    }
+    return {name: value.requires_grad_() for name, value in values.items()}
+
+
+def segments(batch: int, length: int, longest: int) -> Tensor:
+    """Random documents of 1 to `longest` tokens."""
+    rows = []
+    for _ in range(batch):
+        sizes: list[int] = []
+        while sum(sizes) < length:
+            sizes.append(int(torch.randint(1, longest + 1, ())))
+        rows.append(torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[:length])
+    return torch.stack(rows)
+
+
+def gradients(outputs: tuple[Tensor, ...], inputs: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+    """Gradients of a random weighting of the outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(o.shape, dtype=o.dtype, generator=generator) for o in outputs]
+    found = torch.autograd.grad(outputs, list(inputs.values()), upstream, allow_unused=True)
+    return {name: torch.zeros_like(inputs[name]) if g is None else g for name, g in zip(inputs, found, strict=True)}

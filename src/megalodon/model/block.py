@@ -24,9 +24,7 @@ class MegalodonBlock(GradientCheckpointingLayer):
     def __init__(self, config: MegalodonConfig, layer: int) -> None:
         super().__init__()
         dim = config.model_dim
-        self.timestep_norm = TimestepNorm(
-            dim, config.norm_num_groups, config.norm_prior_count, config.norm_eps, config.norm_affine
-        )
+        self.timestep_norm = TimestepNorm(dim, config.norm_num_groups, config.norm_prior_count, config.norm_eps)
         self.cema = CEMA(dim, config.cema_ndim)
         self.memory_norm = RMSNorm(dim, config.norm_eps, config.norm_affine)
         self.attention = GatedChunkAttention(config)

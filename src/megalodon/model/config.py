@@ -90,7 +90,7 @@ class MegalodonConfig(PreTrainedConfig):
         chunk_size: C, tokens in an attention chunk.
         norm_num_groups: G, groups of TimestepNorm; divides model_dim. model_dim itself needs norm_prior_count > 1.
         norm_eps: added to variances and mean squares.
-        norm_affine: whether the norms have scales (and biases).
+        norm_affine: whether RMSNorm and LayerNorm have scales (and biases). TimestepNorm always has both.
         norm_prior_count: imagined tokens before the first; when positive, their mean and log-variance are parameters.
         rope_base: base of the rotary embedding's wavelengths.
         swiglu: gated feed-forward layer with three matrices in place of two.

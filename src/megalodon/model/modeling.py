@@ -135,7 +135,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(MegalodonBlock(config, i) for i in range(config.num_layers))
         self.final_norm = TimestepNorm(
-            config.model_dim, config.norm_num_groups, config.norm_prior_count, config.norm_eps, config.norm_affine
+            config.model_dim, config.norm_num_groups, config.norm_prior_count, config.norm_eps
         )
         self.embedding_scale = math.sqrt(config.model_dim) if config.scale_emb else 1.0
         self.gradient_checkpointing = False

@@ -186,9 +186,7 @@ class MegalodonState:
 
     is_compileable = False
 
-    def __init__(
-        self, layers: Sequence[LayerState], final: Moments, position: Tensor, dimensions: Dimensions
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerState], final: Moments, position: Tensor, dimensions: Dimensions) -> None:
         self.layers, self.final, self.position, self.dimensions = tuple(layers), final, position, dimensions
 
     # --- size and place -------------------------------------------------------------------------------------------
@@ -370,7 +368,9 @@ class MegalodonState:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
-                    raise ValueError(f"{path} is no saved state: its format is {header.get('format')!r}, not {FORMAT!r}")
+                    raise ValueError(
+                        f"{path} is no saved state: its format is {header.get('format')!r}, not {FORMAT!r}"
+                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from None

@@ -22,11 +22,11 @@ class Moments(NamedTuple):
 class TimestepNorm(nn.Module):
     """Parameters: `weight` (offset) and `bias` [D]; with a positive `prior_count` also `prior_mean`, `prior_logv` [G]."""
 
-    def __init__(self, dim: int, num_groups: int, prior_count: int, eps: float, affine: bool) -> None:
+    def __init__(self, dim: int, num_groups: int, prior_count: int, eps: float) -> None:
         super().__init__()
         self.num_groups, self.prior_count, self.eps = num_groups, prior_count, eps
-        self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
         if prior_count > 0:
             self.prior_mean = nn.Parameter(torch.zeros(num_groups))
             self.prior_logv = nn.Parameter(torch.zeros(num_groups))

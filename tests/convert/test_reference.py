@@ -70,6 +70,7 @@ def test_golden_gradients_round_trip(shared: Path) -> None:
     swiglu=st.booleans(),
     rescale_nffn=st.booleans(),
     share_emb=st.booleans(),
+    norm_affine=st.booleans(),
     norm_prior_count=st.sampled_from([0, 3]),
     num_heads=st.sampled_from([1, 2, 4]),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -52,13 +54,41 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without Transformers' progress bars and reports."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder of config, weights and tokenizer: `folder`, or `model` in it if it is a training run or checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model folder {folder}: give one that training, convert or save_pretrained wrote")
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise FileNotFoundError(f"{folder} holds no config.json: it is not a model folder")
+
+
 def load_model(
     folder: Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> MegalodonForCausalLM:
     """A model in evaluation mode.
 
     Args:
-        folder: what `save_pretrained` (or training, or `megalodon convert`) wrote.
+        folder: as for `model_folder`.
         device: None for the first GPU, or the CPU.
         dtype: None for that of the weights.
 
@@ -66,30 +96,29 @@ def load_model(
         FileNotFoundError: if the folder or its files are missing.
         ValueError: if weights are damaged, missing or of other shapes, or the dtype is float16.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder {folder}: give one that training, convert or save_pretrained wrote")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: it is not a model folder")
+    folder = model_folder(folder)
     where = choose_device(device) if device is None or isinstance(device, str) else device
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        loaded: Any = MegalodonForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
-        )
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged: {error}") from None
-    except StrictDataclassError as error:  # Transformers' wrapping of what is wrong
-        raise ValueError(f"{folder / 'config.json'} is not possible: {error.__cause__ or error}") from None
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    with quiet_transformers():
+        try:
+            loaded: Any = MegalodonForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, in one line
+                local_files_only=True,
+            )
+        except SafetensorError as error:
+            raise ValueError(f"the weights in {folder} are damaged: {error}") from None
+        except StrictDataclassError as error:  # Transformers' wrapping of what is wrong
+            raise ValueError(f"{folder / 'config.json'} is not possible: {error.__cause__ or error}") from None
     model: MegalodonForCausalLM
     model, report = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report[kind]:
-            first = min(map(str, report[kind]))
-            raise ValueError(f"the weights in {folder} do not fit its config: {kind.replace('_', ' ')}, {first} first")
+            first = min(key if isinstance(key, str) else key[0] for key in report[kind])
+            raise ValueError(
+                f"the weights in {folder} do not fit its config: {kind.replace('_', ' ')}, such as {first}"
+            )
     if model.dtype == torch.float16:
         raise ValueError(f"{folder} holds float16 weights; choose dtype bfloat16 or float32")
     return model.eval().to(where)
@@ -102,6 +131,7 @@ def load_tokenizer_for(model: MegalodonForCausalLM, folder: Path, name: str | No
         FileNotFoundError: if the folder holds none and no name is given.
         ValueError: if it has more ids than the model.
     """
+    folder = model_folder(folder)
     if name is None and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         raise FileNotFoundError(f"{folder} holds no tokenizer: name one with --tokenizer (bytes, a file or a folder)")
     tokenizer = load_tokenizer(name or folder)

@@ -33,7 +33,7 @@ def timestep_norm(
         m = u[:, t].mean(-1)
         s = u[:, t].var(-1, correction=0)
         n = count + 1
-        c1, c2 = (count / n).to(mean.dtype)[:, None], (1 / n).to(mean.dtype)[:, None]
+        c1, c2 = (count.to(mean.dtype) / n)[:, None], (1 / n.to(mean.dtype))[:, None]
         new_var = c1 * var + c2 * s + c1 * c2 * (m - mean) ** 2
         new_mean = c1 * mean + c2 * m
         y = (u[:, t] - new_mean[..., None]) / torch.sqrt(new_var + eps)[..., None]

@@ -125,7 +125,8 @@ def test_binary_input_is_refused(
 
 def test_bad_input_is_one_line_that_names_it(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no model folder" in refused(capsys, tmp_path / "missing", "x")
-    assert "config.json" in refused(capsys, tmp_path, "x")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused(capsys, tmp_path / "empty", "x")
     assert "no prompt" in refused(capsys, model)
     assert "no prompt" in refused(capsys, model, "")
     assert "--prompt-file" in refused(capsys, model, "x", "--prompt-file", "y")

@@ -13,7 +13,9 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def tokenizer(
-    source: Annotated[str, typer.Argument(help="stdlib, a file, a folder, a glob, or a dataset's name")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="stdlib, a file, a folder, a glob, or a dataset's name")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="a new folder for the tokenizer")],
     vocab_size: Annotated[
         int, typer.Option(help="ids at most: 256 bytes, the end of a document, the rest learned")
@@ -22,7 +24,7 @@ def tokenizer(
     kind: Annotated[str, typer.Option(help="auto, text, jsonl, parquet, huggingface or stdlib")] = "auto",
     field: Annotated[str, typer.Option(help="the field that holds the text in JSONL, Parquet and datasets")] = "text",
     name: Annotated[str | None, typer.Option(help="Hugging Face: the dataset's configuration")] = None,
-    split: Annotated[str | None, typer.Option(help="Hugging Face: the split [default: train]")] = None,
+    split: Annotated[str | None, typer.Option(help="Hugging Face: the split; train when not given")] = None,
     max_documents: Annotated[int | None, typer.Option(help="read only this many documents")] = None,
 ) -> None:
     """Train a byte-level BPE on SOURCE and save it in OUT. `data.tokenizer: OUT` in a training config uses it."""

@@ -9,7 +9,8 @@ A cache is a folder `<root>/tokens/<fingerprint>` with
 
 The fingerprint covers corpus, tokenizer and format, so a changed file makes a new cache. A document's ids end with the
 tokenizer's end-of-document id, where it has one. Folders appear complete or not at all; builders of the same cache wait
-for one another.
+for one another. Truncation and a changed index are noticed; token values carry no checksum, because reading all of a
+large corpus at every start would take minutes.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -134,21 +135,19 @@ class PackedRows:
     def stretches(self, step: int, row: int) -> list[Stretch]:
         block_size = max(1, self.stream.length // self.sequence_length)
         block, within = divmod(step * self.rows + row, block_size)
-        window = block * block_size + int(self._order(block, block_size)[within])
+        if self.stream.shuffle:
+            within = int(window_order(self.stream.seed, block, block_size)[within])
+        window = block * block_size + within
         return endless(0, self.stream.length, window * self.sequence_length, self.sequence_length)
 
     def continues(self, step: int, row: int, isolate: bool) -> bool:
         return False
 
-    def _order(self, block: int, size: int) -> np.ndarray:
-        if not self.stream.shuffle:
-            return np.arange(size)
-        orders: dict[int, np.ndarray] = self.__dict__.setdefault("_orders", {})
-        if block not in orders:
-            for old in [key for key in orders if abs(key - block) > 1]:
-                del orders[old]
-            orders[block] = np.random.default_rng([self.stream.seed, 1, block]).permutation(size)
-        return orders[block]
+
+@lru_cache(maxsize=KEPT_EPOCHS)
+def window_order(seed: int, block: int, size: int) -> np.ndarray:
+    """The order of a block's windows."""
+    return np.random.default_rng([seed, 1, block]).permutation(size)
 
 
 @dataclass(frozen=True)

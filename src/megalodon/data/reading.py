@@ -43,8 +43,8 @@ def read_text(stream: BinaryIO, name: str, piece_bytes: int = PIECE_BYTES) -> It
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{name}: not UTF-8 text at byte {position - held + error.start} ({error.reason}); "
-                "convert it first, for example with: iconv -f latin1 -t utf-8"
+                f"{name}: not UTF-8 text at byte {position - held + error.start} ({error.reason}): "
+                "leave binary files out, and convert text first, for example with: iconv -f latin1 -t utf-8"
             ) from None
         if text:
             yield text

@@ -98,7 +98,8 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder(ABC):
-    """Text from ids that arrive one after another. The texts given out, `flush` included, add up to `decode` of all."""
+    """Text from ids that arrive one after another. The texts given out, `flush` included, add up to `decode` of all
+    (where all ends inside a character, some tokenizers' own `decode` loses more than that character)."""
 
     @abstractmethod
     def feed(self, ids: int | TokenIds) -> str:

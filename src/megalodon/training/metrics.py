@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -19,12 +20,23 @@ class JsonLines:
     def __init__(self, path: Path, step: int) -> None:
         kept = [record for record in read_lines(path) if record["step"] <= step] if path.exists() else []
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        # Unbuffered, so that closing has nothing left to write when the disk is full.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it is in the file, if not yet on the disk, when this returns."""
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Append one record; it is in the file, if not yet on the disk, when this returns.
+
+        Raises:
+            OSError: naming the file, if the disk is full or refuses; resuming removes what may be half a line.
+        """
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if written != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def sync(self) -> None:
         """Return once all the records are on the disk."""

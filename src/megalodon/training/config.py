@@ -1,0 +1,121 @@
+"""The whole description of a training run: the sections of its YAML file, their defaults, and what contradicts what."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator
+
+from megalodon.training.checkpoint import ResumeMode
+from megalodon.training.data_section import DataSection
+from megalodon.training.model_section import ModelSection, model_problems
+from megalodon.training.optimizer import OptimizerConfig, optimizer_problems
+from megalodon.training.schedule import ScheduleConfig, schedule_problems
+from megalodon.training.section import CHANGEABLE, Section, changeable
+
+
+class RunConfig(Section):
+    """Where the run is kept, how long it is, and how a step is computed."""
+
+    folder: str | None = changeable(None, description="the run's folder; null: runs/ and the config file's name")
+    steps: int = Field(1000, ge=1, description="updates of the weights")
+    seed: int = Field(0, ge=0)
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, weights in float32")
+    device: str = changeable("auto", description="auto: the GPU if there is one; or cpu, cuda, cuda:1, mps")
+    accumulation_steps: int = Field(1, ge=1, description="parts in which a step's batch is computed, to save memory")
+    gradient_checkpointing: bool = changeable(False, description="compute blocks twice, to save memory")
+    compile: bool = changeable(False, description="torch.compile the model")
+    log_every: int = changeable(1, ge=1, description="steps between lines of metrics.jsonl")
+    resume: ResumeMode = changeable(
+        "auto", description="previous: pass over damaged checkpoints; never: refuse old ones"
+    )
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_float16(cls, value: Any) -> Any:
+        if value in ("float16", "fp16", "half"):
+            raise ValueError(f"{value} has too little range for Megalodon's memory: use bfloat16 or float32")
+        return value
+
+
+class CheckpointConfig(Section):
+    """When to save, and what to keep."""
+
+    every: int = changeable(500, ge=1, description="steps between checkpoints; the last step always has one")
+    keep: int = changeable(2, ge=1, description="how many of the latest to keep")
+    keep_best: bool = changeable(False, description="also keep the one with the lowest held-out loss")
+
+
+class EvaluationConfig(Section):
+    """Periodic loss on held-out documents."""
+
+    every: int | None = changeable(500, ge=1, description="steps between measurements; null: never")
+    max_tokens: int | None = changeable(1_000_000, ge=1, description="measure on the first so many; null: on all")
+
+
+class SamplingConfig(Section):
+    """Periodic continuations of a prompt, to read."""
+
+    every: int | None = changeable(None, ge=1, description="steps between samples; null: never")
+    prompt: str = changeable("\n", min_length=1)
+    max_new_tokens: int = changeable(200, ge=1)
+    temperature: float = changeable(0.8, ge=0, description="0: always the likeliest token")
+    top_p: float = changeable(0.95, gt=0, le=1)
+
+
+class TrainConfig(Section):
+    """All of it. Every key has a default but those that must be chosen."""
+
+    model: ModelSection = Field(default_factory=ModelSection)
+    tokenizer: str | None = Field(None, description="see load_tokenizer; null: that of model.init_from, else bytes")
+    data: DataSection = Field(default_factory=DataSection)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+
+
+def contradictions(config: TrainConfig) -> list[str]:
+    """What is wrong with the values taken together, one sentence each, naming the key; empty when all is well."""
+    problems = [
+        *model_problems(config.model),
+        *optimizer_problems(config.optimizer),
+        *schedule_problems(config.schedule, config.run.steps),
+    ]
+    if config.data.batch_size % config.run.accumulation_steps:
+        problems.append(
+            f"run.accumulation_steps: {config.run.accumulation_steps} must divide data.batch_size "
+            f"({config.data.batch_size}), the rows of a step"
+        )
+    every = config.evaluation.every
+    if config.checkpoint.keep_best and every is None:
+        problems.append("checkpoint.keep_best: needs held-out losses; set evaluation.every")
+    elif config.checkpoint.keep_best and every is not None and config.checkpoint.every % every:
+        problems.append(
+            f"checkpoint.keep_best: checkpoint.every ({config.checkpoint.every}) must be a multiple of "
+            f"evaluation.every ({every}), so that each checkpoint has a held-out loss"
+        )
+    return problems
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """What a resumed run must not change but does: `optimizer.learning_rate: 0.001 before, 0.002 now`, by key."""
+    found = _differences(old, new, ())
+    if new.schedule.kind == "constant":  # the length of the run then has no part in any step
+        found = [difference for difference in found if not difference.startswith("run.steps:")]
+    return found
+
+
+def _differences(old: BaseModel, new: BaseModel, path: tuple[str, ...]) -> list[str]:
+    found = []
+    for name, field in type(old).model_fields.items():
+        before, now = getattr(old, name), getattr(new, name)
+        if isinstance(before, BaseModel) and type(before) is type(now):
+            found += _differences(before, now, (*path, name))
+        elif before != now and not (
+            isinstance(field.json_schema_extra, dict) and CHANGEABLE in field.json_schema_extra
+        ):
+            found.append(f"{'.'.join((*path, name))}: {before!r} before, {now!r} now")
+    return found

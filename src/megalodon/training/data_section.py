@@ -1,0 +1,25 @@
+"""The `data` section of a training config: which text, what is held out, and how it is cut into batches."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megalodon.data import CorpusConfig, HeldOutConfig
+from megalodon.training.section import Section, changeable
+
+
+class DataSection(Section):
+    """Text to batches of `batch_size` rows of `sequence_length` tokens, one for every step."""
+
+    corpus: CorpusConfig = Field(default_factory=lambda: CorpusConfig(source="stdlib"))
+    held_out: HeldOutConfig = Field(default_factory=HeldOutConfig)
+    mode: Literal["packed", "streamed"] = Field(
+        "streamed", description="streamed: each row reads on from step to step with its state; packed: rows stand alone"
+    )
+    isolate: bool = Field(True, description="documents in a row do not see each other; false: a row is one text")
+    shuffle: bool = Field(True, description="order the documents anew in every epoch; false: as the corpus has them")
+    sequence_length: int = Field(512, ge=1, description="tokens in a row of a step")
+    batch_size: int = Field(8, ge=1, description="rows in a step, over all its accumulation_steps")
+    cache_folder: str | None = changeable(None, description="of tokenised text; null: MEGALODON_CACHE or ~/.cache")

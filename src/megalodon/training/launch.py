@@ -1,0 +1,200 @@
+"""From a checked config to a run: what there is to do before the first step, in the order that finds mistakes early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from megalodon import MegalodonConfig
+from megalodon.data import Batch, DocumentSet, Loader, Tokenizer, held_out_batches, load_tokenizer, prepare_documents
+from megalodon.inference import choose_device
+from megalodon.inference.loading import model_folder
+from megalodon.training.checkpoint import CheckpointError, choose_checkpoint, list_checkpoints
+from megalodon.training.config import TrainConfig, differences
+from megalodon.training.config_file import config_text, load_config
+from megalodon.training.files import write_text
+from megalodon.training.interrupt import StopRequest
+from megalodon.training.model_section import build_model, resolve_model, resolved_section
+from megalodon.training.optimizer import build_optimizer
+from megalodon.training.progress import Display, make_display
+from megalodon.training.records import Records
+from megalodon.training.run_folder import RunFolder
+from megalodon.training.snapshot import seed_everything
+from megalodon.training.throughput import MATRIX_SIZE, measure_peak_flops, training_flops_per_token
+from megalodon.training.trainer import Parts, Trainer
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config with nothing left open, and what was needed to know."""
+
+    config: TrainConfig
+    model_config: MegalodonConfig
+    tokenizer: Tokenizer
+
+
+def resolve(config: TrainConfig, name: str) -> Resolved:
+    """Fill in what a config leaves to others: the tokenizer, the model's every field, the run's folder.
+
+    Args:
+        name: of the run's folder under runs/, where none is given.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the key, if tokenizer and model are not there or do not fit each other.
+    """
+    spec = config.tokenizer
+    if spec is None:
+        spec = "bytes" if config.model.init_from is None else str(model_folder(Path(config.model.init_from)))
+    tokenizer = load_tokenizer(spec)
+    model_config = resolve_model(config.model, tokenizer)
+    changes = {
+        "model": resolved_section(config.model, model_config),
+        "tokenizer": spec,
+        "run": config.run.model_copy(update={"folder": config.run.folder or f"runs/{name}"}),
+    }
+    return Resolved(config.model_copy(update=changes), model_config, tokenizer)
+
+
+def train(resolved: Resolved, display: Display | None = None, rank: int = 0, world_size: int = 1) -> StopRequest:
+    """Train as the config says, from the start or from where the run's folder stands.
+
+    Returns:
+        The request that stopped the run; false if it reached its last step.
+
+    Raises:
+        ValueError, OSError: before any work, if something does not fit; or as `Trainer.train`.
+        DivergedError: as `Trainer.train`.
+    """
+    config = resolved.config
+    assert config.run.folder is not None
+    folder = RunFolder(Path(config.run.folder).expanduser())
+    display = display or make_display(config.run.steps)
+    device = choose_device(None if config.run.device == "auto" else config.run.device)
+    lock = folder.open()
+    try:
+        checkpoint = _find_checkpoint(config, folder)
+        documents = _prepare(config, resolved.tokenizer, display)
+        parts = build_parts(resolved, documents, device, rank, world_size)
+        trainer = Trainer(config, folder, parts, display, partial(Records, folder))
+        display.say(_introduction(resolved, parts, folder))
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+            display.say(f"resuming from {checkpoint}")
+        write_text(folder.config, config_text(config))
+        with display, StopRequest(display.say) as stop:
+            trainer.train(stop)
+        return stop
+    finally:
+        lock.release()
+
+
+def _find_checkpoint(config: TrainConfig, folder: RunFolder) -> Path | None:
+    """The checkpoint to go on from, of this config; None to start.
+
+    Raises:
+        CheckpointError: if it is damaged, or made with a config that differs in what matters.
+        ValueError: if there is one and `run.resume` is never.
+    """
+    if config.run.resume == "never" and list_checkpoints(folder.checkpoints):
+        raise ValueError(
+            f"run.resume: never, but {folder.path} holds checkpoints of an earlier run; name another run.folder, or "
+            "continue it with run.resume=auto"
+        )
+    checkpoint = choose_checkpoint(folder.checkpoints, config.run.resume)
+    if checkpoint is None:
+        return None
+    changed = differences(load_config(checkpoint / "config.yaml"), config)
+    if changed:
+        listed = "".join(f"\n  {change}" for change in changed)
+        raise CheckpointError(
+            f"{checkpoint} was made with another config:{listed}\nGo on with {folder.config}, "
+            f"or start anew in another run.folder (with model.init_from={checkpoint} to keep the weights)"
+        )
+    return checkpoint
+
+
+def _prepare(config: TrainConfig, tokenizer: Tokenizer, display: Display) -> tuple[DocumentSet, DocumentSet]:
+    """Training and held-out documents."""
+    data = config.data
+    training, held_out = prepare_documents(
+        data.corpus, data.held_out, tokenizer, data.sequence_length, config.run.seed, data.cache_folder
+    )
+    display.say(
+        f"text: {len(training):,} documents with {training.num_tokens:,} tokens to train on, "
+        f"{len(held_out):,} with {held_out.num_tokens:,} held out"
+    )
+    return training, held_out
+
+
+def build_parts(
+    resolved: Resolved,
+    documents: tuple[DocumentSet, DocumentSet],
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Parts:
+    """Loader, model and optimiser of a config, seeded."""
+    config, data = resolved.config, resolved.config.data
+    loader = Loader(
+        documents[0],
+        mode=data.mode,
+        batch_size=data.batch_size,
+        sequence_length=data.sequence_length,
+        seed=config.run.seed,
+        isolate=data.isolate,
+        shuffle=data.shuffle,
+        rank=rank,
+        world_size=world_size,
+    )
+    seed_everything(config.run.seed)
+    model = build_model(config.model, resolved.model_config).to(device)
+    if config.run.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.run.compile:
+        model.compile()
+    dtype = torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32
+    return Parts(
+        model=model,
+        optimizer=build_optimizer(model, config.optimizer),
+        tokenizer=resolved.tokenizer,
+        loader=loader,
+        heldout=_held_out(config, documents[1], rank, world_size),
+        flops_per_token=training_flops_per_token(model, resolved.model_config, data.sequence_length),
+        peak_flops=measure_peak_flops(device, dtype),
+        device=device,
+    )
+
+
+def _held_out(config: TrainConfig, documents: DocumentSet, rank: int, world_size: int) -> Callable[[], Iterator[Batch]]:
+    """Gives the held-out batches anew at each call: `evaluation.max_tokens` of them, rounded up to whole batches."""
+    data = config.data
+    limit = config.evaluation.max_tokens
+    batches = None if limit is None else -(-limit // (data.batch_size * data.sequence_length))
+
+    def read() -> Iterator[Batch]:
+        everything = held_out_batches(
+            documents,
+            batch_size=data.batch_size,
+            sequence_length=data.sequence_length,
+            isolate=data.isolate,
+            rank=rank,
+            world_size=world_size,
+        )
+        return islice(everything, batches)
+
+    return read
+
+
+def _introduction(resolved: Resolved, parts: Parts, folder: RunFolder) -> str:
+    run = resolved.config.run
+    return (
+        f"model: {parts.model.num_parameters():,} parameters on {parts.device}, {run.precision}\n"
+        f"peak: {parts.peak_flops / 1e9:,.0f} GFLOP/s, measured with {run.precision} matrix products of {MATRIX_SIZE}; "
+        f"a token's training takes {parts.flops_per_token / 1e9:.3g} GFLOP\n"
+        f"run: {run.steps:,} steps, kept in {folder.path}"
+    )

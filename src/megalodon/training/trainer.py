@@ -1,0 +1,230 @@
+"""The loop of a run: step, measure, sample, record, save; stop when asked, and on a loss that is not finite."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from megalodon.data import Batch, Loader, Tokenizer
+from megalodon.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
+from megalodon.training.config import TrainConfig
+from megalodon.training.contents import TrainingState, checkpoint_bytes, read_contents, save_model, write_contents
+from megalodon.training.files import write_folder
+from megalodon.training.heldout import measure_heldout
+from megalodon.training.interrupt import StopRequest
+from megalodon.training.optimizer import set_learning_rate
+from megalodon.training.progress import Display, StepClock, StepReport
+from megalodon.training.records import Records
+from megalodon.training.run_folder import RunFolder
+from megalodon.training.samples import sample_text
+from megalodon.training.schedule import learning_rate_ratio
+from megalodon.training.step import NonFiniteError, StepResult, split_batch, train_step
+
+
+class DivergedError(ArithmeticError):
+    """Training met a loss or gradient that is not finite. Says where, and what there is to go back to."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer works with; made by `launch.py`, or by a caller that shards them first.
+
+    Attributes:
+        heldout: gives the held-out batches anew each time; called only where evaluation is on.
+        flops_per_token: of a training step; peak_flops: per second, of this machine.
+    """
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    tokenizer: Tokenizer
+    loader: Loader
+    heldout: Callable[[], Iterable[Batch]]
+    flops_per_token: float
+    peak_flops: float
+    device: torch.device
+
+
+class Trainer:
+    """A run over its parts. `open_records` opens what a run writes down as it goes, to go on after a step."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        parts: Parts,
+        display: Display,
+        open_records: Callable[[int], Records],
+    ) -> None:
+        self.config, self.folder, self.parts, self.display = config, folder, parts, display
+        self._open_records = open_records
+        self.state = TrainingState(states=[None] * config.run.accumulation_steps)
+        if config.evaluation.every is not None:
+            self.state.record = {"step": 0}  # where the held-out loss starts from
+        self._saved_step: int | None = None
+        self._heldout_loss: float | None = None  # of the present step, if it was measured
+        self._clock = StepClock()
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint that was verified.
+
+        Raises:
+            CheckpointError: if it is another model's.
+        """
+        state = read_contents(checkpoint, self.parts.model, self.parts.optimizer)
+        self.parts.loader.load_state_dict(state.loader)
+        if state.threads != torch.get_num_threads():
+            self.display.say(
+                f"note: the checkpoint was made with {state.threads} threads, there are {torch.get_num_threads()} now: "
+                "the last bits of the results may differ from an uninterrupted run's"
+            )
+        state.states = state.states or [None] * self.config.run.accumulation_steps
+        self.state = state
+        self._saved_step = state.step if state.record is None else None
+
+    def train(self, stop: StopRequest) -> bool:
+        """Run to the last step, or until `stop`. True if the last step was reached and the model written.
+
+        Raises:
+            DivergedError: at a loss or gradient norm that is not finite; nothing is saved over.
+            OSError: if something cannot be written; the checkpoints before are whole.
+        """
+        self.records = self._open_records(self.state.step)
+        try:
+            self.parts.model.train()
+            self._settle(stop)
+            while not stop and self.state.step < self.config.run.steps:
+                self._step()
+                self._settle(stop)
+                if stop or self._due(self.config.checkpoint.every):
+                    self._save()
+            if stop:
+                self._save()
+                return False
+            self._finish()
+            return True
+        finally:
+            self.records.close()
+
+    def _due(self, every: int | None) -> bool:
+        """Whether the present step is one of every `every`, or the last."""
+        step = self.state.step
+        return every is not None and (step % every == 0 or step == self.config.run.steps)
+
+    def _step(self) -> None:
+        """Make one update and keep its numbers as the record."""
+        config, state = self.config, self.state
+        learning_rate = config.optimizer.learning_rate * learning_rate_ratio(
+            state.step, config.run.steps, config.schedule
+        )
+        set_learning_rate(self.parts.optimizer, learning_rate)
+        begin = time.perf_counter()
+        batch = next(self.parts.loader)
+        try:
+            result = train_step(
+                self.parts.model,
+                self.parts.optimizer,
+                split_batch(batch, config.run.accumulation_steps),
+                state.states,
+                max_grad_norm=config.optimizer.max_grad_norm,
+                device=self.parts.device,
+                precision=config.run.precision,
+            )
+        except NonFiniteError as error:
+            raise DivergedError(self._divergence(error, batch)) from error
+        seconds = time.perf_counter() - begin
+        state.step += 1
+        state.tokens += batch.input_ids.numel()
+        state.seconds += seconds
+        state.states = result.states
+        state.record = self._record(result, learning_rate, batch.input_ids.numel(), self._clock.tick(seconds))
+
+    def _record(self, result: StepResult, learning_rate: float, tokens: int, seconds: float) -> dict[str, Any]:
+        state = self.state
+        speed = tokens / seconds
+        utilisation = speed * self.parts.flops_per_token / self.parts.peak_flops
+        left = (self.config.run.steps - state.step) * seconds
+        self.display.show(StepReport(state.step, result.loss, speed, utilisation, left))
+        return {
+            "step": state.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": learning_rate,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 3),
+            "tokens_per_second": round(speed, 1),
+            "flop_utilisation": round(utilisation, 4),
+        }
+
+    def _settle(self, stop: StopRequest) -> None:
+        """Measure and sample where the present step is due for it, and write its record.
+
+        A signal during the measurement leaves the record for the process that goes on.
+        """
+        record = self.state.record
+        if record is None:
+            return
+        if self._due(self.config.evaluation.every):
+            measured = measure_heldout(
+                self.parts.model,
+                self.parts.heldout(),
+                device=self.parts.device,
+                precision=self.config.run.precision,
+                stop=lambda: bool(stop),
+            )
+            if measured is None:
+                return
+            record["heldout_loss"] = measured.loss
+            if measured.bits_per_byte is not None:
+                record["heldout_bits_per_byte"] = measured.bits_per_byte
+            self.display.say(f"step {self.state.step}: held-out {measured}")
+        if self.state.step and self._due(self.config.sampling.every):
+            prompt = self.config.sampling.prompt
+            text = sample_text(self.parts.model, self.parts.tokenizer, self.config.sampling)
+            self.records.sample(self.state.step, prompt, text)
+            shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in prompt + text)
+            self.display.say(f"step {self.state.step}: sample\n{shown}")
+        if self._due(self.config.run.log_every) or "heldout_loss" in record:
+            self.records.metrics(record)
+        self._heldout_loss = record.get("heldout_loss")
+        self.state.record = None
+
+    def _save(self) -> None:
+        """Save the present step, unless it is saved; then prune, and draw the plot."""
+        state, parts, settings = self.state, self.parts, self.config.checkpoint
+        if self._saved_step == state.step:
+            return
+        self.records.sync()
+        state.loader = parts.loader.state_dict()
+        state.threads = torch.get_num_threads()
+        if self._heldout_loss is not None and (state.best_loss is None or self._heldout_loss < state.best_loss):
+            state.best_loss, state.best_step = self._heldout_loss, state.step
+        save_checkpoint(
+            self.folder.checkpoints,
+            state.step,
+            checkpoint_bytes(parts.model, parts.optimizer, state.states),
+            lambda folder: write_contents(folder, self.config, parts.model, parts.optimizer, parts.tokenizer, state),
+        )
+        self._saved_step = state.step
+        best = {state.best_step} if settings.keep_best and state.best_step is not None else set()
+        prune_checkpoints(self.folder.checkpoints, settings.keep, best)
+        self.records.plot()
+
+    def _finish(self) -> None:
+        """Save the last step, and the model for use."""
+        self._save()
+        write_folder(self.folder.model, lambda folder: save_model(folder, self.parts.model, self.parts.tokenizer))
+
+    def _divergence(self, error: NonFiniteError, batch: Batch) -> str:
+        good = list_checkpoints(self.folder.checkpoints)
+        back = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        origins = "\n".join(f"  {origin}" for origin in batch.origins)
+        return (
+            f"stopped at step {self.state.step + 1}: {error}. Nothing was changed by this step or saved after it; "
+            f"{back}. The batch was\n{origins}"
+        )

@@ -14,7 +14,9 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def cema_inputs(batch: int, length: int, dim: int, components: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def cema_inputs(
+    batch: int, length: int, dim: int, components: int, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
     """Inputs of `cema` with gradients, |q| < 1."""
     wide = dtype.to_complex()
     phase = torch.rand(dim, components, dtype=dtype) * 6

@@ -82,7 +82,9 @@ def test_statistics_take_the_dtype_of_the_mean() -> None:
     y, _, mean, _ = timestep_norm(x, None, None, GROUPS)
     assert (y.dtype, mean.dtype) == (torch.bfloat16, torch.float32)
     wide = torch.zeros(1, GROUPS, dtype=torch.float64)
-    assert timestep_norm(x, None, None, GROUPS, torch.zeros(1, dtype=torch.long), wide, wide + 1)[2].dtype == torch.float64
+    assert (
+        timestep_norm(x, None, None, GROUPS, torch.zeros(1, dtype=torch.long), wide, wide + 1)[2].dtype == torch.float64
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The `megalodon` command. One file per command: parse, call, print. Commands are listed here and imported when called."""
+"""The `megalodon` command. One file per command: parse, call, print. Commands are listed here and imported when
+called.
+"""
 
 from __future__ import annotations
 

@@ -350,7 +350,7 @@ class MegalodonState:
         os.close(handle)
         try:
             save_file(tensors, temporary, header)
-            with open(temporary, "rb") as file:
+            with Path(temporary).open("rb") as file:
                 os.fsync(file.fileno())
             Path(temporary).replace(path)
         finally:

@@ -20,7 +20,9 @@ class Moments(NamedTuple):
 
 
 class TimestepNorm(nn.Module):
-    """Parameters: `weight` (offset) and `bias` [D]; with a positive `prior_count` also `prior_mean`, `prior_logv` [G]."""
+    """Parameters: `weight` (offset) and `bias` [D]; with a positive `prior_count` also `prior_mean`, `prior_logv`
+    [G].
+    """
 
     def __init__(self, dim: int, num_groups: int, prior_count: int, eps: float) -> None:
         super().__init__()

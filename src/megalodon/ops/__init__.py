@@ -1,4 +1,4 @@
-"""The mathematics: Megalodon's operators, sequence-first, each with a definition and fast forms that are tested against it."""
+"""The mathematics: sequence-first operators, each with a definition and fast forms that are tested against it."""
 
 from __future__ import annotations
 

@@ -34,13 +34,15 @@ def choose(implementations: Implementations, backend: str | None, device: torch.
     if name is None:
         source, name = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or default_backend(device)
     if name not in implementations:
-        raise ValueError(f"{source}={name!r} is not a back end of this operator: choose from {', '.join(implementations)}")
+        raise ValueError(
+            f"{source}={name!r} is not a back end of this operator: choose from {', '.join(implementations)}"
+        )
     return implementations[name]
 
 
 @cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 matrix instructions; without them PyTorch emulates at a few per cent of the speed."""
+    """Whether this CPU has bfloat16 matrix instructions; PyTorch emulates them at a few per cent of the speed."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

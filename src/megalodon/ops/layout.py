@@ -1,8 +1,9 @@
 """Where the tokens of a batch stand: in their document, in their chunk, in their row.
 
-A `Layout` is made once per forward pass and shared by every layer. Most batches are *plain*: every row is full and is one
-document, and nothing here costs anything. Batches with packed documents, padding, or rows at different points of their
-chunks are *ragged*. The operators compute on dense tiles, so for a ragged batch the layout says where each token goes:
+A `Layout` is made once per forward pass and shared by every layer. Most batches are *plain*: every row is full and is
+one document, and nothing here costs anything. Batches with packed documents, padding, or rows at different points of
+their chunks are *ragged*. The operators compute on dense tiles, so for a ragged batch the layout says where each token
+goes:
 
 - `blocks(T)`: documents aligned to blocks of T tokens, for CEMA, whose state starts afresh at a block's start;
 - `bins`: spans (one chunk of one document) packed into rectangles, for attention, masked by where a span begins.
@@ -152,7 +153,9 @@ class Layout:
 
     @cached_property
     def fits_open_chunk(self) -> bool:
-        """No row starts a document or goes past the end of its open chunk: all it sees is cache and tokens, in order."""
+        """No row starts a document or goes past the end of its open chunk: all it sees is cache and tokens, in
+        order.
+        """
         assert self.chunk_size is not None
         return self.starts is None and bool((self.offsets + self.lengths <= self.chunk_size).all())
 

@@ -35,11 +35,11 @@ def cema(
         gamma: complex [D, N]; output weights, 1/sqrt(N) included.
         omega: real [D]; weight of the residual `omega x`. [D, 1] is accepted.
         initial_state: complex [B, D, N]; the state before the first token. None: zero.
-        segment_ids: int [B, L]; a change along L starts a document with a zero state. The row's first document continues
-            `initial_state`.
+        segment_ids: int [B, L]; a change along L starts a document with a zero state. The row's first document
+            continues `initial_state`.
         backend: "reference" or "blocked"; None chooses (see `megalodon.ops.backend`).
-        layout: the batch's layout, in place of `segment_ids`, where it is already known. Tokens beyond its `lengths` give
-            zero and leave the state alone.
+        layout: the batch's layout, in place of `segment_ids`, where it is already known. Tokens beyond its `lengths`
+            give zero and leave the state alone.
 
     Returns:
         (y [B, L, D] in the dtype of x, the state after each row's last token: complex [B, D, N]).
@@ -56,7 +56,9 @@ def cema(
         raise ValueError(f"p is {p.dtype} of shape {tuple(p.shape)}: it must be real [D, N] with D = {dim}")
     for name, value in (("q", q), ("gamma", gamma)):
         if value.shape != p.shape or not value.is_complex():
-            raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}: it must be complex {tuple(p.shape)}")
+            raise ValueError(
+                f"{name} is {value.dtype} of shape {tuple(value.shape)}: it must be complex {tuple(p.shape)}"
+            )
     if omega is not None and omega.shape != (dim,):
         raise ValueError(f"omega has {omega.numel()} values: it must have D = {dim}")
     if initial_state is not None and (initial_state.shape != (batch, *p.shape) or not initial_state.is_complex()):

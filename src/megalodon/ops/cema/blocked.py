@@ -5,8 +5,8 @@ The coefficients do not depend on the input, so a block of T tokens x and the st
     y     = x K + Re(g q^(t+1) . h)        K[s, t] = Re(sum_j g_j p_j q_j^(t-s)) for s <= t: Toeplitz, T x T per channel
     h_out = q^T h + sum_s p q^(T-1-s) x_s
 
-All blocks of all rows are multiplied at once, channel by channel; only `h` runs from block to block. Complex numbers are
-laid out as pairs of reals, so that every product is a real matrix product.
+All blocks of all rows are multiplied at once, channel by channel; only `h` runs from block to block. Complex numbers
+are laid out as pairs of reals, so that every product is a real matrix product.
 """
 
 from __future__ import annotations
@@ -51,28 +51,66 @@ def powers_of(q: Tensor, n: int) -> Tensor:
 
 
 def toeplitz(k: Tensor) -> Tensor:
-    """[D, T] -> [D, T, T] with `out[:, s, t] = k[:, t - s]` for s <= t, else 0: rows of 2T read with a stride of 2T - 1."""
+    """[D, T] -> [D, T, T]: `out[:, s, t] = k[:, t - s]` for s <= t, else 0: rows of 2T read 2T - 1 apart."""
     dim, size = k.shape
     rows = F.pad(k, (0, size))[:, None].expand(dim, size, 2 * size).reshape(dim, -1)
-    return rows[:, : size * (2 * size - 1)].view(dim, size, 2 * size - 1)[:, :, :size]
+    return rows[:, : size * (2 * size - 1)].view(dim, size, 2 * size - 1)[:, :, :size].contiguous()
+
+
+def diagonal_sums(kernel: Tensor) -> Tensor:
+    """[D, T, T] -> [D, T]: `out[:, j] = sum_s kernel[:, s, s + j]`, the adjoint of `toeplitz`."""
+    dim, size, _ = kernel.shape
+    rows = kernel.new_zeros(dim, size * 2 * size)
+    rows[:, : size * (2 * size - 1)].view(dim, size, 2 * size - 1)[:, :, :size] = kernel
+    return rows.view(dim, size, 2 * size)[:, :, :size].sum(1)
+
+
+class _Coefficients(torch.autograd.Function):
+    """(kernel, read, write, powers), differentiated by hand: autograd's way costs as much as the blocks."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, size: int):
+        dim, components = q.shape
+        powers = powers_of(q, size)
+        seen = gamma * powers  # [T + 1, D, N]
+        k = torch.einsum("tdn,dn->dt", seen.real[:size], p)
+        if omega is not None:
+            k[:, 0] += omega
+        read = torch.view_as_real(seen[1:].conj().resolve_conj())  # Re(g h) = Re(g) Re(h) - Im(g) Im(h)
+        write = torch.view_as_real(powers[:size].flip(0) * p)
+        ctx.save_for_backward(p, gamma, powers, seen)
+        ctx.with_omega = omega is not None
+        return (
+            toeplitz(k),
+            read.permute(1, 2, 3, 0).reshape(dim, 2 * components, size),
+            write.permute(1, 0, 2, 3).reshape(dim, size, 2 * components),
+            powers,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, d_kernel: Tensor, d_read: Tensor, d_write: Tensor, d_powers: Tensor):
+        p, gamma, powers, seen = ctx.saved_tensors
+        size, (dim, components) = len(powers) - 1, p.shape
+        d_k = diagonal_sums(d_kernel).t()[..., None]  # [T, D, 1]
+        d_seen = torch.zeros_like(seen)
+        d_seen[1:] = torch.view_as_complex(
+            d_read.view(dim, components, 2, size).permute(3, 0, 1, 2).contiguous()
+        ).conj()
+        d_seen[:size] += d_k * p
+        d_written = torch.view_as_complex(d_write.view(dim, size, components, 2)).transpose(0, 1).flip(0)
+        d_p = (d_k * seen.real[:size]).sum(0) + (powers[:size].conj() * d_written).real.sum(0)
+        d_powers = d_powers + gamma.conj() * d_seen
+        d_powers[:size] += p * d_written
+        d_gamma = (powers.conj() * d_seen).sum(0)
+        exponents = torch.arange(1, size + 1, dtype=p.dtype, device=p.device)[:, None, None]
+        d_q = (powers[:size].conj() * (exponents * d_powers[1:])).sum(0)
+        return d_p, d_q, d_gamma, d_k[0, :, 0] if ctx.with_omega else None, None
 
 
 def coefficients(p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, size: int) -> Coefficients:
     """The matrices of blocks of `size` tokens."""
-    dim, components = q.shape
-    powers = powers_of(q, size)
-    seen = gamma * powers  # [T + 1, D, N]
-    k = (seen.real[:size] * p).sum(-1).t()
-    if omega is not None:
-        k = torch.cat([k[:, :1] + omega[:, None], k[:, 1:]], dim=1)
-    read = torch.view_as_real(seen[1:].conj().resolve_conj())  # Re(g h) = Re(g) Re(h) - Im(g) Im(h)
-    write = torch.view_as_real(powers[:size].flip(0) * p)
-    return Coefficients(
-        kernel=toeplitz(k.contiguous()),
-        read=read.permute(1, 2, 3, 0).reshape(dim, 2 * components, size),
-        write=write.permute(1, 0, 2, 3).reshape(dim, size, 2 * components),
-        powers=powers,
-    )
+    return Coefficients(*_Coefficients.apply(p, q, gamma, omega, size))
 
 
 class _Permute(torch.autograd.Function):
@@ -93,7 +131,7 @@ def permute(x: Tensor, *dims: int) -> Tensor:
 
 
 class _Scan(torch.autograd.Function):
-    """States that enter each of n blocks, given what each block adds: `h[k + 1] = keep[k + 1] (decay h[k] + added[k])`."""
+    """States that enter each of n blocks: `h[k + 1] = keep[k + 1] (decay h[k] + added[k])`."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, added: Tensor, decay: Tensor, initial: Tensor, keep: Tensor | None) -> Tensor:
@@ -180,7 +218,8 @@ def _plain(
     y, states = _blocks(u, c, batch, initial_state, None)
     rest = length - (count - 1) * size
     tail = u.view(dim, batch, count, size)[:, :, -1, :rest]
-    written = torch.view_as_complex((tail @ c.write[:, size - rest :]).view(dim, batch, -1, 2)).transpose(0, 1)
+    write = c.write if rest == size else c.write[:, size - rest :]
+    written = torch.view_as_complex((tail @ write).view(dim, batch, -1, 2)).transpose(0, 1)
     last_state = torch.addcmul(written, c.powers[rest], states[-1])
     return y.view(batch, count * size, dim)[:, :length], last_state
 

@@ -1,4 +1,6 @@
-"""CEMA by its definition: one complex recurrence per channel and component, one token at a time. Any dtype, any device."""
+"""CEMA by its definition: one complex recurrence per channel and component, one token at a time. Any dtype, any
+device.
+"""
 
 from __future__ import annotations
 

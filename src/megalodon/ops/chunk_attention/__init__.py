@@ -33,7 +33,8 @@ def chunk_attention(
 ) -> Tensor:
     """Causal attention inside chunks of C tokens, counted from the start of each document.
 
-    Queries and keys come rotated (`megalodon.ops.rotate`); scores are not scaled. The softmax runs in float32 or better.
+    Queries and keys come rotated (`megalodon.ops.rotate`); scores are not scaled. The softmax runs in float32 or
+    better.
 
     Args:
         q, k: [B, L, H, d].
@@ -68,7 +69,9 @@ def chunk_attention(
     if prefix_k is not None and prefix_v is not None:
         for name, value, like in (("prefix_k", prefix_k, k), ("prefix_v", prefix_v, v)):
             if value.ndim != 4 or (value.shape[0], *value.shape[2:]) != (like.shape[0], *like.shape[2:]):
-                raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be like {tuple(like.shape)} but for L")
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}: it must be like {tuple(like.shape)} but for L"
+                )
         prefix = (prefix_k, prefix_v)
     if layout is None:
         positions = prefix_lengths

@@ -16,7 +16,9 @@ from megalodon.ops.layout import Layout, move_rows
 def chunk_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, layout: Layout, dropout: float, dropkey: bool
 ) -> Tensor:
-    """See `megalodon.ops.chunk_attention`; `prefix` holds [B, n, H, d] keys and values, row b's first offsets[b] valid."""
+    """See `megalodon.ops.chunk_attention`; `prefix` holds [B, n, H, d] keys and values, row b's first offsets[b]
+    valid.
+    """
     with torch.autocast(q.device.type, enabled=False):
         if q.shape[1] == 0 or q.shape[0] == 0:
             return v

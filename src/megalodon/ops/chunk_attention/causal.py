@@ -1,8 +1,8 @@
 """Causal attention over rectangles of keys: the dense core that chunk attention is arranged for.
 
-Queries are taken in strips of rows. A strip needs only the keys up to its last row, so a chunk costs little more than its
-causal half; scores exist for one strip at a time and are computed again in the backward pass, which costs little because
-keys are narrow and values wide (q, k have 256 dimensions where v has 2048).
+Queries are taken in strips of rows. A strip needs only the keys up to its last row, so a chunk costs little more than
+its causal half; scores exist for one strip at a time and are computed again in the backward pass, which costs little
+because keys are narrow and values wide (q, k have 256 dimensions where v has 2048).
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ STRIP = 128
 """Rows of queries computed together."""
 
 
-def visible(
-    rows: range, keys: int, offset: int | Tensor, first: Tensor | None, device: torch.device
-) -> Tensor | None:
+def visible(rows: range, keys: int, offset: int | Tensor, first: Tensor | None, device: torch.device) -> Tensor | None:
     """bool, True where query `i` of `rows` may see key `j` of `keys`: `first[i] <= j <= i + offset`. None: all.
 
     The mask covers the last `columns` keys of the strip, the only ones of which some are hidden: [rows, columns], or
@@ -42,7 +40,9 @@ def visible(
     return mask if mask.ndim == 4 else mask.expand(1, 1, -1, -1)
 
 
-def _strips(q: Tensor, k: Tensor, offset: int | Tensor, first: Tensor | None) -> Iterator[tuple[slice, int, Tensor | None]]:
+def _strips(
+    q: Tensor, k: Tensor, offset: int | Tensor, first: Tensor | None
+) -> Iterator[tuple[slice, int, Tensor | None]]:
     """(rows, number of keys they need, mask) of each strip."""
     queries, keys = q.shape[-2], k.shape[-2]
     for start in range(0, queries, STRIP):
@@ -62,7 +62,9 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None
+    ) -> Tensor:
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype, device=v.device)
         for rows, keys, mask in _strips(q, k, offset, first):
             weights = _weights(q[..., rows, :], k[..., :keys, :], mask)

@@ -12,7 +12,9 @@ from megalodon.ops.layout import Layout
 def chunk_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, layout: Layout, dropout: float, dropkey: bool
 ) -> Tensor:
-    """See `megalodon.ops.chunk_attention`; `prefix` holds [B, n, H, d] keys and values, row b's first offsets[b] valid."""
+    """See `megalodon.ops.chunk_attention`; `prefix` holds [B, n, H, d] keys and values, row b's first offsets[b]
+    valid.
+    """
     assert layout.chunk_size is not None
     wide = full_precision(q.dtype)
     out = torch.zeros_like(v)

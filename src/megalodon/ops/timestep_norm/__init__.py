@@ -1,4 +1,6 @@
-"""Group normalisation with statistics that accumulate along time (SPEC: TimestepNorm; arXiv 2404.08801, section 3.2)."""
+"""Group normalisation with statistics that accumulate along time (SPEC: TimestepNorm; arXiv 2404.08801, section
+3.2).
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,8 @@ def timestep_norm(
             raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {(dim,)}")
     if padding_mask is not None and (padding_mask.shape != (batch, length) or padding_mask.dtype != torch.bool):
         raise ValueError(
-            f"padding_mask is {padding_mask.dtype} of shape {tuple(padding_mask.shape)}: it must be bool {(batch, length)}"
+            f"padding_mask is {padding_mask.dtype} of shape {tuple(padding_mask.shape)}: "
+            f"it must be bool {(batch, length)}"
         )
     initial, prior = _initial(x, num_groups, count, mean, var, prior)
     if layout is None:
@@ -91,7 +94,11 @@ def _initial(
     if count is None or mean is None or var is None:
         fresh = torch.full((batch,), prior.count, dtype=torch.int64, device=x.device)
         return Statistics(fresh, prior.mean.expand(batch, groups), prior.var.expand(batch, groups)), prior
-    for name, value, shape in (("count", count, (batch,)), ("mean", mean, (batch, groups)), ("var", var, (batch, groups))):
+    for name, value, shape in (
+        ("count", count, (batch,)),
+        ("mean", mean, (batch, groups)),
+        ("var", var, (batch, groups)),
+    ):
         if value.shape != shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {shape}")
     real = torch.promote_types(mean.dtype, full_precision(x.dtype))

@@ -1,7 +1,7 @@
 """TimestepNorm for all tokens at once: cumulative sums of each token's moments, then one normalisation.
 
-With w_i = n_{i-1} / n_i, `n_t var_t = n_0 var_0 + sum_i s_i + sum_i w_i (m_i - mean_{i-1})^2`: every term is positive, so
-nothing cancels. The sums run over [B, L, G], a small part of the input, in float64 where the device has it.
+With w_i = n_{i-1} / n_i, `n_t var_t = n_0 var_0 + sum_i s_i + sum_i w_i (m_i - mean_{i-1})^2`: every term is positive,
+so nothing cancels. The sums run over [B, L, G], a small part of the input, in float64 where the device has it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def running_statistics(
     """
     wide = accumulator_dtype(m.device)
     m, s = m.to(wide), s.to(wide)
-    real = torch.ones(m.shape[:2], dtype=torch.int64, device=m.device) if padding_mask is None else (~padding_mask).long()
+    real = (
+        torch.ones(m.shape[:2], dtype=torch.int64, device=m.device) if padding_mask is None else (~padding_mask).long()
+    )
     count_0, mean_0, var_0 = initial.count[:, None], initial.mean[:, None].to(wide), initial.var[:, None].to(wide)
     if document_start is not None:
         first = (document_start == 0)[..., None]

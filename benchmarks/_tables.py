@@ -8,6 +8,7 @@ from typing import Any
 
 from _measure import Cell, Spread, gigabytes, paired_ratios, phase_seconds
 from _report import markdown_table
+from _workloads import DECODED_TOKENS
 
 # The phases of a call that the headline of each section counts.
 HEADLINE = {
@@ -50,7 +51,7 @@ class Row:
     cell: Cell
     tokens_per_second: Spread | None = None
     without_optimizer: Spread | None = None
-    milliseconds: Spread | None = None
+    milliseconds_per_token: Spread | None = None
     ours_over_this: Spread | None = None
     share_of_gemm: float | None = None
 
@@ -69,7 +70,7 @@ def _derive_cell(section: str, cell: Cell, ours: Cell | None, parameters: dict[s
         return Row(cell)
     phases = HEADLINE[section]
     seconds = [phase_seconds(sample, phases) for sample in cell.samples]
-    tokens = 1 if section == "decode" else cell.length
+    tokens = DECODED_TOKENS if section == "decode" else cell.length
     speed = Spread.of([tokens / s for s in seconds])
     training = section in ("train", "flatness")
     return Row(
@@ -78,10 +79,10 @@ def _derive_cell(section: str, cell: Cell, ours: Cell | None, parameters: dict[s
         without_optimizer=Spread.of([tokens / s.seconds["forward_backward"] for s in cell.samples])
         if training
         else None,
-        milliseconds=Spread.of([1e3 * s for s in seconds]),
-        ours_over_this=Spread.of(paired_ratios(cell.samples, ours.samples, phases))
-        if ours not in (None, cell)
-        else None,
+        milliseconds_per_token=Spread.of([1e3 * s / tokens for s in seconds]),
+        ours_over_this=None
+        if ours is None or ours is cell
+        else Spread.of(paired_ratios(cell.samples, ours.samples, phases)),
         share_of_gemm=6e-9 * parameters[cell.contestant] * speed.median / gemm_gflops if training else None,
     )
 
@@ -106,8 +107,8 @@ def targets(groups: Sequence[tuple[Group, list[Row]]], ours: str) -> list[dict[s
             judged.append(_judged(where, wanted, flat[0], flat[0] <= FLATNESS_TARGET))
         for row in rows:
             length, ratio = row.cell.length, row.ours_over_this
-            if group.section == "decode" and row.cell.contestant == ours and row.milliseconds:
-                ms = row.milliseconds.median
+            if group.section == "decode" and row.cell.contestant == ours and row.milliseconds_per_token:
+                ms = row.milliseconds_per_token.median
                 wanted = f"under {DECODE_TARGET_MS:g} ms at {length}"
                 judged.append(_judged(where, wanted, ms, ms < DECODE_TARGET_MS))
             for section, at, peer, least in RATIO_TARGETS:
@@ -124,24 +125,24 @@ def _judged(where: str, wanted: str, value: float, reached: bool) -> dict[str, A
 # Markdown ----------------------------------------------------------------------------------------------------------
 
 
-def group_table(group: Group, rows: Sequence[Row], ours: str) -> str:
+def group_table(group: Group, rows: Sequence[Row]) -> str:
     """One group as a table; cells without samples give their reason."""
     training = group.section in ("train", "flatness")
     header = ["length", "model ", "ms a token" if group.section == "decode" else "tokens/s", "min to max"]
     header += ["without AdamW", "of GEMM"] if group.section == "train" else []
     header += ["us a token", "of GEMM"] if group.section == "flatness" else []
     header += ["memory added"] + ([] if group.section == "flatness" else ["ours / this"])
-    body = [_table_row(group.section, row, len(header), training, ours) for row in rows]
+    body = [_table_row(group.section, row, len(header), training) for row in rows]
     return markdown_table(header, body)
 
 
-def _table_row(section: str, row: Row, columns: int, training: bool, ours: str) -> list[str]:
+def _table_row(section: str, row: Row, columns: int, training: bool) -> list[str]:
     cell = row.cell
     names = [str(cell.length), cell.contestant]
-    if row.tokens_per_second is None or row.milliseconds is None:
+    if row.tokens_per_second is None or row.milliseconds_per_token is None:
         return [*names, cell.reason, *[""] * (columns - 3)]
     decoding = section == "decode"
-    headline = row.milliseconds if decoding else row.tokens_per_second
+    headline = row.milliseconds_per_token if decoding else row.tokens_per_second
     number = "{:.2f}" if decoding else "{:.0f}"
     values = [number.format(headline.median), f"{number} to {number}".format(headline.minimum, headline.maximum)]
     if training and row.without_optimizer and row.share_of_gemm is not None:
@@ -153,7 +154,7 @@ def _table_row(section: str, row: Row, columns: int, training: bool, ours: str) 
     return [*names, *values]
 
 
-def section_parts(groups: Sequence[tuple[Group, list[Row]]], ours: str) -> list[str]:
+def section_parts(groups: Sequence[tuple[Group, list[Row]]]) -> list[str]:
     """The tables of all groups, one per section, precision and mode."""
     parts: list[str] = []
     merged: dict[tuple[str, str, str], list[Row]] = {}
@@ -161,7 +162,7 @@ def section_parts(groups: Sequence[tuple[Group, list[Row]]], ours: str) -> list[
         merged.setdefault((group.section, group.precision, group.mode), []).extend(rows)
     for (section, precision, mode), rows in merged.items():
         parts += [f"## {TITLES[section]}: {precision}{f', {mode}' if mode else ''}", ""]
-        parts += [group_table(Group(section, precision, mode, []), rows, ours), ""]
+        parts += [group_table(Group(section, precision, mode, []), rows), ""]
         if section == "flatness" and (flat := flatness(rows)):
             parts += [f"Dearest over cheapest token between {flat[1]} and {flat[2]} tokens: {flat[0]:.3f}.", ""]
     return parts

@@ -185,7 +185,7 @@ def report(
     if not result["settings"]["bf16"]:
         rates = (f"{result['machine'][key]:.0f}" for key in ("gemm_gflops_bf16", "gemm_gflops_float32"))
         notes += [f"bf16 was left out: matrix products run at {' GFLOP/s in it against '.join(rates)} in float32.", ""]
-    parts = [*models, *notes, *target_parts(judged), *section_parts(measured, OURS)]
+    parts = [*models, *notes, *target_parts(judged), *section_parts(measured)]
     page = document("Ours beside Llama and Mamba on one CPU", result, parts, quick)
     return save(result, page, folder, name)[1]
 

@@ -224,7 +224,7 @@ def test_a_skipped_peer_shows_its_reason_and_no_ratio() -> None:
     group.cells.append(measure.Cell("mamba", 512, "skipped", "skipped: would take 3 h a call"))
     rows = tables.derive(group, "megalodon", {}, 60.0)
     assert rows[1].ours_over_this is None
-    assert "skipped: would take 3 h a call" in tables.group_table(group, rows, "megalodon")
+    assert "skipped: would take 3 h a call" in tables.group_table(group, rows)
 
 
 def test_targets_are_judged_by_this_runs_ratios() -> None:
@@ -233,9 +233,10 @@ def test_targets_are_judged_by_this_runs_ratios() -> None:
     for group in (
         comparison_group("train", {"megalodon": [1.0], "llama": [1.5]}, length=512),
         comparison_group("train", {"megalodon": [1.0], "llama": [1.5]}, length=8192),
-        comparison_group("decode", {"megalodon": [0.004]}, length=16384),
+        comparison_group("decode", {"megalodon": [16 * 0.004]}, length=16384),
     ):
         groups.append((group, tables.derive(group, "megalodon", {"megalodon": 1, "llama": 1}, 60.0)))
+    assert groups[-1][1][0].milliseconds_per_token.median == pytest.approx(4.0)
     judged = [(t["wanted"], t["reached"]) for t in tables.targets(groups, "megalodon")]
     assert judged == [
         ("1 times llama's speed at 512", True),

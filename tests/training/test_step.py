@@ -177,7 +177,7 @@ def test_gradient_checkpointing_and_bfloat16_train():
     for precision, checkpointing in (("float32", False), ("float32", True), ("bfloat16", True)):
         model = make_model()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         optimizer = build_optimizer(model, OptimizerConfig())
         states, loader, losses[precision, checkpointing] = [None], make_loader(), []
         for _ in range(3):

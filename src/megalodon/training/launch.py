@@ -154,7 +154,8 @@ def build_parts(
     seed_everything(config.run.seed)
     model = build_model(config.model, resolved.model_config).to(device)
     if config.run.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # Transformers renames the method in 5.x and drops the old name in 6.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if config.run.compile:
         model.compile()
     dtype = torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32

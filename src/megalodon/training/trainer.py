@@ -51,7 +51,7 @@ class Parts:
 
 
 class Trainer:
-    """A run over its parts. `open_records` opens what a run writes down as it goes, to go on after a step."""
+    """A run over its parts. `open_records` opens what it writes down as it goes, to go on after a step (-1: anew)."""
 
     def __init__(
         self,
@@ -66,6 +66,7 @@ class Trainer:
         self.state = TrainingState(states=[None] * config.run.accumulation_steps)
         if config.evaluation.every is not None:
             self.state.record = {"step": 0}  # where the held-out loss starts from
+        self._recorded_step = -1  # the last step whose record was written
         self._saved_step: int | None = None
         self._heldout_loss: float | None = None  # of the present step, if it was measured
         self._clock = StepClock()
@@ -85,6 +86,7 @@ class Trainer:
             )
         state.states = state.states or [None] * self.config.run.accumulation_steps
         self.state = state
+        self._recorded_step = state.step if state.record is None else state.step - 1
         self._saved_step = state.step if state.record is None else None
 
     def train(self, stop: StopRequest) -> bool:
@@ -94,7 +96,7 @@ class Trainer:
             DivergedError: at a loss or gradient norm that is not finite; nothing is saved over.
             OSError: if something cannot be written; the checkpoints before are whole.
         """
-        self.records = self._open_records(self.state.step)
+        self.records = self._open_records(self._recorded_step)
         try:
             self.parts.model.train()
             self._settle(stop)

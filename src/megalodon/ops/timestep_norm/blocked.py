@@ -32,7 +32,10 @@ def timestep_norm(
     u = x.to(compute).view(batch, length, groups, dim // groups)
     m = u.mean(-1)
     s = (u - m[..., None]).square().mean(-1)
-    count, mean, var = running_statistics(m, s, initial, prior, padding_mask, document_start)
+    if length == 1 and padding_mask is None:
+        count, mean, var = one_step(m, s, initial)
+    else:
+        count, mean, var = running_statistics(m, s, initial, prior, padding_mask, document_start)
     scale = torch.rsqrt(var + eps).to(compute)[..., None]
     y = ((u - mean.to(compute)[..., None]) * scale).view(batch, length, dim)
     if weight is not None:
@@ -44,6 +47,17 @@ def timestep_norm(
         y = y.masked_fill(padding_mask[..., None], 0)
     state = initial.mean.dtype
     return y.to(x.dtype), Statistics(count[:, -1], mean[:, -1].to(state), var[:, -1].to(state))
+
+
+def one_step(m: Tensor, s: Tensor, initial: Statistics) -> Statistics:
+    """`running_statistics` of one token: the definition's own update."""
+    wide = accumulator_dtype(m.device)
+    m, s, mean, var = m.to(wide), s.to(wide), initial.mean[:, None].to(wide), initial.var[:, None].to(wide)
+    count = initial.count[:, None] + 1
+    share = 1 / count[..., None].to(wide)
+    step = m - mean
+    rest = 1 - share
+    return Statistics(count, mean + share * step, rest * (var + share * step * step) + share * s)
 
 
 def running_statistics(

@@ -1,7 +1,7 @@
-"""The demo: train on the standard library's source, measure beside gzip and xz on held-out files, continue held-out code.
+"""The demo: train on the standard library's source, measure beside gzip and xz, continue held-out code.
 
-Run it with `make demo`, or `python examples/demo.py [KEY=VALUE ...]` to change configs/demo.yaml. It takes a few minutes on
-two CPU cores, needs no network, and resumes where it was if it is interrupted.
+Run it with `make demo`, or `python examples/demo.py [KEY=VALUE ...]` to change configs/demo.yaml. It takes a few
+minutes on two CPU cores, needs no network, and resumes where it was if it is interrupted.
 """
 
 from __future__ import annotations

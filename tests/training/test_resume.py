@@ -170,7 +170,7 @@ def test_another_corpus_is_refused(tiny, tmp_path):
 def test_never_refuses_and_changes_nothing(tiny, tmp_path):
     train(tiny)
     before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    with pytest.raises(ValueError, match="run.resume: never"):
+    with pytest.raises(ValueError, match=r"run\.resume: never"):
         train(elsewhere(tiny, tmp_path, "run", resume="never"))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
 

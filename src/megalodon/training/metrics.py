@@ -14,7 +14,8 @@ from megalodon.training.files import write_file, write_text
 class JsonLines:
     """A file of JSON objects, one a line, each with the `step` it belongs to.
 
-    Opening drops the lines past `step` (all of them for -1), and a line that a kill cut short, so that a resumed run writes each step once.
+    Opening drops the lines past `step` (all of them for -1), and a line that a kill cut short, so that a resumed run
+    writes each step once.
     """
 
     def __init__(self, path: Path, step: int) -> None:

@@ -86,7 +86,7 @@ def test_a_damaged_cache_is_refused_and_built_again(folder, tmp_path, caplog, na
     elif damage == "truncate":
         path.write_bytes(content[:-1] if name != "meta.json" else content[:-9])
     else:
-        path.write_bytes(content[:30] + bytes([content[30] ^ 1]) + content[31:])
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])  # in the values, not in the header
         if name == "meta.json":
             path.write_bytes(content.replace(b'"num_tokens"', b'"num_tokins"'))
     with pytest.raises(ValueError, match=r"is damaged.*delete it to have it built again"):

@@ -106,6 +106,14 @@ def test_bpe_takes_its_end_token_in_text_for_text(bpe):
     assert bpe.eos_token_id not in ids and bpe.decode(ids) == "<|endoftext|>"
 
 
+@pytest.mark.parametrize("text", ["a    b", "a\n\n\n\nb", "x \n    y\n", "\u2003    b"])
+def test_bpe_is_never_cut_inside_white_space(bpe, text):
+    assert bpe.encode("    b").tolist() != bpe.encode(" ").tolist() + bpe.encode("   b").tolist()
+    for size in range(1, len(text)):
+        cut = list(cut_at_words([text], characters=size))
+        assert [i for part in cut for i in bpe.encode(part).tolist()] == bpe.encode(text).tolist()
+
+
 @settings(max_examples=200)
 @given(text=WORDS, size=st.integers(1, 12), data=st.data())
 def test_bpe_cut_at_words_equals_the_whole(bpe, text, size, data):

@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 
+from megalodon.files import load_tensors
 from megalodon.training import launch
 from megalodon.training.checkpoint import list_checkpoints
 from megalodon.training.config_file import check_config
-from megalodon.training.files import load_tensors
 from megalodon.training.metrics import read_lines
 from megalodon.training.progress import LineDisplay
 

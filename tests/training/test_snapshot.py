@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from megalodon.files import load_tensors, save_tensors
 from megalodon.training import snapshot
 from megalodon.training.checkpoint import CheckpointError
-from megalodon.training.files import load_tensors, save_tensors
 from megalodon.training.optimizer import OptimizerConfig, build_optimizer
 
 

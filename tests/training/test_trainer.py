@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megalodon.files import load_tensors
 from megalodon.training import DivergedError, contents, heldout, launch, trainer
 from megalodon.training.checkpoint import find_damage, list_checkpoints
 from megalodon.training.config_file import check_config, load_config
-from megalodon.training.files import load_tensors
 from megalodon.training.metrics import read_lines
 from megalodon.training.progress import LineDisplay
 from megalodon.training.step import train_step

@@ -19,10 +19,10 @@ import megalodon
 from megalodon.data import Corpus
 from megalodon.evaluation import Progress as Scored
 from megalodon.evaluation import evaluate_perplexity, plot_by_position
+from megalodon.files import write_file, write_text
 from megalodon.inference import load_model, load_tokenizer_for
 from megalodon.inference.generation import default_piece_length
 from megalodon.inference.loading import DtypeName, torch_dtype
-from megalodon.training.files import write_file, write_text
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 

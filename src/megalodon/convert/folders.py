@@ -10,8 +10,8 @@ from torch import Tensor
 from megalodon.convert.checkpoint import check_divides, read_checkpoint, write_checkpoint
 from megalodon.convert.pretrained import cast, read_pretrained, write_pretrained
 from megalodon.data import Tokenizer, check_vocabulary
+from megalodon.files import write_folder
 from megalodon.model.config import MegalodonConfig
-from megalodon.training.files import write_folder
 
 
 def reference_to_pretrained(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal
 
-from megalodon.training.files import require_free_space, save_json, sha256, write_folder
+from megalodon.files import require_free_space, save_json, sha256, write_folder
 
 MANIFEST = "manifest.json"
 MARGIN = 16 * 2**20  # bytes that must stay free beside the tensors, for the JSON files, the tokenizer and the metrics

@@ -66,15 +66,15 @@ class SamplingConfig(Section):
 class TrainConfig(Section):
     """All of it. Every key has a default but those that must be chosen."""
 
-    model: ModelSection = Field(default_factory=ModelSection)
+    model: ModelSection = ModelSection()
     tokenizer: str | None = Field(None, description="see load_tokenizer; null: that of model.init_from, else bytes")
-    data: DataSection = Field(default_factory=DataSection)
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    run: RunConfig = Field(default_factory=RunConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    data: DataSection = DataSection()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    run: RunConfig = RunConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    sampling: SamplingConfig = SamplingConfig()
 
 
 def contradictions(config: TrainConfig) -> list[str]:

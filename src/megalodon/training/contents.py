@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from megalodon import MegalodonState
+from megalodon import MegalodonForCausalLM, MegalodonState
 from megalodon.data import Tokenizer
+from megalodon.files import load_tensors, save_json, save_tensors
 from megalodon.inference.loading import quiet_transformers
 from megalodon.training.checkpoint import CheckpointError
 from megalodon.training.config import TrainConfig
 from megalodon.training.config_file import config_text
-from megalodon.training.files import load_tensors, save_json, save_tensors
 from megalodon.training.snapshot import (
     optimizer_tensors,
     random_tensors,
@@ -63,14 +62,14 @@ class TrainingState:
     states: States = field(default_factory=list)
 
 
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+def save_model(folder: Path, model: MegalodonForCausalLM, tokenizer: Tokenizer) -> None:
     """The model and its tokenizer as one folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size="10000GB")  # one file, which `load_weights` reads back
     tokenizer.save(folder)
 
 
-def load_weights(folder: Path, model: PreTrainedModel) -> None:
+def load_weights(folder: Path, model: MegalodonForCausalLM) -> None:
     """Put the weights of a folder of `save_model` into the model.
 
     Raises:
@@ -95,7 +94,7 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, states:
 def write_contents(
     folder: Path,
     config: TrainConfig,
-    model: PreTrainedModel,
+    model: MegalodonForCausalLM,
     optimizer: torch.optim.Optimizer,
     tokenizer: Tokenizer,
     state: TrainingState,
@@ -116,7 +115,7 @@ def write_contents(
     (folder / "config.yaml").write_text(config_text(config), encoding="utf-8")
 
 
-def read_contents(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> TrainingState:
+def read_contents(folder: Path, model: MegalodonForCausalLM, optimizer: torch.optim.Optimizer) -> TrainingState:
     """Put a checkpoint's weights, optimiser and generators in place, and return the rest.
 
     Raises:
@@ -131,7 +130,7 @@ def read_contents(folder: Path, model: PreTrainedModel, optimizer: torch.optim.O
     return state
 
 
-def _read_carried(path: Path, model: PreTrainedModel) -> States:
+def _read_carried(path: Path, model: MegalodonForCausalLM) -> States:
     parts: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_tensors(path).items():
         index, _, name = key.partition("/")

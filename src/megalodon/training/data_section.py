@@ -13,8 +13,8 @@ from megalodon.training.section import Section, changeable
 class DataSection(Section):
     """Text to batches of `batch_size` rows of `sequence_length` tokens, one for every step."""
 
-    corpus: CorpusConfig = Field(default_factory=lambda: CorpusConfig(source="stdlib"))
-    held_out: HeldOutConfig = Field(default_factory=HeldOutConfig)
+    corpus: CorpusConfig = CorpusConfig(source="stdlib")
+    held_out: HeldOutConfig = HeldOutConfig.model_validate({})
     mode: Literal["packed", "streamed"] = Field(
         "streamed", description="streamed: each row reads on from step to step with its state; packed: rows stand alone"
     )

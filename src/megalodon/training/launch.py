@@ -12,12 +12,12 @@ import torch
 
 from megalodon import MegalodonConfig
 from megalodon.data import Batch, DocumentSet, Loader, Tokenizer, held_out_batches, load_tokenizer, prepare_documents
+from megalodon.files import write_text
 from megalodon.inference import choose_device
 from megalodon.inference.loading import model_folder
 from megalodon.training.checkpoint import CheckpointError, choose_checkpoint, list_checkpoints
 from megalodon.training.config import TrainConfig, differences
 from megalodon.training.config_file import config_text, load_config
-from megalodon.training.files import write_text
 from megalodon.training.interrupt import StopRequest
 from megalodon.training.model_section import build_model, resolve_model, resolved_section
 from megalodon.training.optimizer import build_optimizer
@@ -152,7 +152,8 @@ def build_parts(
         world_size=world_size,
     )
     seed_everything(config.run.seed)
-    model = build_model(config.model, resolved.model_config).to(device)
+    model = build_model(config.model, resolved.model_config)
+    model.to(device)  # type: ignore[arg-type]  # Transformers wraps it, and mypy loses its first argument
     if config.run.gradient_checkpointing:
         # Transformers renames the method in 5.x and drops the old name in 6.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megalodon.training.files import write_file, write_text
+from megalodon.files import write_file, write_text
 
 
 class JsonLines:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from megalodon.training.files import remove_partial
+from megalodon.files import remove_partial
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
+from megalodon import MegalodonForCausalLM
 from megalodon.data import Batch, Loader, Tokenizer
+from megalodon.files import write_folder
 from megalodon.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
 from megalodon.training.config import TrainConfig
 from megalodon.training.contents import TrainingState, checkpoint_bytes, read_contents, save_model, write_contents
-from megalodon.training.files import write_folder
 from megalodon.training.heldout import measure_heldout
 from megalodon.training.interrupt import StopRequest
 from megalodon.training.optimizer import set_learning_rate
@@ -40,7 +40,7 @@ class Parts:
         flops_per_token: of a training step; peak_flops: per second, of this machine.
     """
 
-    model: PreTrainedModel
+    model: MegalodonForCausalLM
     optimizer: torch.optim.Optimizer
     tokenizer: Tokenizer
     loader: Loader

@@ -60,18 +60,23 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return torch.softmax(scores, dim=-1)
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None) -> Tensor:
+    """All strips, heads first."""
+    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype, device=v.device)
+    for rows, keys, mask in _strips(q, k, offset, first):
+        weights = _weights(q[..., rows, :], k[..., :keys, :], mask)
+        out[..., rows, :] = torch.matmul(weights.to(v.dtype), v[..., :keys, :])
+    return out
+
+
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None
     ) -> Tensor:
-        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype, device=v.device)
-        for rows, keys, mask in _strips(q, k, offset, first):
-            weights = _weights(q[..., rows, :], k[..., :keys, :], mask)
-            out[..., rows, :] = torch.matmul(weights.to(v.dtype), v[..., :keys, :])
         ctx.save_for_backward(q, k, v, first, None if isinstance(offset, int) else offset)
         ctx.offset = offset if isinstance(offset, int) else None
-        return out
+        return _attend(q, k, v, offset, first)
 
     @staticmethod
     @once_differentiable

@@ -39,7 +39,7 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(target: Path, write: Callable[[Path], None]) -> None:
+def write_file(target: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make a file under a temporary name, then put it in the place of `target`.
 
     Raises:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from megalodon.training import files
+from megalodon import files
 
 
 def test_write_text_replaces_whole(tmp_path):

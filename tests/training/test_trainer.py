@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalodon.files import load_tensors
-from megalodon.training import DivergedError, contents, heldout, launch, trainer
+from megalodon.training import DivergedError, contents, heldout, launch, metrics, trainer
 from megalodon.training.checkpoint import find_damage, list_checkpoints
 from megalodon.training.config_file import check_config, load_config
 from megalodon.training.metrics import read_lines
@@ -154,6 +154,7 @@ def test_a_full_disk_leaves_the_run_consistent(tiny, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot save checkpoint step-000008: No space left") as caught:
         train(tiny)
     assert caught.value.errno == errno.ENOSPC
+    assert "it goes on from step-000004" in str(caught.value)
     run = tmp_path / "run"
     assert names(run / "checkpoints") == ["step-000004"]
     assert find_damage(run / "checkpoints" / "step-000004") is None
@@ -161,6 +162,23 @@ def test_a_full_disk_leaves_the_run_consistent(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "save_tensors", save_tensors)
     assert not train(tiny)
     assert [record["step"] for record in read_lines(run / "metrics.jsonl")] == list(range(13))
+
+
+def test_a_full_disk_while_recording(tiny, tmp_path, monkeypatch):
+    write = metrics.JsonLines.write
+
+    def full(self, record):
+        if record["step"] == 6:
+            os.write(self._file.fileno(), b'{"step": 6, "lo')
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, record)
+
+    monkeypatch.setattr(metrics.JsonLines, "write", full)
+    with pytest.raises(OSError, match=r"No space left .* goes on from step-000004.*run"):
+        train(tiny)
+    monkeypatch.setattr(metrics.JsonLines, "write", write)
+    train(tiny)
+    assert [record["step"] for record in read_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(13))
 
 
 def test_the_best_checkpoint_is_kept(tiny, tmp_path):
@@ -227,3 +245,12 @@ def test_what_does_not_fit_is_found_before_work(tiny, tmp_path, section, key, va
         train(tiny)
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(tiny, tmp_path):
+    train({**tiny, "run": {**tiny["run"], "folder": str(tmp_path / "plain")}})
+    tiny["run"]["compile"] = True
+    train(tiny)
+    one, other = ([r["loss"] for r in read_lines(tmp_path / name / "metrics.jsonl")[1:]] for name in ("plain", "run"))
+    assert one == pytest.approx(other, rel=1e-4)

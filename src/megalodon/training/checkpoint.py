@@ -17,7 +17,7 @@ from typing import Literal
 from megalodon.files import require_free_space, save_json, sha256, write_folder
 
 MANIFEST = "manifest.json"
-MARGIN = 16 * 2**20  # bytes that must stay free beside the tensors, for the JSON files, the tokenizer and the metrics
+MARGIN = 4 * 2**20  # bytes that must stay free beside the tensors, for the JSON files, the tokenizer and the metrics
 
 ResumeMode = Literal["auto", "previous", "never"]
 

@@ -18,13 +18,15 @@ class RunConfig(Section):
     """Where the run is kept, how long it is, and how a step is computed."""
 
     folder: str | None = changeable(None, description="the run's folder; null: runs/ and the config file's name")
-    steps: int = Field(1000, ge=1, description="updates of the weights")
-    seed: int = Field(0, ge=0)
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, weights in float32")
+    steps: int = Field(default=1000, ge=1, description="updates of the weights")
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16: autocast over float32 weights"
+    )
     device: str = changeable("auto", description="auto: the GPU if there is one; or cpu, cuda, cuda:1, mps")
-    accumulation_steps: int = Field(1, ge=1, description="parts in which a step's batch is computed, to save memory")
+    accumulation_steps: int = Field(default=1, ge=1, description="parts in which a step is computed, to save memory")
     gradient_checkpointing: bool = changeable(False, description="compute blocks twice, to save memory")
-    compile: bool = changeable(False, description="torch.compile the model")
+    compile: bool = changeable(False, description="torch.compile the parts of a block that keep no state")
     log_every: int = changeable(1, ge=1, description="steps between lines of metrics.jsonl")
     resume: ResumeMode = changeable(
         "auto", description="previous: pass over damaged checkpoints; never: refuse old ones"
@@ -67,7 +69,9 @@ class TrainConfig(Section):
     """All of it. Every key has a default but those that must be chosen."""
 
     model: ModelSection = ModelSection()
-    tokenizer: str | None = Field(None, description="see load_tokenizer; null: that of model.init_from, else bytes")
+    tokenizer: str | None = Field(
+        default=None, description="bytes, a folder, a tokenizer.json or a hub name; null: that of init_from, else bytes"
+    )
     data: DataSection = DataSection()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -16,10 +16,11 @@ class DataSection(Section):
     corpus: CorpusConfig = CorpusConfig(source="stdlib")
     held_out: HeldOutConfig = HeldOutConfig.model_validate({})
     mode: Literal["packed", "streamed"] = Field(
-        "streamed", description="streamed: each row reads on from step to step with its state; packed: rows stand alone"
+        default="streamed",
+        description="streamed: each row reads on from step to step, with its state; packed: it does not",
     )
-    isolate: bool = Field(True, description="documents in a row do not see each other; false: a row is one text")
-    shuffle: bool = Field(True, description="order the documents anew in every epoch; false: as the corpus has them")
-    sequence_length: int = Field(512, ge=1, description="tokens in a row of a step")
-    batch_size: int = Field(8, ge=1, description="rows in a step, over all its accumulation_steps")
+    isolate: bool = Field(default=True, description="documents in a row do not see each other")
+    shuffle: bool = Field(default=True, description="order the documents anew in every epoch")
+    sequence_length: int = Field(default=512, ge=1, description="tokens in a row of a step")
+    batch_size: int = Field(default=8, ge=1, description="rows in a step, over all its accumulation_steps")
     cache_folder: str | None = changeable(None, description="of tokenised text; null: MEGALODON_CACHE or ~/.cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megalodon import MegalodonConfig
+from megalodon import MegalodonConfig, MegalodonForCausalLM
 from megalodon.data import Batch, DocumentSet, Loader, Tokenizer, held_out_batches, load_tokenizer, prepare_documents
 from megalodon.files import write_text
 from megalodon.inference import choose_device
@@ -89,8 +90,20 @@ def train(resolved: Resolved, display: Display | None = None, rank: int = 0, wor
         with display, StopRequest(display.say) as stop:
             trainer.train(stop)
         return stop
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise _full_disk(error, folder) from error
+        raise
     finally:
         lock.release()
+
+
+def _full_disk(error: OSError, folder: RunFolder) -> OSError:
+    """The error with what is left of the run and how to go on."""
+    kept = list_checkpoints(folder.checkpoints)
+    place = f"from {kept[-1].name}, which is whole" if kept else "from the start"
+    advice = f"free some space and give the same command again: it goes on {place}"
+    return OSError(error.errno, f"{error.strerror}; {advice}", str(error.filename or folder.path))
 
 
 def _find_checkpoint(config: TrainConfig, folder: RunFolder) -> Path | None:
@@ -158,7 +171,7 @@ def build_parts(
         # Transformers renames the method in 5.x and drops the old name in 6.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if config.run.compile:
-        model.compile()
+        compile_blocks(model)
     dtype = torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32
     return Parts(
         model=model,
@@ -170,6 +183,14 @@ def build_parts(
         peak_flops=measure_peak_flops(device, dtype),
         device=device,
     )
+
+
+def compile_blocks(model: MegalodonForCausalLM) -> None:
+    """Compile the parts of each block that keep no state. The others plan their work in Python from the lengths of
+    documents, so that the compiler would break them into pieces and compile those again for every new length."""
+    for block in model.model.layers:
+        block.memory_norm.compile()
+        block.feed_forward.compile()
 
 
 def _held_out(config: TrainConfig, documents: DocumentSet, rank: int, world_size: int) -> Callable[[], Iterator[Batch]]:

@@ -32,8 +32,8 @@ NOT_IN_CONFIG = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
 class _Origin(Section):
-    preset: str | None = Field(None, description="a published size, by name")
-    init_from: str | None = Field(None, description="a model folder whose weights training starts from")
+    preset: str | None = Field(default=None, description="a published size, by name")
+    init_from: str | None = Field(default=None, description="a model folder whose weights training starts from")
 
 
 def _architecture_fields() -> dict[str, Any]:

@@ -15,12 +15,12 @@ from megalodon.training.section import Section
 class OptimizerConfig(Section):
     """AdamW. The defaults of betas, epsilon, weight decay and clipping are the paper's for its 7B model."""
 
-    learning_rate: float = Field(1e-3, gt=0, description="the peak of the schedule")
+    learning_rate: float = Field(default=1e-3, gt=0, description="the peak of the schedule")
     betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    decay_norms_and_biases: bool = Field(True, description="the paper decays everything")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null: never")
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    decay_norms_and_biases: bool = Field(default=True, description="the paper decays everything")
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="scale gradients down to this norm; null: never")
 
 
 def optimizer_problems(config: OptimizerConfig) -> list[str]:

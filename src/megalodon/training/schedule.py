@@ -20,12 +20,12 @@ class ScheduleConfig(Section):
     """How the learning rate moves over a run, as ratios of `optimizer.learning_rate`."""
 
     kind: ScheduleKind = "cosine"
-    warmup_steps: int = Field(0, ge=0, description="steps of linear growth from init_ratio to 1")
-    init_ratio: float = Field(1e-4, ge=0, le=1, description="ratio at step 0 when there is a warm-up")
-    end_ratio: float = Field(0.1, ge=0, le=1, description="ratio at the last step and after it")
-    cycles: float = Field(1.0, gt=0, description="half periods of the cosine; 1 falls once from 1 to end_ratio")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear growth from init_ratio to 1")
+    init_ratio: float = Field(default=1e-4, ge=0, le=1, description="ratio at step 0 when there is a warm-up")
+    end_ratio: float = Field(default=0.1, ge=0, le=1, description="ratio at the last step and after it")
+    cycles: float = Field(default=1.0, gt=0, description="half periods of the cosine; 1 falls once from 1 to end_ratio")
     decay_steps: int | None = Field(
-        None, ge=1, description="length of the tail of warmup-stable-decay; a tenth if null"
+        default=None, ge=1, description="length of the tail of warmup-stable-decay; a tenth if null"
     )
 
 

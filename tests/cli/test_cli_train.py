@@ -90,7 +90,7 @@ def test_terminated_killed_and_continued_equals_left_alone(config, tmp_path, cap
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 143, error
-    assert "SIGTERM: finishing this step" in out
+    assert "SIGTERM: finishing this step" in error
     assert "the same command goes on from there" in out
     stopped_at = lines(run / "metrics.jsonl")[-1]["step"]
     assert (run / "checkpoints" / f"step-{stopped_at:06d}").is_dir()

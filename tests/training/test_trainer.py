@@ -202,6 +202,18 @@ def test_metrics_every_few_steps(tiny, tmp_path):
     assert [record["step"] for record in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 4, 5, 8, 10, 12]
 
 
+def test_nothing_periodic(tiny, tmp_path):
+    tiny["evaluation"]["every"] = tiny["sampling"]["every"] = None
+    tiny["checkpoint"]["every"] = 1000
+    train(tiny)
+    run = tmp_path / "run"
+    records = read_lines(run / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert not any("heldout_loss" in record for record in records)
+    assert names(run / "checkpoints") == ["step-000012"]
+    assert (run / "loss.png").exists()
+
+
 def test_fine_tuning_starts_from_a_run(tiny, tmp_path):
     train(tiny)
     first = tmp_path / "run"

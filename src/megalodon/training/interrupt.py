@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STANDARD_ERROR = 2
 
 
 class StopRequest:
     """A context in which the two signals are taken as a request. `signal` is the one that came, or None."""
 
-    def __init__(self, announce: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._announce = announce
         self._before: dict[signal.Signals, object] = {}
 
     def __bool__(self) -> bool:
@@ -36,4 +35,6 @@ class StopRequest:
         if self:
             os._exit(128 + number)
         self.signal = signal.Signals(number)
-        self._announce(f"{self.signal.name}: finishing this step, then saving and stopping; once more stops at once")
+        message = f"\n{self.signal.name}: finishing this step, then saving and stopping; once more stops at once\n"
+        # Not print: the signal may have come in the middle of one, which cannot be entered twice.
+        os.write(STANDARD_ERROR, message.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,16 @@ from pathlib import Path
 import torch
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM
-from megalodon.data import Batch, DocumentSet, Loader, Tokenizer, held_out_batches, load_tokenizer, prepare_documents
+from megalodon.data import (
+    Batch,
+    DocumentSet,
+    Loader,
+    TokenizeProgress,
+    Tokenizer,
+    held_out_batches,
+    load_tokenizer,
+    prepare_documents,
+)
 from megalodon.files import write_text
 from megalodon.inference import choose_device
 from megalodon.inference.loading import model_folder
@@ -22,7 +32,7 @@ from megalodon.training.config_file import config_text, load_config
 from megalodon.training.interrupt import StopRequest
 from megalodon.training.model_section import build_model, resolve_model, resolved_section
 from megalodon.training.optimizer import build_optimizer
-from megalodon.training.progress import Display, make_display
+from megalodon.training.progress import SECONDS_BETWEEN_LINES, Display, make_display
 from megalodon.training.records import Records
 from megalodon.training.run_folder import RunFolder
 from megalodon.training.snapshot import seed_everything
@@ -87,7 +97,7 @@ def train(resolved: Resolved, display: Display | None = None, rank: int = 0, wor
             trainer.restore(checkpoint)
             display.say(f"resuming from {checkpoint}")
         write_text(folder.config, config_text(config))
-        with display, StopRequest(display.say) as stop:
+        with display, StopRequest() as stop:
             trainer.train(stop)
         return stop
     except OSError as error:
@@ -135,13 +145,33 @@ def _prepare(config: TrainConfig, tokenizer: Tokenizer, display: Display) -> tup
     """Training and held-out documents."""
     data = config.data
     training, held_out = prepare_documents(
-        data.corpus, data.held_out, tokenizer, data.sequence_length, config.run.seed, data.cache_folder
+        data.corpus,
+        data.held_out,
+        tokenizer,
+        data.sequence_length,
+        config.run.seed,
+        data.cache_folder,
+        progress=_tokenizing(display),
     )
     display.say(
         f"text: {len(training):,} documents with {training.num_tokens:,} tokens to train on, "
         f"{len(held_out):,} with {held_out.num_tokens:,} held out"
     )
     return training, held_out
+
+
+def _tokenizing(display: Display) -> Callable[[TokenizeProgress], None]:
+    """Shows every few seconds how far the tokenizer has come, the first time that a corpus is read."""
+    last = time.monotonic()
+
+    def show(done: TokenizeProgress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            of = "" if done.total_bytes is None else f" of {done.total_bytes / 1e6:,.0f}"
+            display.say(f"tokenizing: {done.bytes / 1e6:,.0f}{of} MB, {done.documents:,} documents")
+
+    return show
 
 
 def build_parts(

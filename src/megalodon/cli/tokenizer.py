@@ -27,7 +27,7 @@ def tokenizer(
     split: Annotated[str | None, typer.Option(help="Hugging Face: the split; train when not given")] = None,
     max_documents: Annotated[int | None, typer.Option(help="read only this many documents")] = None,
 ) -> None:
-    """Train a byte-level BPE on SOURCE and save it in OUT. `data.tokenizer: OUT` in a training config uses it."""
+    """Train a byte-level BPE on SOURCE and save it in OUT. `tokenizer: OUT` in a training config uses it."""
     from megalodon.data.bpe import train_bpe_folder
     from megalodon.data.corpus import Corpus
 

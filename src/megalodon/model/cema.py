@@ -29,9 +29,8 @@ class CEMA(nn.Module):
         components = self.alpha.shape[1]
         p = torch.sigmoid(self.alpha.to(wide)[..., 0])
         decay = 1 - p * torch.sigmoid(self.delta.to(wide)[..., 0])
-        turn = torch.sigmoid(self.theta.to(wide)[:, 0, 0]) * (2 * math.pi / components)
-        turns = ops.powers_of(torch.complex(turn.cos(), turn.sin()), components)[1:]  # exp(i j turn), j = 1..N
-        q = decay * turns.t()
+        turn = torch.sigmoid(self.theta.to(wide)[..., 0]) * (2 * math.pi / components)
+        q = torch.polar(decay, turn * torch.arange(1, components + 1, device=turn.device))
         gamma = torch.view_as_complex(self.gamma.to(wide).contiguous()) / math.sqrt(components)
         return p, q, gamma
 

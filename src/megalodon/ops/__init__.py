@@ -7,7 +7,6 @@ import torch
 from megalodon.ops.backend import ENVIRONMENT_VARIABLE, default_backend
 from megalodon.ops.cema import IMPLEMENTATIONS as _CEMA
 from megalodon.ops.cema import cema
-from megalodon.ops.cema.blocked import powers_of
 from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.layout import Layout, move_rows
@@ -26,7 +25,6 @@ __all__ = [
     "chunk_attention",
     "default_backend",
     "move_rows",
-    "powers_of",
     "rotate",
     "rotations",
     "timestep_norm",

@@ -11,7 +11,9 @@ are laid out as pairs of reals, so that every product is a real matrix product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,92 +27,198 @@ BLOCK = 32
 """Tokens in a block. On CPUs 32 balances the products, which grow with T, and the recurrence, which has L/T steps."""
 
 
-@dataclass(frozen=True)
-class Coefficients:
+class Tables(NamedTuple):
     """What p, q, gamma and omega become for blocks of T tokens; D channels, N components.
 
+    Time comes first: tables are made by whole rows, and batched products read them as they lie.
+
     Attributes:
-        kernel: [D, T, T]; K above, `omega` on its diagonal.
-        read: [D, 2N, T]; what a state that enters the block adds to each token.
-        write: [D, T, 2N]; what each token adds to the state that leaves the block.
-        powers: complex [T + 1, D, N]; powers of q.
+        k: [T, D]; the convolution's first T taps, `omega` in the first.
+        read: [T, D, 2N]; what a state that enters the block adds to each token.
+        write: [T, D, 2N]; what each token adds to the state that leaves the block.
+        decays: complex [m, D, N]; q**T, then the powers asked for.
     """
 
-    kernel: Tensor
+    k: Tensor
     read: Tensor
     write: Tensor
-    powers: Tensor
+    decays: Tensor
 
 
 def powers_of(q: Tensor, n: int) -> Tensor:
     """[n + 1, ...]: q**0 .. q**n by repeated doubling, which is as exact as log2(n) products."""
-    powers = torch.stack([torch.ones_like(q), q])
-    while len(powers) <= n:
-        powers = torch.cat([powers, powers[1 : n + 2 - len(powers)] * powers[-1]])
-    return powers[: n + 1]
+    powers = q.new_empty(n + 1, *q.shape)
+    powers[0] = 1
+    known, power = 1, q
+    while known <= n:
+        more = min(known, n + 1 - known)
+        torch.mul(powers[:more], power, out=powers[known : known + more])
+        known, power = known + more, power * power
+    return powers
+
+
+@cache
+def shifts(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[T, T * T] of 0 and 1: `k @ shifts` lays taps k out as the T x T Toeplitz matrix K[s, t] = k[t - s]."""
+    lag = torch.arange(size, device=device)
+    places = lag - lag[:, None] == lag[:, None, None]
+    return places.to(dtype).flatten(1)
 
 
 def toeplitz(k: Tensor) -> Tensor:
-    """[D, T] -> [D, T, T]: `out[:, s, t] = k[:, t - s]` for s <= t, else 0: rows of 2T read 2T - 1 apart."""
-    dim, size = k.shape
-    rows = F.pad(k, (0, size))[:, None].expand(dim, size, 2 * size).reshape(dim, -1)
-    return rows[:, : size * (2 * size - 1)].view(dim, size, 2 * size - 1)[:, :, :size].contiguous()
+    """[T, D] -> [D, T, T]: `out[:, s, t] = k[t - s]` for s <= t, else 0."""
+    size, dim = k.shape
+    return (k.t() @ shifts(size, k.dtype, k.device)).view(dim, size, size)
 
 
 def diagonal_sums(kernel: Tensor) -> Tensor:
-    """[D, T, T] -> [D, T]: `out[:, j] = sum_s kernel[:, s, s + j]`, the adjoint of `toeplitz`."""
-    dim, size, _ = kernel.shape
-    rows = kernel.new_zeros(dim, size * 2 * size)
-    rows[:, : size * (2 * size - 1)].view(dim, size, 2 * size - 1)[:, :, :size] = kernel
-    return rows.view(dim, size, 2 * size)[:, :, :size].sum(1)
+    """[D, T, T] -> [T, D]: `out[j] = sum_s kernel[:, s, s + j]`, the adjoint of `toeplitz`."""
+    return shifts(kernel.shape[-1], kernel.dtype, kernel.device) @ kernel.flatten(1).t()
 
 
-class _Coefficients(torch.autograd.Function):
-    """(kernel, read, write, powers), differentiated by hand: autograd's way costs as much as the blocks."""
+def _as_pairs(table: Tensor) -> Tensor:
+    return torch.view_as_real(table).flatten(-2)
+
+
+def _as_complex(pairs: Tensor) -> Tensor:
+    return torch.view_as_complex(pairs.contiguous().unflatten(-1, (-1, 2)))
+
+
+def _sums(table: Tensor, weights: Tensor) -> Tensor:
+    """complex [T, D, N] and real [m, T] -> complex [m, D, N]: weighted sums over time."""
+    sums = weights @ torch.view_as_real(table).flatten(1)
+    return torch.view_as_complex(sums.view(-1, *table.shape[1:], 2))
+
+
+class _Tables(torch.autograd.Function):
+    """The fields of `Tables`, differentiated by hand: autograd's way costs more than the blocks.
+
+    What counts is the number of passes over whole tables. The backward pass makes one product a table, of its gradient
+    and the powers one lower, whose plain and weighted sums over time give every gradient: q**t = q q**(t-1), and the
+    derivative of q**t is t q**(t-1). With D = sum_t conj(d_t) q**(t-1), a gradient with respect to q is conj(D).
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, size: int):
-        dim, components = q.shape
+    def forward(
+        ctx: FunctionCtx, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, size: int, exponents: Tensor
+    ):
         powers = powers_of(q, size)
-        seen = gamma * powers  # [T + 1, D, N]
-        k = torch.einsum("tdn,dn->dt", seen.real[:size], p)
+        backwards = powers[:size].index_select(0, torch.arange(size - 1, -1, -1, device=p.device))
+        read = torch.mul(powers[1:], gamma).conj_physical_()  # Re(g h) = Re(g) Re(h) - Im(g) Im(h)
+        write = backwards * p.to(q.dtype)
+        taps = _as_pairs(torch.conj_physical(gamma) * p)[..., None]
+        k = torch.bmm(_as_pairs(powers[:size]).transpose(0, 1), taps)[..., 0].t().contiguous()
         if omega is not None:
-            k[:, 0] += omega
-        read = torch.view_as_real(seen[1:].conj().resolve_conj())  # Re(g h) = Re(g) Re(h) - Im(g) Im(h)
-        write = torch.view_as_real(powers[:size].flip(0) * p)
-        ctx.save_for_backward(p, gamma, powers, seen)
+            k[0] += omega
+        ctx.save_for_backward(p, q, gamma, powers, backwards, exponents)
         ctx.with_omega = omega is not None
-        return (
-            toeplitz(k),
-            read.permute(1, 2, 3, 0).reshape(dim, 2 * components, size),
-            write.permute(1, 0, 2, 3).reshape(dim, size, 2 * components),
-            powers,
-        )
+        return k, _as_pairs(read), _as_pairs(write), powers.index_select(0, exponents)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_kernel: Tensor, d_read: Tensor, d_write: Tensor, d_powers: Tensor):
-        p, gamma, powers, seen = ctx.saved_tensors
-        size, (dim, components) = len(powers) - 1, p.shape
-        d_k = diagonal_sums(d_kernel).t()[..., None]  # [T, D, 1]
-        d_seen = torch.zeros_like(seen)
-        d_seen[1:] = torch.view_as_complex(
-            d_read.view(dim, components, 2, size).permute(3, 0, 1, 2).contiguous()
-        ).conj()
-        d_seen[:size] += d_k * p
-        d_written = torch.view_as_complex(d_write.view(dim, size, components, 2)).transpose(0, 1).flip(0)
-        d_p = (d_k * seen.real[:size]).sum(0) + (powers[:size].conj() * d_written).real.sum(0)
-        d_powers = d_powers + gamma.conj() * d_seen
-        d_powers[:size] += p * d_written
-        d_gamma = (powers.conj() * d_seen).sum(0)
-        exponents = torch.arange(1, size + 1, dtype=p.dtype, device=p.device)[:, None, None]
-        d_q = (powers[:size].conj() * (exponents * d_powers[1:])).sum(0)
-        return d_p, d_q, d_gamma, d_k[0, :, 0] if ctx.with_omega else None, None
+    def backward(ctx: FunctionCtx, d_k: Tensor, d_read: Tensor, d_write: Tensor, d_decays: Tensor):
+        p, q, gamma, powers, backwards, exponents = ctx.saved_tensors
+        size = len(backwards)
+        times = torch.arange(size + 1, dtype=p.dtype, device=p.device)
+        both = torch.stack([torch.ones_like(times), times])
+
+        plain, weighted = _sums(_as_complex(d_read) * powers[:-1], both[:, 1:])
+        d_gamma, d_q = q * plain, gamma * weighted  # conjugated, as all below
+
+        d_written = _as_complex(d_write).conj_physical_()
+        plain, weighted = _sums(d_written[:-1] * backwards[1:], both[:, 1:size].flip(1))
+        d_p = (q * plain + d_written[-1]).real
+        d_q += p * weighted
+
+        lags = (d_k.t()[:, None, 1:] * both[:, 1:size]).contiguous()
+        sums = torch.bmm(lags, _as_pairs(powers[: size - 1]).transpose(0, 1))
+        plain, weighted = torch.view_as_complex(sums.unflatten(-1, (-1, 2))).unbind(1)
+        plain = d_k[0, :, None] + q * plain
+        d_p += (gamma * plain).real
+        d_gamma += p * plain
+        d_q += p * gamma * weighted
+
+        factors = powers.index_select(0, (exponents - 1).clamp(min=0)) * exponents[:, None, None]
+        d_q += (factors * torch.conj_physical(d_decays)).sum(0)
+        return d_p, d_q.conj_physical_(), d_gamma.conj_physical_(), d_k[0] if ctx.with_omega else None, None, None
 
 
-def coefficients(p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, size: int) -> Coefficients:
-    """The matrices of blocks of `size` tokens."""
-    return Coefficients(*_Coefficients.apply(p, q, gamma, omega, size))
+def tables(
+    p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, size: int, exponents: Sequence[int] | Tensor = ()
+) -> Tables:
+    """The tables of blocks of `size` tokens, and powers of q up to that of `size`."""
+    exponents = torch.as_tensor(exponents, dtype=torch.int64, device=p.device)
+    return Tables(*_Tables.apply(p, q, gamma, omega, size, F.pad(exponents, (1, 0), value=size)))
+
+
+def _by_block(pairs: Tensor, batch: int) -> Tensor:
+    """[D, B n, 2N] -> complex [n, B, D, N]."""
+    dim, rows, width = pairs.shape
+    return _as_complex(pairs.view(dim, batch, rows // batch, width).permute(2, 1, 0, 3))
+
+
+def _by_channel(states: Tensor) -> Tensor:
+    """complex [n, B, D, N] -> [D, B n, 2N]: the inverse of `_by_block`."""
+    pairs = _as_pairs(states)
+    return pairs.permute(2, 1, 0, 3).reshape(pairs.shape[2], -1, pairs.shape[3])
+
+
+class _Blocks(torch.autograd.Function):
+    """All blocks of all rows: the products of the module's head, and the recurrence between blocks."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        u: Tensor,
+        k: Tensor,
+        read: Tensor,
+        write: Tensor,
+        decay: Tensor,
+        initial: Tensor | None,
+        keep: Tensor | None,
+        batch: int,
+    ) -> tuple[Tensor, Tensor]:
+        added = _by_block(torch.bmm(u, write.transpose(0, 1)), batch)
+        states = added.new_empty(len(added) + 1, *added.shape[1:])
+        states[0] = 0 if initial is None else initial
+        for i in range(len(added)):
+            if keep is not None:
+                states[i] *= keep[i]
+            torch.addcmul(added[i], decay, states[i], out=states[i + 1])
+        kernel, entering = toeplitz(k), _by_channel(states[:-1])
+        y = torch.bmm(u, kernel).baddbmm_(entering, read.permute(1, 2, 0))
+        ctx.save_for_backward(u, kernel, read, write, decay, states, entering, keep)
+        ctx.set_materialize_grads(False)
+        return y, states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor | None, d_states: Tensor | None):
+        u, kernel, read, write, decay, states, entering, keep = ctx.saved_tensors
+        dy = torch.zeros_like(u) if dy is None else dy.contiguous()
+        flow = states.new_zeros(states.shape) if d_states is None else d_states.clone()
+        flow[:-1] += _by_block(torch.bmm(dy, read.transpose(0, 1)), states.shape[1])
+        conjugate = torch.conj_physical(decay)
+        for i in range(len(flow) - 2, -1, -1):
+            flow[i].addcmul_(conjugate, flow[i + 1])
+            if keep is not None:
+                flow[i] *= keep[i]
+        d_decay = (torch.conj_physical(states[:-1]) * flow[1:]).sum(dim=(0, 1))
+        d_written = _by_channel(flow[1:])
+        d_read = torch.bmm(dy.transpose(1, 2), entering).transpose(0, 1)
+        d_write = torch.bmm(u.transpose(1, 2), d_written).transpose(0, 1)
+        d_k = diagonal_sums(torch.bmm(u.transpose(1, 2), dy))
+        du = torch.bmm(dy, kernel.transpose(1, 2)).baddbmm_(d_written, write.permute(1, 2, 0))
+        return (
+            du,
+            d_k,
+            d_read,
+            d_write,
+            d_decay,
+            flow[0] if ctx.needs_input_grad[5] else None,
+            None,
+            None,
+        )
 
 
 class _Permute(torch.autograd.Function):
@@ -128,52 +236,6 @@ class _Permute(torch.autograd.Function):
 def permute(x: Tensor, *dims: int) -> Tensor:
     """`x.permute(dims)`, contiguous in both passes: batched products of strided matrices are many times slower."""
     return _Permute.apply(x, dims)
-
-
-class _Scan(torch.autograd.Function):
-    """States that enter each of n blocks: `h[k + 1] = keep[k + 1] (decay h[k] + added[k])`."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, added: Tensor, decay: Tensor, initial: Tensor, keep: Tensor | None) -> Tensor:
-        states = torch.empty_like(added)
-        states[0] = initial
-        for k in range(len(added) - 1):
-            torch.addcmul(added[k], decay, states[k], out=states[k + 1])
-            if keep is not None:
-                states[k + 1] *= keep[k + 1]
-        ctx.save_for_backward(states, decay, keep)
-        return states
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor):
-        states, decay, keep = ctx.saved_tensors
-        conjugate = decay.conj().resolve_conj()
-        d_added = torch.empty_like(states)
-        d_added[-1] = 0
-        flowing = grad[-1]
-        for k in range(len(states) - 2, -1, -1):
-            d_added[k] = flowing if keep is None else flowing * keep[k + 1]
-            flowing = torch.addcmul(grad[k], conjugate, d_added[k])
-        d_decay = (states.conj() * d_added).sum(dim=(0, 1))
-        return d_added, d_decay, flowing if keep is None else flowing * keep[0], None
-
-
-def scan(added: Tensor, decay: Tensor, initial: Tensor, keep: Tensor | None = None) -> Tensor:
-    """The state that enters each block.
-
-    Args:
-        added: complex [n, B, D, N]; what each block adds to the state.
-        decay: complex [D, N]; what is left of a state after one block.
-        initial: complex [B, D, N]; the state before the first block.
-        keep: [n, B, 1, 1] of 0 and 1; 0 where a block starts a document. None: all 1.
-
-    Returns:
-        complex [n, B, D, N].
-    """
-    if keep is not None:
-        initial = initial * keep[0]
-    return _Scan.apply(added, decay, initial, keep)
 
 
 def step(
@@ -211,16 +273,15 @@ def _plain(
     if length == 0:
         return x, _or_zeros(initial_state, x, q)
     size = min(BLOCK, length)
-    count = -(-length // size)
-    c = coefficients(p, q, gamma, omega, size)
-    padded = F.pad(x, (0, 0, 0, count * size - length)) if length % size else x
+    count, rest = -(-length // size), length % size
+    table = tables(p, q, gamma, omega, size, [rest] if rest else [])
+    padded = F.pad(x, (0, 0, 0, size - rest)) if rest else x
     u = permute(padded.reshape(batch * count, size, dim), 2, 0, 1)  # [D, B n, T]
-    y, states = _blocks(u, c, batch, initial_state, None)
-    rest = length - (count - 1) * size
-    tail = u.view(dim, batch, count, size)[:, :, -1, :rest]
-    write = c.write if rest == size else c.write[:, size - rest :]
-    written = torch.view_as_complex((tail @ write).view(dim, batch, -1, 2)).transpose(0, 1)
-    last_state = torch.addcmul(written, c.powers[rest], states[-1])
+    y, states = _blocks(u, table, batch, initial_state, None)
+    last_state = states[-1]
+    if rest:
+        tail = u.view(dim, batch, count, size)[:, :, -1, :rest].contiguous()
+        last_state = torch.addcmul(_written(tail, table), table.decays[1], states[-2])
     return y.view(batch, count * size, dim)[:, :length], last_state
 
 
@@ -232,38 +293,37 @@ def _ragged(
         return x, _or_zeros(initial_state, x, q)
     size = min(BLOCK, length)
     blocks = layout.blocks(size)
-    c = coefficients(p, q, gamma, omega, size)
+    table = tables(p, q, gamma, omega, size, blocks.tail_length)
     tokens = x.reshape(batch * length, dim)
     aligned = move_rows(tokens, blocks.source, blocks.target, batch * blocks.count * size)
     u = permute(aligned.view(batch * blocks.count, size, dim), 2, 0, 1)
-    keep = (~blocks.fresh).t()[:, :, None, None].to(p.dtype)
-    y, states = _blocks(u, c, batch, initial_state, keep)
+    keep = (~blocks.fresh).t()[:, :, None, None].to(q.dtype)
+    y, states = _blocks(u, table, batch, initial_state, keep)
     y = move_rows(y.reshape(-1, dim), blocks.target, blocks.source, batch * length)
 
     tail = move_rows(tokens, blocks.tail_source, blocks.tail_target, batch * size)
     tail = permute(tail.view(batch, size, dim), 2, 0, 1)
-    written = torch.view_as_complex((tail @ c.write).view(dim, batch, -1, 2)).transpose(0, 1)
     entering = states[blocks.tail, torch.arange(batch, device=x.device)]
-    return y.view(batch, length, dim), written + c.powers[blocks.tail_length] * entering
+    return y.view(batch, length, dim), torch.addcmul(_written(tail, table), table.decays[1:], entering)
 
 
 def _blocks(
-    u: Tensor, c: Coefficients, batch: int, initial_state: Tensor | None, keep: Tensor | None
+    u: Tensor, table: Tables, batch: int, initial_state: Tensor | None, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """All blocks: u [D, B n, T] -> (y [B n, T, D], the states [n, B, D, N] that enter the blocks)."""
-    dim, rows, size = u.shape
-    count, components = rows // batch, c.powers.shape[-1]
-    if count > 1:
-        written = (u @ c.write).view(dim, batch, count, components, 2)
-        added = torch.view_as_complex(permute(written, 2, 1, 0, 3, 4))
-    else:
-        added = c.powers.new_zeros(1, batch, dim, components)
-    states = scan(added, c.powers[size], _or_zeros(initial_state, u.view(batch, -1, dim), c.powers[0]), keep)
-    y = torch.bmm(u, c.kernel)
-    if count > 1 or initial_state is not None:
-        entering = permute(torch.view_as_real(states), 2, 1, 0, 3, 4).view(dim, rows, 2 * components)
-        y = torch.baddbmm(y, entering, c.read)
+    """All blocks: u [D, B n, T] -> (y [B n, T, D], complex [n + 1, B, D, N]: the states around the blocks).
+
+    `keep` [n, B, 1, 1] is 0 where a block starts a document and 1 elsewhere; None: all 1.
+    """
+    decay = table.decays[0]
+    y, states = _Blocks.apply(u, table.k, table.read, table.write, decay, initial_state, keep, batch)
     return permute(y, 1, 2, 0), states
+
+
+def _written(tail: Tensor, table: Tables) -> Tensor:
+    """What the last tokens [D, B, t] of each row, t <= T, leave in its state: complex [B, D, N]."""
+    dim, batch, rest = tail.shape
+    pairs = torch.bmm(tail, table.write[-rest:].transpose(0, 1))
+    return torch.view_as_complex(pairs.view(dim, batch, -1, 2)).transpose(0, 1)
 
 
 def _or_zeros(initial_state: Tensor | None, x: Tensor, q: Tensor) -> Tensor:

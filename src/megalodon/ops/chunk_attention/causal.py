@@ -8,6 +8,7 @@ because keys are narrow and values wide (q, k have 256 dimensions where v has 20
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,24 +21,26 @@ STRIP = 128
 """Rows of queries computed together."""
 
 
-def visible(rows: range, keys: int, offset: int | Tensor, first: Tensor | None, device: torch.device) -> Tensor | None:
-    """bool, True where query `i` of `rows` may see key `j` of `keys`: `first[i] <= j <= i + offset`. None: all.
+@cache
+def _triangle(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.ones(rows, columns, dtype=torch.bool, device=device).triu()
+
+
+def hidden(rows: range, keys: int, offset: int | Tensor, first: Tensor | None, device: torch.device) -> Tensor | None:
+    """bool, True where query `i` of `rows` may not see key `j` of `keys`: unless `first[i] <= j <= i + offset`.
 
     The mask covers the last `columns` keys of the strip, the only ones of which some are hidden: [rows, columns], or
-    [N, 1, rows, keys] where offsets or firsts differ by row.
+    [N, 1, rows, keys] where offsets or firsts differ by row. None: nothing is hidden.
     """
-    i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     if first is None and isinstance(offset, int):
         begin = min(rows.start + offset + 1, keys)
-        if begin == keys:
-            return None
-        return torch.arange(begin, keys, device=device) <= i + offset
+        return None if begin == keys else _triangle(len(rows), keys - begin, device)
+    i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     j = torch.arange(keys, device=device)
-    shift = offset if isinstance(offset, int) else offset[:, None, None, None]
-    mask = j <= i + shift
+    mask = j > i + (offset if isinstance(offset, int) else offset[:, None, None, None])
     if first is not None:
-        mask = mask & (j >= first[:, None, rows.start : rows.stop, None])
-    return mask if mask.ndim == 4 else mask.expand(1, 1, -1, -1)
+        mask = mask | (j < first[:, None, rows.start : rows.stop, None])
+    return mask
 
 
 def _strips(
@@ -48,50 +51,62 @@ def _strips(
     for start in range(0, queries, STRIP):
         stop = min(start + STRIP, queries)
         needed = min(keys, stop + offset) if isinstance(offset, int) else keys
-        yield slice(start, stop), needed, visible(range(start, stop), needed, offset, first, q.device)
+        yield slice(start, stop), needed, hidden(range(start, stop), needed, offset, first, q.device)
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax, in float32 or better, of the scores of one strip."""
-    scores = torch.matmul(q, k.transpose(-1, -2))
+    """Softmax, in float32 or better, of the scores of one strip: [N H, rows, d] and [N H, keys, d]."""
+    scores = torch.bmm(q, k.transpose(1, 2))
     scores = scores.float() if scores.dtype == torch.bfloat16 else scores
     if mask is not None:
-        scores[..., scores.shape[-1] - mask.shape[-1] :].masked_fill_(~mask, -torch.inf)
+        by_row = scores if mask.ndim == 2 else scores.unflatten(0, (len(mask), -1))
+        by_row[..., scores.shape[-1] - mask.shape[-1] :].masked_fill_(mask, -torch.inf)
     return torch.softmax(scores, dim=-1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None) -> Tensor:
-    """All strips, heads first."""
-    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype, device=v.device)
-    for rows, keys, mask in _strips(q, k, offset, first):
-        weights = _weights(q[..., rows, :], k[..., :keys, :], mask)
-        out[..., rows, :] = torch.matmul(weights.to(v.dtype), v[..., :keys, :])
-    return out
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b`, in place where that is quick: batched products into strided memory are slow."""
+    if out.is_contiguous():
+        torch.bmm(a, b, out=out)
+    else:
+        out.copy_(torch.bmm(a, b))
 
 
 class _CausalAttention(torch.autograd.Function):
+    """Heads are merged with rows: q, k [N H, L, d], v [N H, K, e]."""
+
     @staticmethod
     def forward(
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, first, None if isinstance(offset, int) else offset)
         ctx.offset = offset if isinstance(offset, int) else None
-        return _attend(q, k, v, offset, first)
+        out = v.new_empty(*q.shape[:2], v.shape[-1])
+        for rows, keys, mask in _strips(q, k, offset, first):
+            weights = _weights(q[:, rows], k[:, :keys], mask)
+            _product(weights.to(v.dtype), v[:, :keys], out[:, rows])
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor):
         q, k, v, first, offset = ctx.saved_tensors
         offset = ctx.offset if offset is None else offset
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, keys, mask in _strips(q, k, offset, first):
-            q_s, k_s, v_s, grad_s = q[..., rows, :], k[..., :keys, :], v[..., :keys, :], grad[..., rows, :]
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        written = 0  # keys that have a gradient: the last strip needs most of them, so strips run backwards
+        for rows, keys, mask in reversed(list(_strips(q, k, offset, first))):
+            q_s, k_s, v_s, grad_s = q[:, rows], k[:, :keys], v[:, :keys], grad[:, rows]
             weights = _weights(q_s, k_s, mask)
-            d_weights = torch.matmul(grad_s, v_s.transpose(-1, -2)).to(weights.dtype)
-            dv[..., :keys, :] += torch.matmul(weights.to(grad.dtype).transpose(-1, -2), grad_s)
+            d_weights = torch.bmm(grad_s, v_s.transpose(1, 2)).to(weights.dtype)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(q.dtype)
-            dq[..., rows, :] = torch.matmul(d_scores, k_s)
-            dk[..., :keys, :] += torch.matmul(d_scores.transpose(-1, -2), q_s)
+            _product(d_scores, k_s, dq[:, rows])
+            for total, left, right in ((dv, weights.to(grad.dtype), grad_s), (dk, d_scores, q_s)):
+                if written:
+                    total[:, :keys].baddbmm_(left.transpose(1, 2), right)
+                else:
+                    _product(left.transpose(1, 2), right, total[:, :keys])
+                    total[:, keys:] = 0
+            written = max(written, keys)
         return dq, dk, dv, None, None
 
 
@@ -122,7 +137,7 @@ def causal_attention(
     if dropout > 0:
         out = _with_dropout(q, k, v, offset, first, dropout, dropkey)
     else:
-        out = _CausalAttention.apply(q, k, v, offset, first)
+        out = _CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), offset, first).unflatten(0, q.shape[:2])
     return out.transpose(1, 2).to(dtype)
 
 
@@ -134,15 +149,15 @@ def _with_dropout(
     for rows, keys, mask in _strips(q, k, offset, first):
         scores = torch.matmul(q[..., rows, :], k[..., :keys, :].transpose(-1, -2))
         scores = scores.float() if scores.dtype == torch.bfloat16 else scores
-        hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=q.device).expand_as(scores).clone()
+        unseen = torch.zeros(scores.shape, dtype=torch.bool, device=q.device)
         if mask is not None:
-            hidden[..., keys - mask.shape[-1] :] |= ~mask
+            unseen[..., keys - mask.shape[-1] :] |= mask
         if dropkey:
             own = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (
                 offset if isinstance(offset, int) else offset[:, None, None, None]
             )
-            hidden |= (torch.rand_like(scores) < dropout) & (torch.arange(keys, device=q.device) != own)
-        weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
+            unseen |= (torch.rand_like(scores) < dropout) & (torch.arange(keys, device=q.device) != own)
+        weights = torch.softmax(scores.masked_fill(unseen, -torch.inf), dim=-1)
         if not dropkey:
             weights = F.dropout(weights, dropout)
         outputs.append(torch.matmul(weights.to(v.dtype), v[..., :keys, :]))

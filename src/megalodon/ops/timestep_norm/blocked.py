@@ -1,16 +1,95 @@
 """TimestepNorm for all tokens at once: cumulative sums of each token's moments, then one normalisation.
 
 With w_i = n_{i-1} / n_i, `n_t var_t = n_0 var_0 + sum_i s_i + sum_i w_i (m_i - mean_{i-1})^2`: every term is positive,
-so nothing cancels. The sums run over [B, L, G], a small part of the input, in float64 where the device has it.
+so nothing cancels. The sums run over [B, L, G], a small part of the input, in float64 where the device has it, and are
+differentiated by autograd; what runs over [B, L, D] is differentiated by hand, to pass over it as rarely as possible.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megalodon.ops.backend import accumulator_dtype
 from megalodon.ops.timestep_norm.statistics import Prior, Statistics
+
+
+class Groups:
+    """Sums over the features of a group, and back: by products with a 0/1 matrix, many times quicker on a CPU than
+    reductions and broadcasts over a few features. A product spreads values exactly: each has one term.
+    """
+
+    def __init__(self, x: Tensor, count: int) -> None:
+        self.count, self.size = count, x.shape[-1] // count
+        exact = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        self.matrix = None
+        if exact and self.size > 1:
+            self.matrix = torch.eye(count, dtype=x.dtype, device=x.device).repeat_interleave(self.size, dim=1)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., G]."""
+        return x.unflatten(-1, (self.count, -1)).sum(-1) if self.matrix is None else x @ self.matrix.t()
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[..., G] -> [..., D]."""
+        return x.repeat_interleave(self.size, dim=-1) if self.matrix is None else x @ self.matrix
+
+
+class _Moments(torch.autograd.Function):
+    """Each token's mean and population variance in each group: [B, L, D] -> twice [B, L, G]."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+        m = groups.sum(x) / groups.size
+        s = groups.sum((x - groups.spread(m)).square_()) / groups.size
+        ctx.save_for_backward(x, m)
+        ctx.groups = groups
+        return m, s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, d_m: Tensor, d_s: Tensor):
+        x, m = ctx.saved_tensors
+        dx = (x - ctx.groups.spread(m)).mul_(ctx.groups.spread(d_s * (2 / ctx.groups.size)))
+        return dx.add_(ctx.groups.spread(d_m / ctx.groups.size)), None
+
+
+class _Normalise(torch.autograd.Function):
+    """`(x - mean) * scale * (weight + 1) + bias` with mean and scale [B, L, G]."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: Groups,
+    ) -> Tensor:
+        y = (x - groups.spread(mean)).mul_(groups.spread(scale))
+        if weight is not None:
+            y.mul_(weight + 1)
+        if bias is not None:
+            y.add_(bias)
+        ctx.save_for_backward(x, mean, scale, weight)
+        ctx.groups = groups
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor):
+        x, mean, scale, weight = ctx.saved_tensors
+        groups, (_, _, _, need_weight, need_bias, _) = ctx.groups, ctx.needs_input_grad
+        d_bias = dy.sum(dim=(0, 1)) if need_bias else None
+        centred = (x - groups.spread(mean)).mul_(dy)
+        spread_scale = groups.spread(scale)
+        d_weight = torch.linalg.vecdot(centred, spread_scale, dim=1).sum(0) if need_weight else None
+        dx = dy if weight is None else dy * (weight + 1)
+        d_mean = groups.sum(dx).mul_(scale).neg_()
+        d_scale = groups.sum(centred if weight is None else centred.mul_(weight + 1))
+        return dx * spread_scale, d_mean, d_scale, d_weight, d_bias, None
 
 
 def timestep_norm(
@@ -24,25 +103,19 @@ def timestep_norm(
     eps: float,
 ) -> tuple[Tensor, Statistics]:
     """See `megalodon.ops.timestep_norm`."""
-    batch, length, dim = x.shape
-    if length == 0:
+    if x.shape[1] == 0:
         return x, initial
-    groups = initial.mean.shape[-1]
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    u = x.to(compute).view(batch, length, groups, dim // groups)
-    m = u.mean(-1)
-    s = (u - m[..., None]).square().mean(-1)
-    if length == 1 and padding_mask is None:
+    u = x.to(compute)
+    groups = Groups(u, initial.mean.shape[-1])
+    m, s = _Moments.apply(u, groups)
+    if x.shape[1] == 1 and padding_mask is None:
         count, mean, var = one_step(m, s, initial)
     else:
         count, mean, var = running_statistics(m, s, initial, prior, padding_mask, document_start)
-    scale = torch.rsqrt(var + eps).to(compute)[..., None]
-    y = ((u - mean.to(compute)[..., None]) * scale).view(batch, length, dim)
-    if weight is not None:
-        effective = weight.to(compute) + 1
-        y = y * effective if bias is None else torch.addcmul(bias.to(compute), y, effective)
-    elif bias is not None:
-        y = y + bias.to(compute)
+    scale = torch.rsqrt(var + eps).to(compute)
+    weight, bias = (None if value is None else value.to(compute) for value in (weight, bias))
+    y = _Normalise.apply(u, mean.to(compute), scale, weight, bias, groups)
     if padding_mask is not None:
         y = y.masked_fill(padding_mask[..., None], 0)
     state = initial.mean.dtype
@@ -77,26 +150,28 @@ def running_statistics(
     """
     wide = accumulator_dtype(m.device)
     m, s = m.to(wide), s.to(wide)
-    real = (
-        torch.ones(m.shape[:2], dtype=torch.int64, device=m.device) if padding_mask is None else (~padding_mask).long()
-    )
     count_0, mean_0, var_0 = initial.count[:, None], initial.mean[:, None].to(wide), initial.var[:, None].to(wide)
     if document_start is not None:
         first = (document_start == 0)[..., None]
         count_0 = torch.where(first[..., 0], count_0, prior.count)
         mean_0 = torch.where(first, mean_0, prior.mean.to(wide))
         var_0 = torch.where(first, var_0, prior.var.to(wide))
-    present = real[..., None].to(wide)
-    count = count_0 + cumulative(real[..., None], document_start)[..., 0]
+    present = torch.ones(m.shape[:2], dtype=torch.int64, device=m.device)
+    if padding_mask is not None:
+        present = (~padding_mask).long()
+        m = torch.where(padding_mask[..., None], 0, m)
+    count = count_0 + cumulative(present[..., None], document_start)[..., 0]
     n, n_0 = count.clamp(min=1)[..., None].to(wide), count_0[..., None].to(wide)
-    empty = (count == 0)[..., None]
 
-    mean = (n_0 * mean_0 + cumulative(m * present, document_start)) / n
-    mean = torch.where(empty, mean_0, mean)
-    before = previous(mean, mean_0, document_start)
-    spread = present * (s + (n - 1) / n * (m - before).square())
+    mean = (n_0 * mean_0 + cumulative(m, document_start)) / n
+    spread = torch.addcmul(s, (n - 1) / n, (m - previous(mean, mean_0, document_start)).square())
+    if padding_mask is not None:
+        spread = torch.where(padding_mask[..., None], 0, spread)
     var = (n_0 * var_0 + cumulative(spread, document_start)) / n
-    return Statistics(count, mean, torch.where(empty, var_0, var))
+    if padding_mask is not None:
+        empty = (count == 0)[..., None]
+        mean, var = torch.where(empty, mean_0, mean), torch.where(empty, var_0, var)
+    return Statistics(count, mean, var)
 
 
 def cumulative(values: Tensor, document_start: Tensor | None) -> Tensor:

@@ -27,12 +27,11 @@ class CEMA(nn.Module):
         """(p real [D, N], q complex [D, N], gamma complex [D, N] scaled by 1/sqrt(N)), float32 or better."""
         wide = full_precision(self.alpha.dtype)
         components = self.alpha.shape[1]
-        p = torch.sigmoid(self.alpha.to(wide)[..., 0])
-        decay = 1 - p * torch.sigmoid(self.delta.to(wide)[..., 0])
-        turn = torch.sigmoid(self.theta.to(wide)[..., 0]) * (2 * math.pi / components)
-        q = torch.polar(decay, turn * torch.arange(1, components + 1, device=turn.device))
-        gamma = torch.view_as_complex(self.gamma.to(wide).contiguous()) / math.sqrt(components)
-        return p, q, gamma
+        alpha, delta, theta, gamma = (x.to(wide) for x in (self.alpha, self.delta, self.theta, self.gamma))
+        p = torch.sigmoid(alpha[..., 0])
+        steps = torch.arange(1, components + 1, dtype=wide, device=theta.device) * (2 * math.pi / components)
+        q = torch.polar(1 - p * torch.sigmoid(delta[..., 0]), torch.sigmoid(theta[..., 0]) * steps)
+        return p, q, torch.view_as_complex(gamma * (1 / math.sqrt(components)))
 
     def forward(self, x: Tensor, state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
         """x [B, L, D] and h complex [B, D, N] -> (y [B, L, D], h after it)."""

@@ -60,10 +60,10 @@ class GatedChunkAttention(nn.Module):
         z = self.z_proj(m).unflatten(-1, (self.num_heads, -1))
         head_dim = z.shape[-1]
         z = F.rms_norm(z, (head_dim,), None, self.eps)
-        scale = ((self.qk_weight + 1) / math.sqrt(head_dim)).view(2, self.num_heads, head_dim)
-        bias = self.qk_bias.view(2, self.num_heads, head_dim)
-        q, k = (torch.addcmul(bias[i], z, scale[i]).to(z.dtype) for i in (0, 1))
-        return ops.rotate(q, turns), ops.rotate(k, turns)
+        scale = ((self.qk_weight + 1) / math.sqrt(head_dim)).unflatten(1, (self.num_heads, head_dim))
+        bias = self.qk_bias.unflatten(1, (self.num_heads, head_dim))
+        both = torch.addcmul(bias, z[..., None, :, :], scale).to(z.dtype)
+        return ops.rotate(both.flatten(-3, -2), turns).unflatten(-2, (2, self.num_heads)).unbind(-3)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, open_chunk: OpenChunk | None, layout: Layout, use_cache: bool

@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 
 def _effective(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if weight is None else (weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1).to(dtype)
+    """`weight + 1`, rounded once: bfloat16 cannot hold the sum of 1 and a small offset."""
+    if weight is None or weight.dtype == dtype == torch.float32:
+        return None if weight is None else weight + 1
+    return (weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1).to(dtype)
 
 
 class RMSNorm(nn.Module):

@@ -42,15 +42,15 @@ class TimestepNorm(nn.Module):
 
     def forward(self, x: Tensor, moments: Moments | None, layout: Layout) -> tuple[Tensor, Moments]:
         """x [B, L, D] and the moments of what came before -> (the normalised x, the moments after it)."""
-        prior = self.prior(x.device)
-        count = mean = var = None
+        count = mean = var = prior = None
+        if moments is None or layout.fresh_rows is not None or layout.restart is not None:
+            prior = self.prior(x.device)
         if moments is not None:
-            positions = torch.from_numpy(layout.positions).to(x.device)
-            count = positions + self.prior_count
+            count = layout.seen + self.prior_count if self.prior_count else layout.seen
             mean, var = moments
-            if (layout.positions == 0).any():
-                fresh = (positions == 0)[:, None]
-                mean, var = torch.where(fresh, prior.mean, mean), torch.where(fresh, prior.var, var)
+            if layout.fresh_rows is not None:
+                mean = torch.where(layout.fresh_rows[:, None], prior.mean, mean)
+                var = torch.where(layout.fresh_rows[:, None], prior.var, var)
         y, _, mean, var = ops.timestep_norm(
             x, self.weight, self.bias, self.num_groups, count, mean, var, eps=self.eps, prior=prior, layout=layout
         )

@@ -139,6 +139,17 @@ class Layout:
         return self.starts is None and bool((self.lengths == self.length).all())
 
     @cached_property
+    def seen(self) -> Tensor:
+        """int64 [B]: `positions`, where the tokens are."""
+        return self._tensor(self.positions)
+
+    @cached_property
+    def fresh_rows(self) -> Tensor | None:
+        """bool [B]: rows that have seen nothing of their first document. None: there are none."""
+        fresh = self.positions == 0
+        return self._tensor(fresh) if fresh.any() else None
+
+    @cached_property
     def offsets(self) -> np.ndarray:
         """int64 [B]: tokens in each row's open chunk before this batch."""
         if self.chunk_size is None:

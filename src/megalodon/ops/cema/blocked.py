@@ -242,10 +242,13 @@ def step(
     x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One token: the recurrence itself."""
-    h = p * x[:, 0, :, None] + 0j
-    if initial_state is not None:
-        h = h + q * initial_state
-    y = (gamma * h).real.sum(-1)
+    added = p * x[:, 0, :, None]
+    if initial_state is None:
+        h = torch.complex(added, torch.zeros_like(added))
+    else:
+        h = q * initial_state
+        torch.view_as_real(h)[..., 0].add_(added)
+    y = torch.view_as_real(gamma * h)[..., 0].sum(-1)
     if omega is not None:
         y = torch.addcmul(y, omega, x[:, 0])
     return y[:, None], h

@@ -8,22 +8,16 @@ because keys are narrow and values wide (q, k have 256 dimensions where v has 20
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from megalodon.ops.backend import matmul_dtype
+from megalodon.ops.backend import full_precision, matmul_dtype
 
 STRIP = 128
 """Rows of queries computed together."""
-
-
-@cache
-def _triangle(rows: int, columns: int, device: torch.device) -> Tensor:
-    return torch.ones(rows, columns, dtype=torch.bool, device=device).triu()
 
 
 def hidden(rows: range, keys: int, offset: int | Tensor, first: Tensor | None, device: torch.device) -> Tensor | None:
@@ -34,7 +28,9 @@ def hidden(rows: range, keys: int, offset: int | Tensor, first: Tensor | None, d
     """
     if first is None and isinstance(offset, int):
         begin = min(rows.start + offset + 1, keys)
-        return None if begin == keys else _triangle(len(rows), keys - begin, device)
+        if begin == keys:
+            return None
+        return torch.ones(len(rows), keys - begin, dtype=torch.bool, device=device).triu()
     i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     j = torch.arange(keys, device=device)
     mask = j > i + (offset if isinstance(offset, int) else offset[:, None, None, None])
@@ -134,7 +130,11 @@ def causal_attention(
     """
     dtype, wide = v.dtype, matmul_dtype(v)
     q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
-    if dropout > 0:
+    if dropout == 0 and q.shape[2] == 1 and first is None and isinstance(offset, int):
+        scores = torch.matmul(q, k[:, :, : offset + 1].transpose(2, 3))
+        weights = torch.softmax(scores, dim=-1, dtype=full_precision(wide))
+        out = torch.matmul(weights.to(wide), v[:, :, : offset + 1])
+    elif dropout > 0:
         out = _with_dropout(q, k, v, offset, first, dropout, dropkey)
     else:
         out = _CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), offset, first).unflatten(0, q.shape[:2])

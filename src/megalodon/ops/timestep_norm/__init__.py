@@ -70,11 +70,13 @@ def timestep_norm(
             f"padding_mask is {padding_mask.dtype} of shape {tuple(padding_mask.shape)}: "
             f"it must be bool {(batch, length)}"
         )
-    initial, prior = _initial(x, num_groups, count, mean, var, prior)
     if layout is None:
         layout = Layout(batch, length, x.device, segment_ids=segment_ids)
     elif padding_mask is None:
         padding_mask = layout.padding
+    if prior is None and (count is None or layout.restart is not None):
+        prior = Prior.default(num_groups, full_precision(x.dtype), x.device)
+    initial = _initial(x, num_groups, count, mean, var, prior)
     with torch.autocast(x.device.type, enabled=False):
         run = choose(IMPLEMENTATIONS, backend, x.device)
         y, last = run(x, weight, bias, initial, prior, padding_mask, layout.restart, eps)
@@ -83,17 +85,16 @@ def timestep_norm(
 
 def _initial(
     x: Tensor, groups: int, count: Tensor | None, mean: Tensor | None, var: Tensor | None, prior: Prior | None
-) -> tuple[Statistics, Prior]:
+) -> Statistics:
     given = {"count": count, "mean": mean, "var": var}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
         raise ValueError(f"{', '.join(missing)} missing: count, mean and var are given together or not at all")
     batch = x.shape[0]
-    if prior is None:
-        prior = Prior.default(groups, full_precision(x.dtype), x.device)
     if count is None or mean is None or var is None:
+        assert prior is not None
         fresh = torch.full((batch,), prior.count, dtype=torch.int64, device=x.device)
-        return Statistics(fresh, prior.mean.expand(batch, groups), prior.var.expand(batch, groups)), prior
+        return Statistics(fresh, prior.mean.expand(batch, groups), prior.var.expand(batch, groups))
     for name, value, shape in (
         ("count", count, (batch,)),
         ("mean", mean, (batch, groups)),
@@ -102,4 +103,4 @@ def _initial(
         if value.shape != shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {shape}")
     real = torch.promote_types(mean.dtype, full_precision(x.dtype))
-    return Statistics(count, mean.to(real), var.to(real)), prior
+    return Statistics(count, mean.to(real), var.to(real))

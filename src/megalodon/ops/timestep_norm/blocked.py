@@ -97,7 +97,7 @@ def timestep_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     initial: Statistics,
-    prior: Prior,
+    prior: Prior | None,
     padding_mask: Tensor | None,
     document_start: Tensor | None,
     eps: float,
@@ -107,14 +107,14 @@ def timestep_norm(
         return x, initial
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     u = x.to(compute)
+    weight, bias = (None if value is None else value.to(compute) for value in (weight, bias))
+    if x.shape[1] == 1 and padding_mask is None:
+        y, last = one_token(u, weight, bias, initial, eps)
+        return y.to(x.dtype), last
     groups = Groups(u, initial.mean.shape[-1])
     m, s = _Moments.apply(u, groups)
-    if x.shape[1] == 1 and padding_mask is None:
-        count, mean, var = one_step(m, s, initial)
-    else:
-        count, mean, var = running_statistics(m, s, initial, prior, padding_mask, document_start)
+    count, mean, var = running_statistics(m, s, initial, prior, padding_mask, document_start)
     scale = torch.rsqrt(var + eps).to(compute)
-    weight, bias = (None if value is None else value.to(compute) for value in (weight, bias))
     y = _Normalise.apply(u, mean.to(compute), scale, weight, bias, groups)
     if padding_mask is not None:
         y = y.masked_fill(padding_mask[..., None], 0)
@@ -122,19 +122,36 @@ def timestep_norm(
     return y.to(x.dtype), Statistics(count[:, -1], mean[:, -1].to(state), var[:, -1].to(state))
 
 
-def one_step(m: Tensor, s: Tensor, initial: Statistics) -> Statistics:
-    """`running_statistics` of one token: the definition's own update."""
-    wide = accumulator_dtype(m.device)
-    m, s, mean, var = m.to(wide), s.to(wide), initial.mean[:, None].to(wide), initial.var[:, None].to(wide)
-    count = initial.count[:, None] + 1
-    share = 1 / count[..., None].to(wide)
+def one_token(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, initial: Statistics, eps: float
+) -> tuple[Tensor, Statistics]:
+    """One token a row, [B, 1, D]: the definition's own update, in as few operations as decoding deserves."""
+    wide, (batch, _, dim) = accumulator_dtype(x.device), x.shape
+    u = x.view(batch, initial.mean.shape[-1], -1)
+    s, m = torch.var_mean(u, -1, correction=0)
+    m, s, mean, var = m.to(wide), s.to(wide), initial.mean.to(wide), initial.var.to(wide)
+    count = initial.count + 1
+    share = count.to(wide).reciprocal()[:, None]
     step = m - mean
-    rest = 1 - share
-    return Statistics(count, mean + share * step, rest * (var + share * step * step) + share * s)
+    mean = torch.addcmul(mean, share, step)
+    var = torch.lerp(torch.addcmul(var, share * step, step), s, share)
+    y = (u - mean.to(x.dtype)[..., None]) * torch.rsqrt(var + eps).to(x.dtype)[..., None]
+    y = y.view(batch, 1, dim)
+    if weight is not None:
+        y = y * (weight + 1)
+    if bias is not None:
+        y = y + bias
+    state = initial.mean.dtype
+    return y, Statistics(count, mean.to(state), var.to(state))
 
 
 def running_statistics(
-    m: Tensor, s: Tensor, initial: Statistics, prior: Prior, padding_mask: Tensor | None, document_start: Tensor | None
+    m: Tensor,
+    s: Tensor,
+    initial: Statistics,
+    prior: Prior | None,
+    padding_mask: Tensor | None,
+    document_start: Tensor | None,
 ) -> Statistics:
     """The statistics after each token.
 
@@ -152,6 +169,7 @@ def running_statistics(
     m, s = m.to(wide), s.to(wide)
     count_0, mean_0, var_0 = initial.count[:, None], initial.mean[:, None].to(wide), initial.var[:, None].to(wide)
     if document_start is not None:
+        assert prior is not None
         first = (document_start == 0)[..., None]
         count_0 = torch.where(first[..., 0], count_0, prior.count)
         mean_0 = torch.where(first, mean_0, prior.mean.to(wide))

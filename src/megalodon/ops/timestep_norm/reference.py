@@ -13,7 +13,7 @@ def timestep_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     initial: Statistics,
-    prior: Prior,
+    prior: Prior | None,
     padding_mask: Tensor | None,
     document_start: Tensor | None,
     eps: float,
@@ -26,6 +26,7 @@ def timestep_norm(
     outputs = []
     for t in range(length):
         if document_start is not None and t > 0:
+            assert prior is not None
             starts = document_start[:, t] == t
             count = torch.where(starts, prior.count, count)
             mean = torch.where(starts[:, None], prior.mean, mean)

@@ -52,8 +52,8 @@ def state_difference(actual: MegalodonState, expected: MegalodonState) -> float:
 
 
 def gradients(model: MegalodonForCausalLM) -> dict[str, Tensor]:
-    """Copies of all gradients, which are then cleared."""
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    """Copies of all gradients, zeros where there is none (a single token never decays a state); then cleared."""
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     return found
 

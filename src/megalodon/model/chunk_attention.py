@@ -53,7 +53,8 @@ class GatedChunkAttention(nn.Module):
         q, k = self._queries_and_keys(m, turns)
         v = F.silu(self.v_proj(n)).unflatten(-1, (self.num_heads, -1))
         o, open_chunk = self._attend(q, k, v, open_chunk, layout, use_cache)
-        gated = o.flatten(-2) * F.silu(self.r_proj(m))
+        r = self.r_proj(m)
+        gated = ops.silu_product(r, o.flatten(-2).to(r.dtype))
         return self.h_proj(m) + self.o_proj(F.dropout(gated, self.hidden_dropout, self.training)), open_chunk
 
     def _queries_and_keys(self, m: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megalodon import ops
 from megalodon.model.config import MegalodonConfig
 from megalodon.model.norms import LayerNorm
 
@@ -30,9 +31,8 @@ class FeedForward(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
         n = self.norm(y)
-        hidden = F.silu(self.up_proj(n))
-        if self.gate_proj is not None:
-            hidden = hidden * self.gate_proj(n)
+        up = self.up_proj(n)
+        hidden = F.silu(up) if self.gate_proj is None else ops.silu_product(up, self.gate_proj(n))
         out = self.down_proj(F.dropout(hidden, self.hidden_dropout, self.training))
         out = F.dropout(out, self.dropout, self.training)
         return out if self.alpha is None else out * self.alpha

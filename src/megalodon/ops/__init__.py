@@ -9,6 +9,7 @@ from megalodon.ops.cema import IMPLEMENTATIONS as _CEMA
 from megalodon.ops.cema import cema
 from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
+from megalodon.ops.gate import silu_product
 from megalodon.ops.layout import Layout, move_rows
 from megalodon.ops.rotary import rotate, rotations
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
@@ -27,6 +28,7 @@ __all__ = [
     "move_rows",
     "rotate",
     "rotations",
+    "silu_product",
     "timestep_norm",
 ]
 

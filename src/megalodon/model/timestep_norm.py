@@ -49,6 +49,7 @@ class TimestepNorm(nn.Module):
             count = layout.seen + self.prior_count if self.prior_count else layout.seen
             mean, var = moments
             if layout.fresh_rows is not None:
+                assert prior is not None
                 mean = torch.where(layout.fresh_rows[:, None], prior.mean, mean)
                 var = torch.where(layout.fresh_rows[:, None], prior.var, var)
         y, _, mean, var = ops.timestep_norm(

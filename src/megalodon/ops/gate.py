@@ -7,10 +7,11 @@ product before them. Here rows are taken a cacheful at a time, and only a and b 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CACHEFUL = 1 << 17
@@ -26,7 +27,7 @@ def _tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 class _SiluProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
         out = torch.empty_like(a)
         for a_t, b_t, out_t in _tiles(a, b, out):
@@ -35,7 +36,7 @@ class _SiluProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         a, b = ctx.saved_tensors
         da, db = torch.empty_like(a), torch.empty_like(b)
         for grad_t, a_t, b_t, da_t, db_t in _tiles(grad, a, b, da, db):

@@ -16,23 +16,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 class _MoveRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(source, target)
         ctx.rows = x.shape[0]
         return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, target, x.index_select(0, source))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         source, target = ctx.saved_tensors
         dx = grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, source, grad.index_select(0, target))
         return dx, None, None, None

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megalodon.ops.backend import full_precision
@@ -99,9 +99,7 @@ class _Tables(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, size: int, exponents: Tensor
-    ):
+    def forward(ctx: Any, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, size: int, exponents: Tensor):
         powers = powers_of(q, size)
         backwards = powers[:size].index_select(0, torch.arange(size - 1, -1, -1, device=p.device))
         read = torch.mul(powers[1:], gamma).conj_physical_()  # Re(g h) = Re(g) Re(h) - Im(g) Im(h)
@@ -116,7 +114,7 @@ class _Tables(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_k: Tensor, d_read: Tensor, d_write: Tensor, d_decays: Tensor):
+    def backward(ctx: Any, d_k: Tensor, d_read: Tensor, d_write: Tensor, d_decays: Tensor):
         p, q, gamma, powers, backwards, exponents = ctx.saved_tensors
         size = len(backwards)
         times = torch.arange(size + 1, dtype=p.dtype, device=p.device)
@@ -168,7 +166,7 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         u: Tensor,
         k: Tensor,
         read: Tensor,
@@ -193,7 +191,7 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor | None, d_states: Tensor | None):
+    def backward(ctx: Any, dy: Tensor | None, d_states: Tensor | None):
         u, kernel, read, write, decay, states, entering, keep = ctx.saved_tensors
         dy = torch.zeros_like(u) if dy is None else dy.contiguous()
         flow = states.new_zeros(states.shape) if d_states is None else d_states.clone()
@@ -223,13 +221,13 @@ class _Blocks(torch.autograd.Function):
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
         ctx.inverse = tuple(dims.index(i) for i in range(len(dims)))
         return x.permute(dims).contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         return grad.permute(ctx.inverse).contiguous(), None
 
 

@@ -8,10 +8,11 @@ because keys are narrow and values wide (q, k have 256 dimensions where v has 20
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megalodon.ops.backend import full_precision, matmul_dtype
@@ -72,9 +73,7 @@ class _CausalAttention(torch.autograd.Function):
     """Heads are merged with rows: q, k [N H, L, d], v [N H, K, e]."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, k, v, first, None if isinstance(offset, int) else offset)
         ctx.offset = offset if isinstance(offset, int) else None
         out = v.new_empty(*q.shape[:2], v.shape[-1])
@@ -85,7 +84,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         q, k, v, first, offset = ctx.saved_tensors
         offset = ctx.offset if offset is None else offset
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

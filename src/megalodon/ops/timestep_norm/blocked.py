@@ -7,9 +7,11 @@ differentiated by autograd; what runs over [B, L, D] is differentiated by hand, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megalodon.ops.backend import accumulator_dtype
 from megalodon.ops.timestep_norm.statistics import Prior, Statistics
@@ -40,7 +42,7 @@ class _Moments(torch.autograd.Function):
     """Each token's mean and population variance in each group: [B, L, D] -> twice [B, L, G]."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
         m = groups.sum(x) / groups.size
         s = groups.sum((x - groups.spread(m)).square_()) / groups.size
         ctx.save_for_backward(x, m)
@@ -49,7 +51,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_m: Tensor, d_s: Tensor):
+    def backward(ctx: Any, d_m: Tensor, d_s: Tensor):
         x, m = ctx.saved_tensors
         dx = (x - ctx.groups.spread(m)).mul_(ctx.groups.spread(d_s * (2 / ctx.groups.size)))
         return dx.add_(ctx.groups.spread(d_m / ctx.groups.size)), None
@@ -60,7 +62,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         mean: Tensor,
         scale: Tensor,
@@ -79,7 +81,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor):
         x, mean, scale, weight = ctx.saved_tensors
         groups, (_, _, _, need_weight, need_bias, _) = ctx.groups, ctx.needs_input_grad
         d_bias = dy.sum(dim=(0, 1)) if need_bias else None

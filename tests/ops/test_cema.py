@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from operator_cases import cema_inputs, gradients, relative, segments
 
 from megalodon.ops import Layout, cema
-from megalodon.ops.cema.blocked import BLOCK, tables, toeplitz
+from megalodon.ops.cema.blocked import BLOCK, shifts, tables, toeplitz
 
 
 @settings(max_examples=25, deadline=None)
@@ -83,7 +83,7 @@ def test_toeplitz_holds_the_kernel() -> None:
     table = tables(inputs["p"], inputs["q"], inputs["gamma"], inputs["omega"], 6)
     k = torch.stack([(inputs["gamma"] * inputs["p"] * inputs["q"] ** t).real.sum(-1) for t in range(6)], -1)
     k[:, 0] += inputs["omega"]
-    kernel = toeplitz(table.k)
+    kernel = toeplitz(table.k, shifts(table.k, 6))
     for s in range(6):
         assert torch.allclose(kernel[:, s, s:], k[:, : 6 - s])
         assert not kernel[:, s, :s].any()

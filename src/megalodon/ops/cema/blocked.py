@@ -12,7 +12,6 @@ are laid out as pairs of reals, so that every product is a real matrix product.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -57,23 +56,22 @@ def powers_of(q: Tensor, n: int) -> Tensor:
     return powers
 
 
-@cache
-def shifts(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def shifts(like: Tensor, size: int) -> Tensor:
     """[T, T * T] of 0 and 1: `k @ shifts` lays taps k out as the T x T Toeplitz matrix K[s, t] = k[t - s]."""
-    lag = torch.arange(size, device=device)
+    lag = torch.arange(size, device=like.device)
     places = lag - lag[:, None] == lag[:, None, None]
-    return places.to(dtype).flatten(1)
+    return places.to(like.dtype).flatten(1)
 
 
-def toeplitz(k: Tensor) -> Tensor:
-    """[T, D] -> [D, T, T]: `out[:, s, t] = k[t - s]` for s <= t, else 0."""
+def toeplitz(k: Tensor, places: Tensor) -> Tensor:
+    """[T, D] -> [D, T, T]: `out[:, s, t] = k[t - s]` for s <= t, else 0; `places` from `shifts`."""
     size, dim = k.shape
-    return (k.t() @ shifts(size, k.dtype, k.device)).view(dim, size, size)
+    return (k.t() @ places).view(dim, size, size)
 
 
-def diagonal_sums(kernel: Tensor) -> Tensor:
+def diagonal_sums(kernel: Tensor, places: Tensor) -> Tensor:
     """[D, T, T] -> [T, D]: `out[j] = sum_s kernel[:, s, s + j]`, the adjoint of `toeplitz`."""
-    return shifts(kernel.shape[-1], kernel.dtype, kernel.device) @ kernel.flatten(1).t()
+    return places @ kernel.flatten(1).t()
 
 
 def _as_pairs(table: Tensor) -> Tensor:
@@ -183,16 +181,17 @@ class _Blocks(torch.autograd.Function):
             if keep is not None:
                 states[i] *= keep[i]
             torch.addcmul(added[i], decay, states[i], out=states[i + 1])
-        kernel, entering = toeplitz(k), _by_channel(states[:-1])
+        places = shifts(k, len(k))
+        kernel, entering = toeplitz(k, places), _by_channel(states[:-1])
         y = torch.bmm(u, kernel).baddbmm_(entering, read.permute(1, 2, 0))
-        ctx.save_for_backward(u, kernel, read, write, decay, states, entering, keep)
+        ctx.save_for_backward(u, kernel, read, write, decay, states, entering, keep, places)
         ctx.set_materialize_grads(False)
         return y, states
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_states: Tensor | None):
-        u, kernel, read, write, decay, states, entering, keep = ctx.saved_tensors
+        u, kernel, read, write, decay, states, entering, keep, places = ctx.saved_tensors
         dy = torch.zeros_like(u) if dy is None else dy.contiguous()
         flow = states.new_zeros(states.shape) if d_states is None else d_states.clone()
         flow[:-1] += _by_block(torch.bmm(dy, read.transpose(0, 1)), states.shape[1])
@@ -205,7 +204,7 @@ class _Blocks(torch.autograd.Function):
         d_written = _by_channel(flow[1:])
         d_read = torch.bmm(dy.transpose(1, 2), entering).transpose(0, 1)
         d_write = torch.bmm(u.transpose(1, 2), d_written).transpose(0, 1)
-        d_k = diagonal_sums(torch.bmm(u.transpose(1, 2), dy))
+        d_k = diagonal_sums(torch.bmm(u.transpose(1, 2), dy), places)
         du = torch.bmm(dy, kernel.transpose(1, 2)).baddbmm_(d_written, write.permute(1, 2, 0))
         return (
             du,

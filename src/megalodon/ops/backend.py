@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,27 +17,61 @@ from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "MEGALODON_BACKEND"
 
+KERNEL_DTYPES = (torch.bfloat16, torch.float32)
+"""Activation dtypes that the Triton kernels take; float64 and float16 go through the blocked forms."""
+
 Implementations = Mapping[str, Callable[..., Any]]
 
 
-def default_backend(device: torch.device) -> str:
-    """The fastest form for a device type. `blocked` is plain PyTorch and runs everywhere."""
+@cache
+def without_kernels(device_type: str, index: int | None = None) -> str | None:
+    """Why the Triton kernels cannot run on a device; None where they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if device_type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "a CPU runs them with TRITON_INTERPRET=1 only"
+    if device_type != "cuda":
+        return f"they are written for NVIDIA GPUs, not for a device of type {device_type}"
+    if torch.version.hip is not None:
+        return "they are written for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return "they need compute capability 8.0"
+    return None
+
+
+def default_backend(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The fastest form for a device and dtype. `blocked` is plain PyTorch and runs everywhere."""
+    if device.type == "cuda" and dtype in KERNEL_DTYPES and without_kernels("cuda", device.index) is None:
+        return "triton"
     return "blocked"
 
 
-def choose(implementations: Implementations, backend: str | None, device: torch.device) -> Callable[..., Any]:
+def choose(
+    implementations: Implementations, backend: str | None, device: torch.device, dtype: torch.dtype
+) -> Callable[..., Any]:
     """The implementation to call.
 
+    Args:
+        implementations: those of the operator, by name.
+        backend: the caller's choice; None leaves it to the environment variable and the default.
+        device, dtype: of the activations.
+
     Raises:
-        ValueError: `backend` or the environment variable names none of the operator's implementations.
+        ValueError: `backend` or the environment variable names none of the operator's implementations, or one that
+            does not run on this device or in this dtype.
     """
     source, name = "backend", backend
     if name is None:
-        source, name = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or default_backend(device)
+        source, name = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or default_backend(device, dtype)
     if name not in implementations:
         raise ValueError(
             f"{source}={name!r} is not a back end of this operator: choose from {', '.join(implementations)}"
         )
+    if name == "triton":
+        if reason := without_kernels(device.type, device.index):
+            raise ValueError(f"{source}='triton' cannot run here: {reason}; 'blocked' runs everywhere")
+        if dtype not in KERNEL_DTYPES:
+            raise ValueError(f"{source}='triton' takes bfloat16 and float32, not {dtype}: use 'blocked' for it")
     return implementations[name]
 
 

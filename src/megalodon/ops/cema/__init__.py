@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from megalodon.ops.backend import Implementations, choose, full_precision
 from megalodon.ops.cema import blocked, reference
 from megalodon.ops.layout import Layout
 
-IMPLEMENTATIONS: Implementations = {"reference": reference.cema, "blocked": blocked.cema}
+
+
+def _triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The kernels, imported when they are first asked for: Triton need not be installed."""
+    if x.numel() == 0:
+        return blocked.cema(x, *arguments)
+    from megalodon.ops.cema import triton
+
+    return triton.cema(x, *arguments)
+
+
+IMPLEMENTATIONS: Implementations = {"reference": reference.cema, "blocked": blocked.cema, "triton": _triton}
 
 
 def cema(
@@ -37,7 +50,7 @@ def cema(
         initial_state: complex [B, D, N]; the state before the first token. None: zero.
         segment_ids: int [B, L]; a change along L starts a document with a zero state. The row's first document
             continues `initial_state`.
-        backend: "reference" or "blocked"; None chooses (see `megalodon.ops.backend`).
+        backend: "reference", "blocked" or "triton"; None chooses (see `megalodon.ops.backend`).
         layout: the batch's layout, in place of `segment_ids`, where it is already known. Tokens beyond its `lengths`
             give zero and leave the state alone.
 
@@ -68,7 +81,7 @@ def cema(
         )
     if layout is None:
         layout = Layout(batch, length, x.device, segment_ids=segment_ids)
-    run = choose(IMPLEMENTATIONS, backend, x.device)
+    run = choose(IMPLEMENTATIONS, backend, x.device, x.dtype)
     wide = real.to_complex()
     state = None if initial_state is None else initial_state.to(wide)
     return run(x, p.to(real), q.to(wide), gamma.to(wide), omega, state, layout)

@@ -83,4 +83,4 @@ def chunk_attention(
     longest = int(layout.offsets.max(initial=0))
     if longest > (0 if prefix_k is None else prefix_k.shape[1]):
         raise ValueError(f"the open chunk holds {longest} tokens: prefix_k and prefix_v must hold them")
-    return choose(IMPLEMENTATIONS, backend, q.device)(q, k, v, prefix, layout, dropout, dropkey)
+    return choose(IMPLEMENTATIONS, backend, q.device, q.dtype)(q, k, v, prefix, layout, dropout, dropkey)

@@ -78,7 +78,7 @@ def timestep_norm(
         prior = Prior.default(num_groups, full_precision(x.dtype), x.device)
     initial = _initial(x, num_groups, count, mean, var, prior)
     with torch.autocast(x.device.type, enabled=False):
-        run = choose(IMPLEMENTATIONS, backend, x.device)
+        run = choose(IMPLEMENTATIONS, backend, x.device, x.dtype)
         y, last = run(x, weight, bias, initial, prior, padding_mask, layout.restart, eps)
     return y, last.count, last.mean, last.var
 

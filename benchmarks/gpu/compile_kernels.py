@@ -1,0 +1,175 @@
+"""Compiles every Triton kernel ahead of time for sm_80 and sm_90 and reports registers, spills and shared memory.
+
+Needs Triton, no GPU. Writes `results/gpu_kernels.json` and `.md`; exit status 1 if a kernel spills in a configuration
+that the library launches.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+
+import triton
+import typer
+from _report import RESULTS, markdown_table, write_atomically
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@dataclass
+class Launch:
+    """One configuration of one kernel, as the library launches it."""
+
+    label: str
+    kernel: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    scalars: dict[str, str] = field(default_factory=dict)
+
+    def source(self) -> ASTSource:
+        types = {name: "i32" for name in self.kernel.arg_names if name not in self.constants}
+        types |= {name: "*" + dtype for name, dtype in self.pointers.items()} | self.scalars
+        types |= {name: "constexpr" for name in self.constants}
+        unknown = types.keys() - set(self.kernel.arg_names)
+        assert not unknown, f"{self.label}: no such arguments: {unknown}"
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(self.kernel.arg_names)
+            if name in self.pointers or name in ("D", "DN", "N")
+        }
+        ordered = {name: types[name] for name in self.kernel.arg_names}
+        return ASTSource(self.kernel, ordered, dict(self.constants), aligned)
+
+
+def compiled(launch: Launch, capability: int) -> dict[str, Any]:
+    """Resources of one kernel on one architecture, as ptxas reports them."""
+    binary = triton.compile(
+        launch.source(),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.warps, "num_stages": launch.stages},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(binary.asm["ptx"])
+        run = subprocess.run(
+            [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={ARCHITECTURES[capability]}", str(ptx), "-o", os.devnull],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return {
+        "architecture": ARCHITECTURES[capability],
+        "registers": _number(r"Used (\d+) registers", run.stderr),
+        "spill_stores": _number(r"(\d+) bytes spill stores", run.stderr),
+        "spill_loads": _number(r"(\d+) bytes spill loads", run.stderr),
+        "shared": binary.metadata.shared,
+        "tensor_core_instructions": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", binary.asm["ptx"])),
+        "asynchronous_copies": len(re.findall(r"\bcp\.async\.c[ag]|cp\.async\.bulk", binary.asm["ptx"])),
+    }
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"ptxas reported nothing like {pattern!r}:\n{text}")
+    return int(found.group(1))
+
+
+def launches() -> list[Launch]:
+    """Every kernel in the configurations of the presets: bfloat16 and float32, D = 4096, N = 16, G = 64, H = 4."""
+    return [*_cema()]
+
+
+def _cema() -> list[Launch]:
+    from megalodon.ops.cema import triton as ours
+    from megalodon.ops.cema import triton_kernels as kernels
+
+    tables = {"runs": "i32", "order": "i32"}
+    wide = dict.fromkeys(("p", "q", "gamma", "omega", "taps", "local", "initial", "entering", "last", "ends"), "fp32")
+    wide |= dict.fromkeys(("leaving", "d_last", "d_initial", "partial", "sums", "correlation"), "fp32")
+    wide |= dict.fromkeys(("d_p", "d_q", "d_gamma", "d_omega"), "fp32")
+    found = []
+
+    def add(label: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int = 4) -> None:
+        pointers = {**wide, **tables, "rows": "i32", "x": dtype, "dy": dtype, "y": dtype}
+        pointers = {name: pointers[name] for name in kernel.arg_names if name in pointers}
+        found.append(Launch(f"cema {label}", kernel, pointers, constants, warps, 3 if 'correlate' in label else 2))
+
+    for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
+        size = ours.channels(16, itemsize)
+        sizes = {"DC": size, "M": ours.GROUP, "T": ours.BLOCK, "NP": 16, "BITS": 4}
+        add(f"states {dtype}", kernels.states_kernel, dtype, {**sizes, "REVERSE": False}, size // 2)
+        add(f"outputs {dtype}", kernels.outputs_kernel, dtype, {**sizes, "REVERSE": False}, size // 2)
+        add(f"outputs reversed {dtype}", kernels.outputs_kernel, dtype, {**sizes, "REVERSE": True}, size // 2)
+        add(f"correlate {dtype}", kernels.correlate_kernel, dtype, {**sizes, **ours.CORRELATE_TILE}, 8)
+        add(f"step {dtype}", kernels.step_kernel, dtype, {"HAS_OMEGA": True, "HAS_INITIAL": True, "DC": 32, "NP": 16})
+    flags = {"LENGTH_BITS": 16, "BLOCK": 256}
+    add("taps", kernels.taps_kernel, "bf16", {"HAS_OMEGA": True, "DC": 4, "T": ours.BLOCK, "NP": 16, "BITS": 4})
+    add("scan", kernels.scan_kernel, "bf16", {**flags, "HAS_INITIAL": True})
+    add("adjoint scan", kernels.adjoint_scan_kernel, "bf16", {**flags, "HAS_LAST": True, "T": ours.BLOCK})
+    add("gradients", kernels.gradients_kernel, "bf16", {"T": ours.BLOCK, "NP": 16}, 1)
+    return found
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
+    only: Annotated[str, typer.Option(help="Kernels whose label contains this.")] = "",
+) -> None:
+    """Compiles, prints the table, writes JSON and Markdown."""
+    results = []
+    for launch in launches():
+        if only not in launch.label:
+            continue
+        for capability in ARCHITECTURES:
+            found = compiled(launch, capability)
+            limits = {"warps": launch.warps, "fits": found["shared"] <= SHARED_LIMITS[capability]}
+            results.append({"kernel": launch.label, **found, **limits})
+            typer.echo(f"{launch.label}, {ARCHITECTURES[capability]}: {found['registers']} registers", err=True)
+    header = ["kernel ", "for ", "warps", "registers", "spilled bytes", "shared KiB", "tensor-core instr.", "async copies"]
+    lines = [
+        [
+            *(r["kernel"], r["architecture"], str(r["warps"]), str(r["registers"])),
+            str(r["spill_stores"] + r["spill_loads"]),
+            f"{r['shared'] / 1024:.1f}",
+            *(str(r["tensor_core_instructions"]), str(r["asynchronous_copies"])),
+        ]
+        for r in results
+    ]
+    page = "\n".join(
+        [
+            "# Resources of the GPU kernels",
+            "",
+            f"`python benchmarks/gpu/compile_kernels.py`, Triton {triton.__version__}, compiled ahead of time: nothing ran.",
+            "Registers are per thread; instructions are counted in the PTX.",
+            "",
+            markdown_table(header, lines),
+            "",
+        ]
+    )
+    if not only:
+        import json
+
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "gpu_kernels.json", json.dumps({"triton": triton.__version__, "kernels": results}, indent=1) + "\n")
+        write_atomically(output / "gpu_kernels.md", page)
+    typer.echo(page)
+    if any(r["spill_stores"] or not r["fits"] for r in results):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -91,7 +91,7 @@ def _number(pattern: str, text: str) -> int:
 
 def launches() -> list[Launch]:
     """Every kernel in the configurations of the presets: bfloat16 and float32, D = 4096, N = 16, G = 64, H = 4."""
-    return [*_cema()]
+    return [*_cema(), *_timestep_norm()]
 
 
 def _cema() -> list[Launch]:
@@ -122,6 +122,38 @@ def _cema() -> list[Launch]:
     add("scan", kernels.scan_kernel, "bf16", {**flags, "HAS_INITIAL": True})
     add("adjoint scan", kernels.adjoint_scan_kernel, "bf16", {**flags, "HAS_LAST": True, "T": ours.BLOCK})
     add("gradients", kernels.gradients_kernel, "bf16", {"T": ours.BLOCK, "NP": 16}, 1)
+    return found
+
+
+def _timestep_norm() -> list[Launch]:
+    from megalodon.ops.timestep_norm import triton as ours
+    from megalodon.ops.timestep_norm import triton_kernels as kernels
+
+    pointers = dict.fromkeys(("means", "scales", "d_weight", "d_bias"), "fp32")
+    pointers |= dict.fromkeys(("entering", "summary", "counts", "last", "flowing", "d_mean", "d_var"), "fp64")
+    pointers |= dict.fromkeys(("mean", "var", "prior_mean", "prior_var"), "fp64")
+    pointers |= {"runs": "i32", "rows": "i32", "count": "i64", "padding": "i1", "weight": "fp32", "bias": "fp32"}
+    found = []
+
+    def add(label: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int = 4) -> None:
+        known = {**pointers, "x": dtype, "y": dtype, "dx": dtype, "dy": dtype}
+        known = {name: known[name] for name in kernel.arg_names if name in known}
+        scalars = {"eps": "fp32"} if "eps" in kernel.arg_names else {}
+        found.append(Launch(f"timestep_norm {label}", kernel, known, constants, warps, 3, scalars))
+
+    for dtype in ("bf16", "fp32"):
+        for groups in (64, 4096):
+            sizes, with_affine = ours.tile(4096, groups), {"HAS_WEIGHT": True, "HAS_PADDING": False}
+            name = f"{dtype} G={groups}"
+            add(f"summary {name}", kernels.summary_kernel, dtype, {"HAS_PADDING": False, **sizes})
+            add(f"forward {name}", kernels.norm_kernel, dtype, {"HAS_BIAS": True, **with_affine, **sizes})
+            for write in (True, False):
+                add(
+                    f"backward{'' if write else ' summary'} {name}", kernels.backward_kernel, dtype,
+                    {"WRITE": write, **with_affine, **sizes},
+                )  # fmt: skip
+    add("scan", kernels.scan_kernel, "bf16", {"BLOCK": 64}, 2)
+    add("adjoint scan", kernels.adjoint_scan_kernel, "bf16", {"HAS_LAST": True, "BLOCK": 64}, 2)
     return found
 
 

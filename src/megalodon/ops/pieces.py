@@ -23,16 +23,19 @@ class Pieces(NamedTuple):
     """Tables of n pieces; int32.
 
     Attributes:
-        runs: [n, 3]; first token (of B*L), tokens, and 1 where the piece starts a fresh document. Row by row, in order.
+        runs: [n, 4]; first token (of B*L), tokens, 1 where the piece starts a fresh document, and the row that the
+            piece ends, or -1. Row by row, in order.
         rows: [B, 2]; the first piece of each row and how many there are.
         order: [groups * GROUP]; the pieces by falling length, filled up with -1.
-        padding: bool [B, L], True where a token is none; None when every row is full.
+        chained: whether some document has several pieces.
+        padding: whether some token is in no piece.
     """
 
     runs: Tensor
     rows: Tensor
     order: Tensor
-    padding: Tensor | None
+    chained: bool
+    padding: bool
 
 
 def pieces_of(layout: Layout, longest: int, unit: int) -> Pieces:
@@ -46,14 +49,14 @@ def pieces_of(layout: Layout, longest: int, unit: int) -> Pieces:
         return _plain(layout.batch, layout.length, longest, unit, layout.device)
     cache = layout.__dict__.setdefault("_pieces", {})
     if (longest, unit) not in cache:
-        cache[longest, unit] = _cut(*_documents(layout), layout.batch, longest, unit, layout.device, layout.padding)
+        cache[longest, unit] = _cut(*_documents(layout), layout.batch, longest, unit, layout.device, layout.length)
     return cache[longest, unit]
 
 
 @lru_cache(maxsize=64)
 def _plain(batch: int, length: int, longest: int, unit: int, device: torch.device) -> Pieces:
     rows = np.arange(batch if length else 0)
-    return _cut(rows, rows * length, np.full(len(rows), length), rows < 0, batch, longest, unit, device, None)
+    return _cut(rows, rows * length, np.full(len(rows), length), rows < 0, batch, longest, unit, device, length)
 
 
 def _documents(layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -77,7 +80,7 @@ def _cut(
     longest: int,
     unit: int,
     device: torch.device,
-    padding: Tensor | None,
+    width: int,
 ) -> Pieces:
     head = tokens % unit
     whole = -(-(tokens - head) // longest)
@@ -88,9 +91,12 @@ def _cut(
     is_head = with_head & (number == 0)
     start = np.where(is_head, 0, h + (number - with_head) * longest)
     length = np.where(is_head, h, np.minimum(longest, tokens[document] - start))
-    runs = np.stack([first[document] + start, length, (number == 0) & fresh[document]], axis=1)
-    per_row = np.bincount(row[document], minlength=batch)
+    piece_row = row[document]
+    ends = np.where(np.append(piece_row[1:] != piece_row[:-1], True)[: len(piece_row)], piece_row, -1)
+    runs = np.stack([first[document] + start, length, (number == 0) & fresh[document], ends], axis=1)
+    per_row = np.bincount(piece_row, minlength=batch)
     order = np.full(max(-(-len(runs) // GROUP), 1) * GROUP, -1)
     order[: len(runs)] = np.argsort(-length, kind="stable")
-    tables = (runs.reshape(-1, 3), np.stack([np.cumsum(per_row) - per_row, per_row], axis=1), order)
-    return Pieces(*(torch.from_numpy(t.astype(np.int32)).to(device) for t in tables), padding)
+    tables = (runs.reshape(-1, 4), np.stack([np.cumsum(per_row) - per_row, per_row], axis=1), order)
+    on_device = (torch.from_numpy(t.astype(np.int32)).to(device) for t in tables)
+    return Pieces(*on_device, chained=bool((count > 1).any()), padding=int(tokens.sum()) < batch * width)

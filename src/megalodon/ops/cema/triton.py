@@ -44,7 +44,7 @@ def piece_length(batch: int, length: int, dim: int, components: int, itemsize: i
 
 def _pieces(x: Tensor, components: int, runs: Tensor | None, rows: Tensor | None, order: Tensor | None) -> Pieces:
     if runs is not None and rows is not None and order is not None:
-        return Pieces(runs, rows, order, None)
+        return Pieces(runs, rows, order, True, True)
     batch, length, dim = x.shape
     return pieces_of(Layout(batch, length, x.device), piece_length(batch, length, dim, components, x.itemsize), BLOCK)
 
@@ -239,9 +239,10 @@ def cema(
     if plain and x.shape[1] == 1 and not differentiable:
         y, last = torch.ops.megalodon.cema_step(*arguments)
         return y, torch.view_as_complex(last)
-    runs = rows = order = padding = None
-    if not plain:
+    if plain:
+        y, last, _ = torch.ops.megalodon.cema(*arguments, None, None, None, False)
+    else:
         longest = piece_length(layout.batch, layout.length, x.shape[-1], p.shape[1], x.itemsize)
-        runs, rows, order, padding = pieces_of(layout, longest, BLOCK)
-    y, last, _ = torch.ops.megalodon.cema(*arguments, runs, rows, order, padding is not None)
+        pieces = pieces_of(layout, longest, BLOCK)
+        y, last, _ = torch.ops.megalodon.cema(*arguments, pieces.runs, pieces.rows, pieces.order, pieces.padding)
     return y, torch.view_as_complex(last)

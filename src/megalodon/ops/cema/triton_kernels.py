@@ -80,8 +80,8 @@ def pieces_at(order, runs, group, M: tl.constexpr):
     """(piece, first token, tokens) of the M pieces of a group; no tokens where there is no piece."""
     piece = tl.load(order + group * M + tl.arange(0, M))
     there = piece >= 0
-    start = tl.load(runs + piece * 3, mask=there, other=0)
-    length = tl.load(runs + piece * 3 + 1, mask=there, other=0)
+    start = tl.load(runs + piece * 4, mask=there, other=0)
+    length = tl.load(runs + piece * 4 + 1, mask=there, other=0)
     return piece, start.to(tl.int64), length
 
 
@@ -135,13 +135,13 @@ def scan_kernel(runs, rows, q, local, initial, entering, last, DN, HAS_INITIAL: 
         h_im = tl.load(initial + 2 * (row * DN + i) + 1, mask=inside, other=0.0)
     first, count = tl.load(rows + 2 * row), tl.load(rows + 2 * row + 1)
     for piece in range(first, first + count):
-        if tl.load(runs + piece * 3 + 2) != 0:
-            h_re = h_re * 0
-            h_im = h_im * 0
+        if tl.load(runs + piece * 4 + 2) != 0:
+            h_re = tl.zeros([BLOCK], tl.float32)
+            h_im = tl.zeros([BLOCK], tl.float32)
         at = 2 * (tl.cast(piece, tl.int64) * DN + i)
         tl.store(entering + at, h_re, mask=inside)
         tl.store(entering + at + 1, h_im, mask=inside)
-        length = tl.load(runs + piece * 3 + 1)
+        length = tl.load(runs + piece * 4 + 1)
         decay_re, decay_im = power(q_re, q_im, length + i * 0, LENGTH_BITS)
         next_re = decay_re * h_re - decay_im * h_im + tl.load(local + at, mask=inside, other=0.0)
         h_im = decay_re * h_im + decay_im * h_re + tl.load(local + at + 1, mask=inside, other=0.0)
@@ -319,9 +319,9 @@ def adjoint_scan_kernel(x, runs, rows, p, q, gamma, entering, ends, local, d_las
         at = tl.cast(piece, tl.int64) * DN + i
         tl.store(leaving + 2 * at, m_re, mask=inside)
         tl.store(leaving + 2 * at + 1, m_im, mask=inside)
-        start = tl.cast(tl.load(runs + piece * 3), tl.int64)
-        length = tl.load(runs + piece * 3 + 1)
-        fresh = tl.load(runs + piece * 3 + 2) != 0
+        start = tl.cast(tl.load(runs + piece * 4), tl.int64)
+        length = tl.load(runs + piece * 4 + 1)
+        fresh = tl.load(runs + piece * 4 + 2) != 0
         h_re = tl.load(entering + 2 * at, mask=inside, other=0.0)
         h_im = tl.load(entering + 2 * at + 1, mask=inside, other=0.0)
         z_re = tl.load(local + 2 * at, mask=inside, other=0.0)
@@ -354,8 +354,8 @@ def adjoint_scan_kernel(x, runs, rows, p, q, gamma, entering, ends, local, d_las
         m_im = decay_re * m_im + decay_im * m_re + g_re * z_im + g_im * z_re
         m_re = next_re
         if fresh:
-            m_re = m_re * 0
-            m_im = m_im * 0
+            m_re = tl.zeros([BLOCK], tl.float32)
+            m_im = tl.zeros([BLOCK], tl.float32)
     tl.store(d_initial + 2 * (row * DN + i), m_re, mask=inside)
     tl.store(d_initial + 2 * (row * DN + i) + 1, -m_im, mask=inside)
     at = 5 * (row * DN + i)

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,31 @@ from megalodon.ops.timestep_norm.statistics import Prior, Statistics
 
 __all__ = ["IMPLEMENTATIONS", "Prior", "Statistics", "timestep_norm"]
 
-IMPLEMENTATIONS: Implementations = {"reference": reference.timestep_norm, "blocked": blocked.timestep_norm}
+
+
+def _by_document_starts(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Takes a layout in place of the index of each document's first token."""
+
+    def timestep_norm(*arguments: Any, layout: Layout, eps: float) -> tuple[Tensor, Statistics]:
+        return run(*arguments, layout.restart, eps)
+
+    return timestep_norm
+
+
+def _triton(x: Tensor, *arguments: Any, layout: Layout, eps: float) -> tuple[Tensor, Statistics]:
+    """The kernels, imported when they are first asked for: Triton need not be installed."""
+    from megalodon.ops.timestep_norm import triton
+
+    if x.numel() == 0 or not triton.fits(x, arguments[2]):
+        return blocked.timestep_norm(x, *arguments, layout.restart, eps)
+    return triton.timestep_norm(x, *arguments, layout=layout, eps=eps)
+
+
+IMPLEMENTATIONS: Implementations = {
+    "reference": _by_document_starts(reference.timestep_norm),
+    "blocked": _by_document_starts(blocked.timestep_norm),
+    "triton": _triton,
+}
 
 
 def timestep_norm(
@@ -47,7 +74,7 @@ def timestep_norm(
         segment_ids: int [B, L]; a change along L starts a document with fresh statistics. The row's first document
             continues count, mean and var.
         eps: added to the variance.
-        backend: "reference" or "blocked"; None chooses (see `megalodon.ops.backend`).
+        backend: "reference", "blocked" or "triton"; None chooses (see `megalodon.ops.backend`).
         prior: what a fresh document starts from. None: count 0, mean 0, variance 1.
         layout: the batch's layout, in place of `segment_ids` and `padding_mask`, where it is already known.
 
@@ -79,7 +106,7 @@ def timestep_norm(
     initial = _initial(x, num_groups, count, mean, var, prior)
     with torch.autocast(x.device.type, enabled=False):
         run = choose(IMPLEMENTATIONS, backend, x.device, x.dtype)
-        y, last = run(x, weight, bias, initial, prior, padding_mask, layout.restart, eps)
+        y, last = run(x, weight, bias, initial, prior, padding_mask, layout=layout, eps=eps)
     return y, last.count, last.mean, last.var
 
 

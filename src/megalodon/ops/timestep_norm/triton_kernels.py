@@ -118,10 +118,10 @@ def norm_kernel(x, weight, bias, padding, runs, entering, y, means, scales, coun
     row = tl.load(runs + piece * 4 + 3)
     g, channel, there = placed(G, F, GC, FP)
     t = tl.arange(0, TT)
-    at = (tl.cast(piece, tl.int64) * G + g) * 3
-    n0 = tl.load(entering + at, mask=g < G, other=0.0)
-    mean0 = tl.load(entering + at + 1, mask=g < G, other=0.0)
-    var0 = tl.load(entering + at + 2, mask=g < G, other=1.0)
+    before = entering + (tl.cast(piece, tl.int64) * G + g) * 3
+    n0 = tl.load(before, mask=g < G, other=0.0)
+    mean0 = tl.load(before + 1, mask=g < G, other=0.0)
+    var0 = tl.load(before + 2, mask=g < G, other=1.0)
     if HAS_WEIGHT:
         scale_by = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32) + 1.0
     if HAS_BIAS:
@@ -162,10 +162,10 @@ def norm_kernel(x, weight, bias, padding, runs, entering, y, means, scales, coun
         var0 = tl.sum(tl.where(final, var, 0.0), axis=0)
     tl.store(counts + tl.cast(piece, tl.int64) * G + g, n0, mask=g < G)
     if row >= 0:
-        at = (tl.cast(row, tl.int64) * G + g) * 3
-        tl.store(last + at, n0, mask=g < G)
-        tl.store(last + at + 1, mean0, mask=g < G)
-        tl.store(last + at + 2, var0, mask=g < G)
+        end = last + (tl.cast(row, tl.int64) * G + g) * 3
+        tl.store(end, n0, mask=g < G)
+        tl.store(end + 1, mean0, mask=g < G)
+        tl.store(end + 2, var0, mask=g < G)
 
 
 @triton.jit
@@ -187,9 +187,9 @@ def backward_kernel(x, dy, weight, padding, runs, means, scales, counts, flowing
     b0 = tl.zeros([GC], tl.float64)
     d0 = tl.zeros([GC], tl.float64)
     if WRITE:
-        at = (tl.cast(piece, tl.int64) * G + g) * 2
-        a0 = tl.load(flowing + at, mask=g < G, other=0.0)
-        b0 = tl.load(flowing + at + 1, mask=g < G, other=0.0)
+        from_later = flowing + (tl.cast(piece, tl.int64) * G + g) * 2
+        a0 = tl.load(from_later, mask=g < G, other=0.0)
+        b0 = tl.load(from_later + 1, mask=g < G, other=0.0)
         dw = tl.zeros([GC, FP], tl.float32)
         db = tl.zeros([GC, FP], tl.float32)
     if HAS_WEIGHT:
@@ -237,14 +237,14 @@ def backward_kernel(x, dy, weight, padding, runs, means, scales, counts, flowing
         a0 = tl.sum(tl.where(final, a, 0.0), axis=0)
         b0 = tl.sum(tl.where(final, b, 0.0), axis=0)
         after -= tl.sum(real, axis=0)
-    at = (tl.cast(piece, tl.int64) * G + g) * 3
-    tl.store(summary + at, a0, mask=g < G)
-    tl.store(summary + at + 1, b0, mask=g < G)
-    tl.store(summary + at + 2, d0, mask=g < G)
+    end = summary + (tl.cast(piece, tl.int64) * G + g) * 3
+    tl.store(end, a0, mask=g < G)
+    tl.store(end + 1, b0, mask=g < G)
+    tl.store(end + 2, d0, mask=g < G)
     if WRITE:
-        at = tl.cast(piece, tl.int64) * (G * F) + channel
-        tl.store(d_weight + at, dw[None, :, :], mask=there)
-        tl.store(d_bias + at, db[None, :, :], mask=there)
+        part = tl.cast(piece, tl.int64) * (G * F) + channel
+        tl.store(d_weight + part, dw[None, :, :], mask=there)
+        tl.store(d_bias + part, db[None, :, :], mask=there)
 
 
 @triton.jit

@@ -135,7 +135,7 @@ def _timestep_norm() -> list[Launch]:
     pointers |= {"runs": "i32", "rows": "i32", "count": "i64", "padding": "i1", "weight": "fp32", "bias": "fp32"}
     found = []
 
-    def add(label: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int = 4) -> None:
+    def add(label: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int = ours.WARPS) -> None:
         known = {**pointers, "x": dtype, "y": dtype, "dx": dtype, "dy": dtype}
         known = {name: known[name] for name in kernel.arg_names if name in known}
         scalars = {"eps": "fp32"} if "eps" in kernel.arg_names else {}
@@ -144,6 +144,7 @@ def _timestep_norm() -> list[Launch]:
     for dtype in ("bf16", "fp32"):
         for groups in (64, 4096):
             sizes, with_affine = ours.tile(4096, groups), {"HAS_WEIGHT": True, "HAS_PADDING": False}
+            sizes |= {"G": groups, "F": 4096 // groups}
             name = f"{dtype} G={groups}"
             add(f"summary {name}", kernels.summary_kernel, dtype, {"HAS_PADDING": False, **sizes})
             add(f"forward {name}", kernels.norm_kernel, dtype, {"HAS_BIAS": True, **with_affine, **sizes})

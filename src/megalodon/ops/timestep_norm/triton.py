@@ -18,6 +18,11 @@ from megalodon.ops.timestep_norm.statistics import Prior, Statistics
 TILE = 4096
 """Elements that a program reads at once."""
 
+STATISTICS = 256
+"""Most statistics (tokens times groups) of a tile: they are float64."""
+
+WARPS = 8
+
 PROGRAMS = 1024
 """Programs that a launch aims at: several for each multiprocessor, since each keeps few bytes in flight."""
 
@@ -37,7 +42,7 @@ def tile(dim: int, groups: int) -> dict[str, int]:
     """TT tokens, GC groups and FP (a power of two) channels of a program's tile."""
     features = triton.next_power_of_2(dim // groups)
     together = min(max(64 // features, 1), triton.next_power_of_2(groups))
-    tokens = min(max(TILE // (together * features), 1), 64)
+    tokens = max(min(TILE // (together * features), STATISTICS // together), 1)
     return {"TT": tokens, "GC": together, "FP": features}
 
 
@@ -96,14 +101,16 @@ def timestep_norm_op(
     features, given = dim // groups, (weight is not None, bias is not None, padding is not None)
     with on_device(x):
         if pieces.chained:
-            kernels.summary_kernel[grid](x, padding, pieces.runs, summary, groups, features, given[2], **sizes)
+            kernels.summary_kernel[grid](
+                x, padding, pieces.runs, summary, groups, features, given[2], **sizes, num_warps=WARPS
+            )
         kernels.scan_kernel[rows_grid](
             pieces.runs, pieces.rows, count, mean, var, prior_count, prior_mean, prior_var, summary, entering, groups,
             64, num_warps=2
         )  # fmt: skip
         kernels.norm_kernel[grid](
-            x, weight, bias, padding, pieces.runs, entering, y, means, scales, counts, last, groups, features, eps,
-            *given, **sizes
+            x, weight, bias, padding, pieces.runs, entering, y, means, scales, counts, last, eps, groups,
+            features, *given, **sizes, num_warps=WARPS
         )  # fmt: skip
     return y, means, scales, counts, entering, last
 
@@ -154,7 +161,7 @@ def timestep_norm_backward_op(
     def walk(write: bool) -> None:
         kernels.backward_kernel[grid](
             x, dy, weight, padding, pieces.runs, means, scales, counts, flowing, dx, summary, d_affine[0], d_affine[1],
-            groups, features, write, weight is not None, padding is not None, **sizes
+            groups, features, write, weight is not None, padding is not None, **sizes, num_warps=WARPS
         )  # fmt: skip
 
     with on_device(x):

@@ -12,22 +12,33 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_moments(values, inside, F, FP: tl.constexpr):
+def tile_moments(values, inside, F: tl.constexpr, FP: tl.constexpr):
     """(mean, population variance) of each token's features in each group: [TT, GC] of [TT, GC, FP], float32."""
     mean = tl.sum(values, axis=2) / F
     centred = values - mean[:, :, None]
-    if FP > 1:
+    if FP > F:
         centred = tl.where(inside, centred, 0.0)
     return mean, tl.sum(centred * centred, axis=2) / F
 
 
 @triton.jit
-def placed(G, F, GC: tl.constexpr, FP: tl.constexpr):
+def reciprocal(n):
+    """1 / n in float64 for n >= 1, by two Newton steps from float32: a float64 division costs ten times as much."""
+    r = (1.0 / n.to(tl.float32)).to(tl.float64)
+    r = r * (2.0 - n * r)
+    return r * (2.0 - n * r)
+
+
+@triton.jit
+def placed(G: tl.constexpr, F: tl.constexpr, GC: tl.constexpr, FP: tl.constexpr):
     """(groups [GC], channels [1, GC, FP], which channels there are) of the program."""
     g = tl.program_id(0) * GC + tl.arange(0, GC)
     f = tl.arange(0, FP)
     channel = (g[:, None] * F + f[None, :])[None, :, :]
-    return g, channel, ((g < G)[:, None] & (f < F)[None, :])[None, :, :]
+    there = (g < G)[:, None] & (f >= 0)[None, :]
+    if FP > F:
+        there = there & (f < F)[None, :]
+    return g, channel, there[None, :, :]
 
 
 @triton.jit
@@ -40,7 +51,7 @@ def are_real(padding, token, inside, HAS_PADDING: tl.constexpr):
 
 
 @triton.jit
-def summary_kernel(x, padding, runs, summary, G, F, HAS_PADDING: tl.constexpr, TT: tl.constexpr, GC: tl.constexpr,
+def summary_kernel(x, padding, runs, summary, G: tl.constexpr, F: tl.constexpr, HAS_PADDING: tl.constexpr, TT: tl.constexpr, GC: tl.constexpr,
                    FP: tl.constexpr):  # fmt: skip
     """summary[piece] = (tokens, mean of their means, sum of variances and squared deviations), float64 [n, G, 3]."""
     piece = tl.program_id(1)
@@ -105,7 +116,7 @@ def scan_kernel(runs, rows, count, mean, var, prior_count, prior_mean, prior_var
 
 
 @triton.jit
-def norm_kernel(x, weight, bias, padding, runs, entering, y, means, scales, counts, last, G, F, eps,
+def norm_kernel(x, weight, bias, padding, runs, entering, y, means, scales, counts, last, eps, G: tl.constexpr, F: tl.constexpr,
                 HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PADDING: tl.constexpr, TT: tl.constexpr,
                 GC: tl.constexpr, FP: tl.constexpr):  # fmt: skip
     """Normalises the tokens of a piece.
@@ -135,16 +146,16 @@ def norm_kernel(x, weight, bias, padding, runs, entering, y, means, scales, coun
         m, s = tile_moments(values, inside, F, FP)
         real = are_real(padding, token, within, HAS_PADDING)[:, None] + tl.zeros([TT, GC], tl.float64)
         n = n0[None, :] + tl.cumsum(real, axis=0)
-        some = tl.maximum(n, 1.0)
+        share = reciprocal(tl.maximum(n, 1.0))
         m64 = m.to(tl.float64)
-        mean = ((n0 * mean0)[None, :] + tl.cumsum(m64 * real, axis=0)) / some
+        mean = ((n0 * mean0)[None, :] + tl.cumsum(m64 * real, axis=0)) * share
         away = m64 - mean
         # (m - mean before)^2 (n - 1)/n, by the mean after it
-        spread = real * (s.to(tl.float64) + tl.where(n > 1, away * away * (n / tl.maximum(n - 1, 1.0)), 0.0))
-        var = ((n0 * var0)[None, :] + tl.cumsum(spread, axis=0)) / some
+        spread = real * (s.to(tl.float64) + tl.where(n > 1, away * away * (n * reciprocal(tl.maximum(n - 1, 1.0))), 0.0))
+        var = ((n0 * var0)[None, :] + tl.cumsum(spread, axis=0)) * share
         mean = tl.where(n > 0, mean, mean0[None, :])
         var = tl.where(n > 0, var, var0[None, :])
-        mean32, scale = mean.to(tl.float32), (1.0 / tl.sqrt(var + eps)).to(tl.float32)
+        mean32, scale = mean.to(tl.float32), tl.rsqrt(var.to(tl.float32) + eps)
         out = (values - mean32[:, :, None]) * scale[:, :, None]
         if HAS_WEIGHT:
             out = out * scale_by
@@ -169,7 +180,7 @@ def norm_kernel(x, weight, bias, padding, runs, entering, y, means, scales, coun
 
 
 @triton.jit
-def backward_kernel(x, dy, weight, padding, runs, means, scales, counts, flowing, dx, summary, d_weight, d_bias, G, F,
+def backward_kernel(x, dy, weight, padding, runs, means, scales, counts, flowing, dx, summary, d_weight, d_bias, G: tl.constexpr, F: tl.constexpr,
                     WRITE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_PADDING: tl.constexpr, TT: tl.constexpr,
                     GC: tl.constexpr, FP: tl.constexpr):  # fmt: skip
     """Walks a piece from its end. With WRITE, gradients of its tokens and of weight and bias (a part for each piece).
@@ -219,11 +230,11 @@ def backward_kernel(x, dy, weight, padding, runs, means, scales, counts, flowing
         to_mean = -scale * tl.sum(grad, axis=2)
         to_var = -0.5 * scale * scale * scale * tl.sum(grad * centred, axis=2)
         n = after[None, :] - (tl.cumsum(real, axis=0) - real)
-        some = tl.maximum(n, 1.0)
-        a = a0[None, :] + tl.cumsum(to_var.to(tl.float64) * real / some, axis=0)
+        share = reciprocal(tl.maximum(n, 1.0))
+        a = a0[None, :] + tl.cumsum(to_var.to(tl.float64) * real * share, axis=0)
         pulled = 2 * a * away.to(tl.float64) * real
-        apart = tl.where(n > 1, 1.0 / tl.maximum(n - 1, 1.0), 0.0)
-        b = b0[None, :] + tl.cumsum(to_mean.to(tl.float64) * real / some - pulled * apart, axis=0)
+        apart = tl.where(n > 1, reciprocal(tl.maximum(n - 1, 1.0)), 0.0)
+        b = b0[None, :] + tl.cumsum(to_mean.to(tl.float64) * real * share - pulled * apart, axis=0)
         if WRITE:
             to_m = ((pulled + b + pulled * apart) * real).to(tl.float32) / F
             to_s = (a * real).to(tl.float32) * (2.0 / F)

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 
+import torch
 import triton
 import typer
 from _report import RESULTS, markdown_table, write_atomically
@@ -25,6 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
+VARIANTS = ((False, False), (True, False), (False, True))
+"""Of attention: with a cache, with dropout."""
+
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}
 
 
@@ -39,6 +43,7 @@ class Launch:
     warps: int = 4
     stages: int = 3
     scalars: dict[str, str] = field(default_factory=dict)
+    capabilities: tuple[int, ...] = tuple(ARCHITECTURES)
 
     def source(self) -> ASTSource:
         types = {name: "i32" for name in self.kernel.arg_names if name not in self.constants}
@@ -49,7 +54,7 @@ class Launch:
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(self.kernel.arg_names)
-            if name in self.pointers or name in ("D", "DN", "N")
+            if name in self.pointers or name in ("D", "DN", "N", "E", "F", "G")
         }
         ordered = {name: types[name] for name in self.kernel.arg_names}
         return ASTSource(self.kernel, ordered, dict(self.constants), aligned)
@@ -91,7 +96,7 @@ def _number(pattern: str, text: str) -> int:
 
 def launches() -> list[Launch]:
     """Every kernel in the configurations of the presets: bfloat16 and float32, D = 4096, N = 16, G = 64, H = 4."""
-    return [*_cema(), *_timestep_norm()]
+    return [*_cema(), *_timestep_norm(), *_chunk_attention()]
 
 
 def _cema() -> list[Launch]:
@@ -148,6 +153,7 @@ def _timestep_norm() -> list[Launch]:
             name = f"{dtype} G={groups}"
             add(f"summary {name}", kernels.summary_kernel, dtype, {"HAS_PADDING": False, **sizes})
             add(f"forward {name}", kernels.norm_kernel, dtype, {"HAS_BIAS": True, **with_affine, **sizes})
+            sizes |= ours.tile(4096, groups, ours.TILE // 2)
             for write in (True, False):
                 add(
                     f"backward{'' if write else ' summary'} {name}", kernels.backward_kernel, dtype,
@@ -155,6 +161,49 @@ def _timestep_norm() -> list[Launch]:
                 )  # fmt: skip
     add("scan", kernels.scan_kernel, "bf16", {"BLOCK": 64}, 2)
     add("adjoint scan", kernels.adjoint_scan_kernel, "bf16", {"HAS_LAST": True, "BLOCK": 64}, 2)
+    return found
+
+
+def _chunk_attention() -> list[Launch]:
+    from megalodon.ops.chunk_attention import triton as ours
+    from megalodon.ops.chunk_attention import triton_kernels as kernels
+
+    floats = dict.fromkeys(("lse", "delta", "partial", "peaks"), "fp32")
+    integers = {"seed": "i64", "spans": "i32", "work": "i32", "places": "i64"}
+    activations = ("q", "k", "v", "cache_k", "cache_v", "out", "d_out", "dq", "dk_out", "dv_out", "d_cache")
+    names = {
+        "forward": kernels.forward_kernel,
+        "queries": kernels.query_gradients_kernel,
+        "keys": kernels.key_gradients_kernel,
+        "values": kernels.value_gradients_kernel,
+    }
+    found = []
+
+    def add(
+        label: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int, stages: int, targets: tuple[int, ...]
+    ) -> None:
+        known = {**floats, **integers, **dict.fromkeys(activations, dtype)}
+        known = {name: known[name] for name in kernel.arg_names if name in known}
+        scalars = {"dropout": "fp32"} if "dropout" in kernel.arg_names else {}
+        found.append(Launch(f"chunk_attention {label}", kernel, known, constants, warps, stages, scalars, targets))
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        variants = [(capability, cached, dropout) for capability in ARCHITECTURES for cached, dropout in VARIANTS]
+        for capability, cached, dropout in variants:
+            block = ours.block_size(dtype, capability >= 90, dropout)
+            suffix = " with a cache" if cached else " with dropout" if dropout else ""
+            for kernel, tile in ours.tiles(block, ours.WIDEST_KEY[dtype], 2048, cached).items():
+                flags = {"HAS_CACHE": cached, "DROPOUT": dropout, "DROPKEY": False, "FULL_K": True, "FULL_V": True}
+                sizes = {k: v for k, v in tile.items() if k[:4] != "num_"}
+                add(
+                    f"{kernel} {name}{suffix}", names[kernel], name, {**flags, **sizes},
+                    tile["num_warps"], tile["num_stages"], (capability,),
+                )  # fmt: skip
+        both = tuple(ARCHITECTURES)
+        sizes = {"PER_ROW": True, "SPLIT": ours.SPLIT, "BN": 16, "DK": 256, "DV": 2048}
+        add(f"decode {name}", kernels.decode_kernel, name, sizes, 8, 3, both)
+        add(f"join {name}", kernels.join_kernel, name, {"BS": 64, "DV": 512}, 4, 3, both)
+        add(f"delta {name}", kernels.delta_kernel, name, {"BM": 8, "DV": 256}, 4, 3, both)
     return found
 
 
@@ -167,7 +216,7 @@ def main(
     for launch in launches():
         if only not in launch.label:
             continue
-        for capability in ARCHITECTURES:
+        for capability in launch.capabilities:
             found = compiled(launch, capability)
             limits = {"warps": launch.warps, "fits": found["shared"] <= SHARED_LIMITS[capability]}
             results.append({"kernel": launch.label, **found, **limits})

@@ -3,17 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from megalodon.ops.backend import Implementations, choose
-from megalodon.ops.chunk_attention import blocked, reference
-from megalodon.ops.chunk_attention.causal import causal_attention
+from megalodon.ops.chunk_attention import blocked, causal, reference
 from megalodon.ops.layout import Layout
 
 __all__ = ["IMPLEMENTATIONS", "causal_attention", "chunk_attention"]
 
-IMPLEMENTATIONS: Implementations = {"reference": reference.chunk_attention, "blocked": blocked.chunk_attention}
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """The kernels, imported when they are first asked for: Triton need not be installed."""
+    from megalodon.ops.chunk_attention import triton
+
+    if v.numel() == 0 or not triton.fits(q, v):
+        return blocked.chunk_attention(q, k, v, *arguments)
+    return triton.chunk_attention(q, k, v, *arguments)
+
+
+IMPLEMENTATIONS: Implementations = {
+    "reference": reference.chunk_attention,
+    "blocked": blocked.chunk_attention,
+    "triton": _triton,
+}
+
+
+def _causal_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset: int | Tensor,
+    first: Tensor | None,
+    dropout: float,
+    dropkey: bool,
+) -> Tensor:
+    from megalodon.ops.chunk_attention import triton
+
+    out = None
+    if first is None and v.numel() and q.numel() and triton.fits(q, v) and q.dtype == k.dtype:
+        out = triton.causal_attention(q, k, v, offset, dropout, dropkey)
+    return causal.causal_attention(q, k, v, offset, first, dropout, dropkey) if out is None else out
+
+
+_CAUSAL: Implementations = {
+    "reference": causal.causal_attention,
+    "blocked": causal.causal_attention,
+    "triton": _causal_triton,
+}
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset: int | Tensor = 0,
+    first: Tensor | None = None,
+    dropout: float = 0.0,
+    dropkey: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of each query over the keys that precede it: one open chunk, as decoding needs it.
+
+    Arguments and result are those of `megalodon.ops.chunk_attention.causal.causal_attention`; `backend` as in
+    `chunk_attention` ("reference" and "blocked" are one here).
+    """
+    run = choose(_CAUSAL, backend, q.device, q.dtype)
+    return run(q, k, v, offset, first, dropout, dropkey)
 
 
 def chunk_attention(
@@ -45,7 +103,7 @@ def chunk_attention(
         segment_ids: int [B, L]; a change along L starts a document and a chunk.
         dropout: probability of dropping a weight after the softmax, or a key before it with `dropkey`.
         dropkey: drop keys before the softmax (never a token's own).
-        backend: "reference" or "blocked"; None chooses (see `megalodon.ops.backend`).
+        backend: "reference", "blocked" or "triton"; None chooses (see `megalodon.ops.backend`).
         layout: the batch's layout, in place of `segment_ids` and `prefix_lengths`, where it is already known. Tokens
             beyond its `lengths` give zero.
 

@@ -16,7 +16,7 @@ from megalodon.ops.timestep_norm import triton_kernels as kernels
 from megalodon.ops.timestep_norm.statistics import Prior, Statistics
 
 TILE = 4096
-"""Elements that a program reads at once."""
+"""Elements that a program reads at once; half as many in the backward pass, which reads two tensors."""
 
 STATISTICS = 256
 """Most statistics (tokens times groups) of a tile: they are float64."""
@@ -38,11 +38,11 @@ def fits(x: Tensor, initial: Statistics) -> bool:
     return x.shape[-1] // initial.mean.shape[-1] <= WIDEST
 
 
-def tile(dim: int, groups: int) -> dict[str, int]:
+def tile(dim: int, groups: int, elements: int = TILE) -> dict[str, int]:
     """TT tokens, GC groups and FP (a power of two) channels of a program's tile."""
     features = triton.next_power_of_2(dim // groups)
     together = min(max(64 // features, 1), triton.next_power_of_2(groups))
-    tokens = max(min(TILE // (together * features), STATISTICS // together), 1)
+    tokens = max(min(elements // (together * features), STATISTICS // together), 1)
     return {"TT": tokens, "GC": together, "FP": features}
 
 
@@ -148,7 +148,7 @@ def timestep_norm_backward_op(
     """Gradients of `timestep_norm_op`: x; weight and bias, float32 [2, D]; mean, var float64 [B, G]; priors [2, G]."""
     batch, _, dim = x.shape
     groups = means.shape[-1]
-    pieces, sizes = _pieces(x, groups, runs, rows, chained), tile(dim, groups)
+    pieces, sizes = _pieces(x, groups, runs, rows, chained), tile(dim, groups, TILE // 2)
     number, features = len(pieces.runs), dim // groups
     grid = (triton.cdiv(groups, sizes["GC"]), number)
     flowing, summary = last.new_empty(number, groups, 2), torch.empty_like(entering)

@@ -13,6 +13,9 @@ from hypothesis import settings
 settings.register_profile("megalodon", deadline=None)
 settings.load_profile("megalodon")
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which decides then
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -71,7 +71,14 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(binary.asm["ptx"])
         run = subprocess.run(
-            [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={ARCHITECTURES[capability]}", str(ptx), "-o", os.devnull],
+            [
+                triton.knobs.nvidia.ptxas.path,
+                "-v",
+                f"--gpu-name={ARCHITECTURES[capability]}",
+                str(ptx),
+                "-o",
+                os.devnull,
+            ],
             capture_output=True,
             text=True,
             check=True,
@@ -112,7 +119,7 @@ def _cema() -> list[Launch]:
     def add(label: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int = 4) -> None:
         pointers = {**wide, **tables, "rows": "i32", "x": dtype, "dy": dtype, "y": dtype}
         pointers = {name: pointers[name] for name in kernel.arg_names if name in pointers}
-        found.append(Launch(f"cema {label}", kernel, pointers, constants, warps, 3 if 'correlate' in label else 2))
+        found.append(Launch(f"cema {label}", kernel, pointers, constants, warps, 3 if "correlate" in label else 2))
 
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         size = ours.channels(16, itemsize)
@@ -180,7 +187,13 @@ def _chunk_attention() -> list[Launch]:
     found = []
 
     def add(
-        label: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int, stages: int, targets: tuple[int, ...]
+        label: str,
+        kernel: Any,
+        dtype: str,
+        constants: dict[str, Any],
+        warps: int,
+        stages: int,
+        targets: tuple[int, ...],
     ) -> None:
         known = {**floats, **integers, **dict.fromkeys(activations, dtype)}
         known = {name: known[name] for name in kernel.arg_names if name in known}
@@ -221,7 +234,16 @@ def main(
             limits = {"warps": launch.warps, "fits": found["shared"] <= SHARED_LIMITS[capability]}
             results.append({"kernel": launch.label, **found, **limits})
             typer.echo(f"{launch.label}, {ARCHITECTURES[capability]}: {found['registers']} registers", err=True)
-    header = ["kernel ", "for ", "warps", "registers", "spilled bytes", "shared KiB", "tensor-core instr.", "async copies"]
+    header = [
+        "kernel ",
+        "for ",
+        "warps",
+        "registers",
+        "spilled bytes",
+        "shared KiB",
+        "tensor-core instr.",
+        "async copies",
+    ]
     lines = [
         [
             *(r["kernel"], r["architecture"], str(r["warps"]), str(r["registers"])),
@@ -246,7 +268,9 @@ def main(
         import json
 
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / "gpu_kernels.json", json.dumps({"triton": triton.__version__, "kernels": results}, indent=1) + "\n")
+        write_atomically(
+            output / "gpu_kernels.json", json.dumps({"triton": triton.__version__, "kernels": results}, indent=1) + "\n"
+        )
         write_atomically(output / "gpu_kernels.md", page)
     typer.echo(page)
     if any(r["spill_stores"] or not r["fits"] for r in results):

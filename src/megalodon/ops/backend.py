@@ -23,10 +23,12 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 Implementations = Mapping[str, Callable[..., Any]]
 
 
-@cache
+TRITON_INSTALLED = find_spec("triton") is not None
+
+
 def without_kernels(device_type: str, index: int | None = None) -> str | None:
     """Why the Triton kernels cannot run on a device; None where they can."""
-    if find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "Triton is not installed"
     if device_type == "cpu":
         return None if os.environ.get("TRITON_INTERPRET") == "1" else "a CPU runs them with TRITON_INTERPRET=1 only"
@@ -91,6 +93,11 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 def full_precision(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything below: the dtype of coefficients, statistics and states."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def complex_of(dtype: torch.dtype) -> torch.dtype:
+    """The complex dtype whose parts are float32 or float64 numbers."""
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:

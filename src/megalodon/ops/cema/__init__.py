@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from megalodon.ops.backend import Implementations, choose, full_precision
+from megalodon.ops.backend import Implementations, choose, complex_of, full_precision
 from megalodon.ops.cema import blocked, reference
 from megalodon.ops.layout import Layout
-
 
 
 def _triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The kernels, imported when they are first asked for: Triton need not be installed."""
     if x.numel() == 0:
-        return blocked.cema(x, *arguments)
+        *others, layout = arguments
+        return blocked.cema(x, *others, layout or Layout(x.shape[0], x.shape[1], x.device))
     from megalodon.ops.cema import triton
 
     return triton.cema(x, *arguments)
@@ -79,9 +79,9 @@ def cema(
             f"initial_state is {initial_state.dtype} of shape {tuple(initial_state.shape)}: "
             f"it must be complex {(batch, *p.shape)}"
         )
-    if layout is None:
-        layout = Layout(batch, length, x.device, segment_ids=segment_ids)
     run = choose(IMPLEMENTATIONS, backend, x.device, x.dtype)
-    wide = real.to_complex()
+    if layout is None and not (run is _triton and segment_ids is None):  # torch.compile cannot see through a Layout
+        layout = Layout(batch, length, x.device, segment_ids=segment_ids)
+    wide = complex_of(real)
     state = None if initial_state is None else initial_state.to(wide)
     return run(x, p.to(real), q.to(wide), gamma.to(wide), omega, state, layout)

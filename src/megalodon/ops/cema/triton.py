@@ -85,9 +85,7 @@ def cema_op(
     y = torch.zeros_like(x) if padded_rows else torch.empty_like(x)
     with on_device(x):
         _taps(p, q, gamma, omega, taps, sizes)
-        kernels.states_kernel[grid](
-            x, pieces.runs, pieces.order, p, q, local, dim, components, False, **sizes
-        )
+        kernels.states_kernel[grid](x, pieces.runs, pieces.order, p, q, local, dim, components, False, **sizes)
         flat = dim * components
         kernels.scan_kernel[triton.cdiv(flat, 256), batch](
             pieces.runs, pieces.rows, q, local, initial, entering, last, flat, initial is not None, _bits(x), 256
@@ -115,7 +113,9 @@ def _(x, p, q, gamma, omega, initial, runs, rows, order, padded_rows):
     batch, length, dim = x.shape
     if runs is None:
         longest = piece_length(batch, length, dim, p.shape[1], x.itemsize)
-        count = batch * (length // BLOCK * BLOCK // longest + (length // BLOCK * BLOCK % longest > 0) + (length % BLOCK > 0))
+        count = batch * (
+            length // BLOCK * BLOCK // longest + (length // BLOCK * BLOCK % longest > 0) + (length % BLOCK > 0)
+        )
     else:
         count = len(runs)
     state = x.new_empty(batch, *q.shape, dtype=torch.float32)
@@ -155,9 +155,7 @@ def cema_backward_op(
     dx = torch.zeros_like(x) if padded_rows else torch.empty_like(x)
     with on_device(x):
         _taps(p, q, gamma, omega, taps, sizes)
-        kernels.states_kernel[grid](
-            dy, pieces.runs, pieces.order, p, q, local, dim, components, True, **sizes
-        )
+        kernels.states_kernel[grid](dy, pieces.runs, pieces.order, p, q, local, dim, components, True, **sizes)
         kernels.correlate_kernel[triton.cdiv(dim, CORRELATE_TILE["DC"]) * parts, groups](
             x, dy, pieces.runs, pieces.order, p, q, entering, ends, correlation, sums, dim, components,
             **{**sizes, **CORRELATE_TILE, "num_warps": CORRELATE_TILE["DC"]}
@@ -226,20 +224,31 @@ def _(x, p, q, gamma, omega, initial):
     return torch.empty_like(x), x.new_empty(x.shape[0], *q.shape, dtype=torch.float32)
 
 
+def _parts(value: Tensor) -> Tensor:
+    """complex [...] -> [..., 2], re and im."""
+    return torch.view_as_real(value.resolve_conj()).contiguous()
+
+
 def cema(
-    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, initial_state: Tensor | None, layout: Layout
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor | None,
+    initial_state: Tensor | None,
+    layout: Layout | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `megalodon.ops.cema`; x is bfloat16 or float32 with at least one token."""
-    initial = None if initial_state is None else torch.view_as_real(initial_state).contiguous()
+    """See `megalodon.ops.cema`; x is bfloat16 or float32 with at least one token, layout None for a plain batch."""
+    initial = None if initial_state is None else _parts(initial_state)
     omega = None if omega is None else omega.contiguous()
-    coefficients = (p.contiguous(), *(torch.view_as_real(value).contiguous() for value in (q, gamma)))
+    coefficients = (p.contiguous(), _parts(q), _parts(gamma))
     arguments = (x.contiguous(), *coefficients, omega, initial)
-    plain = layout.plain
+    plain = layout is None or layout.plain
     differentiable = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments)
     if plain and x.shape[1] == 1 and not differentiable:
         y, last = torch.ops.megalodon.cema_step(*arguments)
         return y, torch.view_as_complex(last)
-    if plain:
+    if layout is None or plain:
         y, last, _ = torch.ops.megalodon.cema(*arguments, None, None, None, False)
     else:
         longest = piece_length(layout.batch, layout.length, x.shape[-1], p.shape[1], x.itemsize)

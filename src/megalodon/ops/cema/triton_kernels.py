@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megalodon.ops.triton_dot import dot
+
 
 @triton.jit
 def power(re, im, exponent, BITS: tl.constexpr):
@@ -39,11 +41,8 @@ def product(data, coefficients, accumulator):
     if data.dtype == tl.bfloat16:
         high = coefficients.to(tl.bfloat16)
         low = (coefficients - high.to(tl.float32)).to(tl.bfloat16)
-        accumulator = tl.dot(data, low, accumulator)
-        accumulator = tl.dot(data, high, accumulator)
-    else:
-        accumulator = tl.dot(data, coefficients, accumulator, input_precision="tf32x3")
-    return accumulator
+        return dot(data, high, dot(data, low, accumulator))
+    return dot(data, coefficients, accumulator)
 
 
 @triton.jit
@@ -247,10 +246,7 @@ def correlate_kernel(x, dy, runs, order, p, q, entering, ends, correlation, sums
         at_ahead, at_behind = (block + 1) * T + ahead, (block + 1) * T + behind
         next_value = tl.load(x + source + at_ahead.to(tl.int64) * D, mask=at_ahead < limit, other=0.0)
         next_grad = tl.load(dy + source + at_behind.to(tl.int64) * D, mask=at_behind < limit, other=0.0)
-        if x.dtype.element_ty == tl.bfloat16:
-            c = tl.dot(tl.permute(value, (0, 2, 1)), grad, c)
-        else:
-            c = tl.dot(tl.permute(value, (0, 2, 1)), grad, c, input_precision="tf32x3")
+        c = dot(tl.permute(value, (0, 2, 1)), grad, c)
 
         o_re, o_im = product(grad, write_re, zero), product(grad, write_im, zero)
         a_re, a_im = q_re * o_re - q_im * o_im, q_re * o_im + q_im * o_re

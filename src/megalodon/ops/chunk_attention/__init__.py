@@ -14,7 +14,6 @@ from megalodon.ops.layout import Layout
 __all__ = ["IMPLEMENTATIONS", "causal_attention", "chunk_attention"]
 
 
-
 def _triton(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     """The kernels, imported when they are first asked for: Triton need not be installed."""
     from megalodon.ops.chunk_attention import triton
@@ -22,6 +21,16 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     if v.numel() == 0 or not triton.fits(q, v):
         return blocked.chunk_attention(q, k, v, *arguments)
     return triton.chunk_attention(q, k, v, *arguments)
+
+
+def _plain_triton(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, dropout: float, dropkey: bool) -> Tensor:
+    """A plain batch of new sequences, without a Layout: torch.compile cannot see through one."""
+    from megalodon.ops.chunk_attention import triton
+
+    if v.numel() and triton.fits(q, v):
+        return triton.plain_attention(q, k, v, None, [chunk_size, 0, 0], dropout, dropkey)
+    layout = Layout(q.shape[0], q.shape[1], q.device, chunk_size=chunk_size)
+    return blocked.chunk_attention(q, k, v, None, layout, dropout, dropkey)
 
 
 IMPLEMENTATIONS: Implementations = {
@@ -131,6 +140,9 @@ def chunk_attention(
                     f"{name} has shape {tuple(value.shape)}: it must be like {tuple(like.shape)} but for L"
                 )
         prefix = (prefix_k, prefix_v)
+    run = choose(IMPLEMENTATIONS, backend, q.device, q.dtype)
+    if layout is None and run is _triton and segment_ids is None and prefix_k is None and prefix_lengths is None:
+        return _plain_triton(q, k, v, chunk_size, dropout, dropkey)
     if layout is None:
         positions = prefix_lengths
         if positions is None and prefix_k is not None:
@@ -141,4 +153,4 @@ def chunk_attention(
     longest = int(layout.offsets.max(initial=0))
     if longest > (0 if prefix_k is None else prefix_k.shape[1]):
         raise ValueError(f"the open chunk holds {longest} tokens: prefix_k and prefix_v must hold them")
-    return choose(IMPLEMENTATIONS, backend, q.device, q.dtype)(q, k, v, prefix, layout, dropout, dropkey)
+    return run(q, k, v, prefix, layout, dropout, dropkey)

@@ -27,7 +27,9 @@ class Spans(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def chunks(batch: int, length: int, chunk: int, offset: int, cache_width: int, block: int, device: torch.device) -> Spans:
+def chunks(
+    batch: int, length: int, chunk: int, offset: int, cache_width: int, block: int, device: torch.device
+) -> Spans:
     """Rows of `length` tokens that all have `offset` tokens in their open chunk."""
     begins = np.unique(np.concatenate([[0], np.arange(chunk - offset, length, chunk)]))
     ends = np.append(begins[1:], length)

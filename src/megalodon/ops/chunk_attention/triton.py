@@ -226,25 +226,49 @@ def _(q, k, v, places, place):
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
-def _seed(q: Tensor, dropout: float) -> Tensor | None:
-    return torch.randint(2**31, (1,), device=q.device) if dropout > 0 else None
-
-
 def chunk_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, layout: Layout, dropout: float, dropkey: bool
 ) -> Tensor:
     """See `megalodon.ops.chunk_attention`; the tensors have at least one token, of dtypes and sizes that `fits` takes."""
-    cache = (None, None)
+    cache = None
     if prefix is not None and layout.offsets.any():
-        cache = tuple(x.to(v.dtype).contiguous() for x in prefix)
-    width = 0 if cache[0] is None else cache[0].shape[1]
-    shape, plan = [], Spans(None, None, None)
+        cache = (prefix[0].to(k.dtype).contiguous(), prefix[1].to(v.dtype).contiguous())
+    width = 0 if cache is None else cache[0].shape[1]
     if layout.uniform_offset is not None:
-        shape = [layout.chunk_size, layout.uniform_offset, width]
-    else:
-        plan = tables.ragged(layout, width, _block_of(q, dropout))
+        assert layout.chunk_size is not None
+        return plain_attention(q, k, v, cache, [layout.chunk_size, layout.uniform_offset, width], dropout, dropkey)
+    plan = tables.ragged(layout, width, _block_of(q, dropout))
+    return _attend(q, k, v, cache, [], plan, dropout, dropkey)
+
+
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: tuple[Tensor, Tensor] | None,
+    shape: list[int],
+    dropout: float,
+    dropkey: bool,
+) -> Tensor:
+    """Rows at one common place in their chunks: shape is [chunk size, tokens of the cache, width of its buffer]."""
+    return _attend(q, k, v, cache, shape, None, dropout, dropkey)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: tuple[Tensor, Tensor] | None,
+    shape: list[int],
+    plan: Spans | None,
+    dropout: float,
+    dropkey: bool,
+) -> Tensor:
     tensors = (x.contiguous() for x in (q, k, v))
-    out, _ = torch.ops.megalodon.chunk_attention(*tensors, *cache, _seed(q, dropout), shape, *plan, dropout, dropkey)
+    seed = torch.randint(2**31, (1,), device=q.device) if dropout > 0 else None
+    out, _ = torch.ops.megalodon.chunk_attention(
+        *tensors, *(cache or (None, None)), seed, shape, *(plan or (None, None, None)), dropout, dropkey
+    )
     return out
 
 
@@ -258,9 +282,4 @@ def causal_attention(
         return torch.ops.megalodon.decode_attention(q.contiguous(), k.contiguous(), v.contiguous(), places, place)
     if isinstance(offset, Tensor):
         return None
-    tensors = (x.contiguous() for x in (q, k, v))
-    nothing = (None, None, None)
-    out, _ = torch.ops.megalodon.chunk_attention(
-        *tensors, None, None, _seed(q, dropout), [offset], *nothing, dropout, dropkey
-    )
-    return out
+    return _attend(q, k, v, None, [offset], None, dropout, dropkey)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megalodon.ops.triton_dot import dot
+
 
 @triton.jit
 def span_of(spans, span):
@@ -55,14 +57,6 @@ def load_rows(x, i, count, first, head, H, column, width, FULL: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, accumulator):
-    """accumulator + a @ b; float32 operands take three tf32 products."""
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, accumulator, input_precision="tf32x3")
-    return tl.dot(a, b, accumulator)
-
-
-@triton.jit
 def uniform(seed, query, key, head):
     """A number in [0, 1) for each (query, key) of a head; query an int64 row of q."""
     c = query.to(tl.int32)[:, None] + key[None, :] * 0
@@ -74,7 +68,7 @@ def uniform(seed, query, key, head):
 @triton.jit
 def scores_of(q, k, i, j, shift, first_query, head, seed, dropout, DROPKEY: tl.constexpr):
     """Scores of a block of queries against a block of keys, -inf where hidden; both [rows, d]."""
-    scores = multiply(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32))
+    scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32))
     visible = j[None, :] <= (i + shift)[:, None]
     if DROPKEY:
         own = j[None, :] == (i + shift)[:, None]
@@ -115,7 +109,7 @@ def forward_kernel(q, k, v, cache_k, cache_v, seed, spans, work, out, lse, H, D,
             kept = uniform(chance, first_query + i, j, head) >= dropout
             weights = tl.where(kept, weights / (1 - dropout), 0.0)
         v_block = load_keys(v, cache_v, j, keys, first_key, first_cached, cached, head, H, dv, E, HAS_CACHE, FULL_V)
-        acc = multiply(weights.to(v_block.dtype), v_block, acc * fade[:, None])
+        acc = dot(weights.to(v_block.dtype), v_block, acc * fade[:, None])
         highest = higher
     row = (first_query + i) * H + head
     mask = (i < queries)[:, None]
@@ -152,7 +146,7 @@ def score_gradients(q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i
         e = start + tl.arange(0, DV)
         grad = load_rows(d_out, i, queries, first_query, head, H, e, E, FULL_V)
         value = load_keys(v, cache_v, j, keys, first_key, first_cached, cached, head, H, e, E, HAS_CACHE, FULL_V)
-        d_weights = multiply(grad, tl.trans(value), d_weights)
+        d_weights = dot(grad, tl.trans(value), d_weights)
     if DROPOUT:
         kept = uniform(seed, first_query + i, j, head) >= dropout
         d_weights = tl.where(kept, d_weights / (1 - dropout), 0.0)
@@ -188,7 +182,7 @@ def query_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, 
             q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, shift, queries, keys, first_query,
             first_key, first_cached, cached, head, H, E, chance, dropout, HAS_CACHE, DROPOUT, DROPKEY, BM, BN, DV, FULL_V
         )  # fmt: skip
-        acc = multiply(d_scores.to(k_block.dtype), k_block, acc)
+        acc = dot(d_scores.to(k_block.dtype), k_block, acc)
     mask = (i < queries)[:, None] & (dk < D)[None, :]
     tl.store(dq + row[:, None] * D + dk[None, :], acc.to(dq.dtype.element_ty), mask=mask)
 
@@ -234,7 +228,7 @@ def key_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, ls
             q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, shift, queries, keys, first_query,
             first_key, first_cached, cached, head, H, E, chance, dropout, HAS_CACHE, DROPOUT, DROPKEY, BM, BN, DV, FULL_V
         )  # fmt: skip
-        acc = multiply(tl.trans(d_scores).to(q_block.dtype), q_block, acc)
+        acc = dot(tl.trans(d_scores).to(q_block.dtype), q_block, acc)
     store_keys(dk_out, d_cache, acc, j, keys, first_key, first_cached, cached, head, H, dk, D, HAS_CACHE)
 
 
@@ -267,7 +261,7 @@ def value_gradients_kernel(q, k, cache_k, seed, spans, work, d_out, lse, dv_out,
             kept = uniform(chance, first_query + i, j, head) >= dropout
             weights = tl.where(kept, weights / (1 - dropout), 0.0)
         grad = load_rows(d_out, i, queries, first_query, head, H, e, E, FULL_V)
-        acc = multiply(tl.trans(weights).to(grad.dtype), grad, acc)
+        acc = dot(tl.trans(weights).to(grad.dtype), grad, acc)
     store_keys(dv_out, d_cache, acc, j, keys, first_key, first_cached, cached, head, H, e, E, HAS_CACHE)
 
 

@@ -18,7 +18,6 @@ from megalodon.ops.timestep_norm.statistics import Prior, Statistics
 __all__ = ["IMPLEMENTATIONS", "Prior", "Statistics", "timestep_norm"]
 
 
-
 def _by_document_starts(run: Callable[..., Any]) -> Callable[..., Any]:
     """Takes a layout in place of the index of each document's first token."""
 
@@ -28,12 +27,12 @@ def _by_document_starts(run: Callable[..., Any]) -> Callable[..., Any]:
     return timestep_norm
 
 
-def _triton(x: Tensor, *arguments: Any, layout: Layout, eps: float) -> tuple[Tensor, Statistics]:
+def _triton(x: Tensor, *arguments: Any, layout: Layout | None, eps: float) -> tuple[Tensor, Statistics]:
     """The kernels, imported when they are first asked for: Triton need not be installed."""
     from megalodon.ops.timestep_norm import triton
 
     if x.numel() == 0 or not triton.fits(x, arguments[2]):
-        return blocked.timestep_norm(x, *arguments, layout.restart, eps)
+        return blocked.timestep_norm(x, *arguments, None if layout is None else layout.restart, eps)
     return triton.timestep_norm(x, *arguments, layout=layout, eps=eps)
 
 
@@ -97,15 +96,15 @@ def timestep_norm(
             f"padding_mask is {padding_mask.dtype} of shape {tuple(padding_mask.shape)}: "
             f"it must be bool {(batch, length)}"
         )
-    if layout is None:
+    run = choose(IMPLEMENTATIONS, backend, x.device, x.dtype)
+    if layout is not None:
+        padding_mask = layout.padding if padding_mask is None else padding_mask
+    elif not (run is _triton and segment_ids is None):  # torch.compile cannot see through a Layout
         layout = Layout(batch, length, x.device, segment_ids=segment_ids)
-    elif padding_mask is None:
-        padding_mask = layout.padding
-    if prior is None and (count is None or layout.restart is not None):
+    if prior is None and (count is None or (layout is not None and layout.restart is not None)):
         prior = Prior.default(num_groups, full_precision(x.dtype), x.device)
     initial = _initial(x, num_groups, count, mean, var, prior)
     with torch.autocast(x.device.type, enabled=False):
-        run = choose(IMPLEMENTATIONS, backend, x.device, x.dtype)
         y, last = run(x, weight, bias, initial, prior, padding_mask, layout=layout, eps=eps)
     return y, last.count, last.mean, last.var
 

@@ -236,22 +236,34 @@ def timestep_norm(
     prior: Prior,
     padding_mask: Tensor | None,
     *,
-    layout: Layout,
+    layout: Layout | None,
     eps: float,
 ) -> tuple[Tensor, Statistics]:
-    """See `megalodon.ops.timestep_norm`; x is bfloat16 or float32 with at least one token."""
+    """See `megalodon.ops.timestep_norm`; x is bfloat16 or float32 with at least one token, layout None for a plain
+    batch.
+    """
     wide = (value.double().contiguous() for value in (initial.mean, initial.var))
     priors = (value.double().contiguous() for value in (prior.mean, prior.var))
     runs = rows = None
     chained = False
-    if not layout.plain:
+    if layout is not None and not layout.plain:
         longest = piece_length(layout.batch, layout.length, x.shape[-1], initial.mean.shape[-1])
         pieces = pieces_of(layout, longest, 1)
         runs, rows, chained = pieces.runs, pieces.rows, pieces.chained
     padding = None if padding_mask is None else padding_mask.contiguous()
     affine = (None if value is None else value.contiguous() for value in (weight, bias))
     y, *_, last = torch.ops.megalodon.timestep_norm(
-        x.contiguous(), *affine, initial.count.contiguous(), *wide, prior.count, *priors, padding, runs, rows, chained, eps
+        x.contiguous(),
+        *affine,
+        initial.count.contiguous(),
+        *wide,
+        prior.count,
+        *priors,
+        padding,
+        runs,
+        rows,
+        chained,
+        eps,
     )
     state = initial.mean.dtype
     count = last[:, 0, 0].detach().long()

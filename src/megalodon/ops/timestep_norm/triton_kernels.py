@@ -151,7 +151,9 @@ def norm_kernel(x, weight, bias, padding, runs, entering, y, means, scales, coun
         mean = ((n0 * mean0)[None, :] + tl.cumsum(m64 * real, axis=0)) * share
         away = m64 - mean
         # (m - mean before)^2 (n - 1)/n, by the mean after it
-        spread = real * (s.to(tl.float64) + tl.where(n > 1, away * away * (n * reciprocal(tl.maximum(n - 1, 1.0))), 0.0))
+        spread = real * (
+            s.to(tl.float64) + tl.where(n > 1, away * away * (n * reciprocal(tl.maximum(n - 1, 1.0))), 0.0)
+        )
         var = ((n0 * var0)[None, :] + tl.cumsum(spread, axis=0)) * share
         mean = tl.where(n > 0, mean, mean0[None, :])
         var = tl.where(n > 0, var, var0[None, :])

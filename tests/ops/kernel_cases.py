@@ -1,0 +1,80 @@
+"""How the kernels are tested: in Triton's interpreter on the CPU, and on a GPU where there is one (marked `gpu`).
+
+`tests/conftest.py` asks for the interpreter: Triton decides when it is imported whether kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operator_cases import relative
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton runs on Linux only")
+
+HAS_GPU = torch.cuda.is_available()
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="kernels are compiled, not interpreted, here")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")]),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_and_fresh():
+    """Memory that nobody wrote holds NaN, and inputs are new in every run; a failure shows the seed."""
+    seed = torch.seed() % 2**32
+    torch.manual_seed(seed)
+    print(f"seed {seed}")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def narrow(
+    values: dict[str, Tensor], device: str, dtype: torch.dtype, activations: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """What the kernels get: activations in `dtype`, the rest in float32 or complex64, with gradients, on `device`."""
+    made = {}
+    for name, value in values.items():
+        kept = torch.complex64 if value.is_complex() else dtype if name in activations else torch.float32
+        made[name] = value.detach().to(device, kept).requires_grad_()
+    return made
+
+
+def widen(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same numbers in float64 on the CPU, for the definition."""
+    made = {}
+    for name, value in values.items():
+        kept = torch.complex128 if value.is_complex() else torch.float64
+        made[name] = value.detach().to("cpu", kept).requires_grad_()
+    return made
+
+
+def largest_error(
+    kernels: tuple[Tensor, ...],
+    definition: tuple[Tensor, ...],
+    narrow_inputs: dict[str, Tensor],
+    wide_inputs: dict[str, Tensor],
+) -> dict[str, float]:
+    """Relative errors of outputs and of the gradients of a random weighting of them."""
+    upstream = [torch.randn(o.shape, dtype=o.dtype) for o in definition]
+    pushed = [u.to(o.device, o.dtype) for u, o in zip(upstream, kernels, strict=True)]
+    rounded = [p.to("cpu", u.dtype) for p, u in zip(pushed, upstream, strict=True)]
+    expected = torch.autograd.grad(definition, list(wide_inputs.values()), rounded, allow_unused=True)
+    actual = torch.autograd.grad(kernels, list(narrow_inputs.values()), pushed, allow_unused=True)
+    errors = {f"output {i}": _error(a, e) for i, (a, e) in enumerate(zip(kernels, definition, strict=True))}
+    for name, a, e in zip(narrow_inputs, actual, expected, strict=True):
+        if e is None:
+            assert a is None or not a.any(), name
+        else:
+            errors[f"gradient of {name}"] = _error(a, e)
+    return errors
+
+
+def _error(actual: Tensor | None, expected: Tensor) -> float:
+    assert actual is not None
+    assert actual.shape == expected.shape
+    assert torch.isfinite(torch.view_as_real(actual) if actual.is_complex() else actual).all()
+    actual = actual.to("cpu", expected.dtype)
+    return relative(actual, expected) if expected.any() else float(actual.abs().max())

@@ -23,7 +23,11 @@ def new_run(benchmark: str, machine: dict[str, Any], settings: dict[str, Any]) -
         "benchmark": benchmark,
         "run": uuid.uuid4().hex,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]],
+        "command": [
+            "python",
+            f"benchmarks/{benchmark.rpartition('/')[0]}/{Path(sys.argv[0]).name}".replace("//", "/"),
+            *sys.argv[1:],
+        ],
         "machine": machine,
         "settings": settings,
     }

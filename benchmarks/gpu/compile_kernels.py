@@ -6,6 +6,7 @@ that the library launches.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -46,9 +47,9 @@ class Launch:
     capabilities: tuple[int, ...] = tuple(ARCHITECTURES)
 
     def source(self) -> ASTSource:
-        types = {name: "i32" for name in self.kernel.arg_names if name not in self.constants}
+        types = dict.fromkeys(self.kernel.arg_names, "i32")
         types |= {name: "*" + dtype for name, dtype in self.pointers.items()} | self.scalars
-        types |= {name: "constexpr" for name in self.constants}
+        types |= dict.fromkeys(self.constants, "constexpr")
         unknown = types.keys() - set(self.kernel.arg_names)
         assert not unknown, f"{self.label}: no such arguments: {unknown}"
         aligned = {
@@ -124,9 +125,9 @@ def _cema() -> list[Launch]:
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         size = ours.channels(16, itemsize)
         sizes = {"DC": size, "M": ours.GROUP, "T": ours.BLOCK, "NP": 16, "BITS": 4}
-        add(f"states {dtype}", kernels.states_kernel, dtype, {**sizes, "REVERSE": False}, size // 2)
-        add(f"outputs {dtype}", kernels.outputs_kernel, dtype, {**sizes, "REVERSE": False}, size // 2)
-        add(f"outputs reversed {dtype}", kernels.outputs_kernel, dtype, {**sizes, "REVERSE": True}, size // 2)
+        add(f"states {dtype}", kernels.states_kernel, dtype, {**sizes, "REVERSE": False}, ours.WARPS)
+        add(f"outputs {dtype}", kernels.outputs_kernel, dtype, {**sizes, "REVERSE": False}, ours.WARPS)
+        add(f"outputs reversed {dtype}", kernels.outputs_kernel, dtype, {**sizes, "REVERSE": True}, ours.WARPS)
         add(f"correlate {dtype}", kernels.correlate_kernel, dtype, {**sizes, **ours.CORRELATE_TILE}, 8)
         add(f"step {dtype}", kernels.step_kernel, dtype, {"HAS_OMEGA": True, "HAS_INITIAL": True, "DC": 32, "NP": 16})
     flags = {"LENGTH_BITS": 16, "BLOCK": 256}
@@ -257,7 +258,7 @@ def main(
         [
             "# Resources of the GPU kernels",
             "",
-            f"`python benchmarks/gpu/compile_kernels.py`, Triton {triton.__version__}, compiled ahead of time: nothing ran.",
+            f"`python benchmarks/gpu/compile_kernels.py`, Triton {triton.__version__}: compiled, not run.",
             "Registers are per thread; instructions are counted in the PTX.",
             "",
             markdown_table(header, lines),
@@ -265,8 +266,6 @@ def main(
         ]
     )
     if not only:
-        import json
-
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(
             output / "gpu_kernels.json", json.dumps({"triton": triton.__version__, "kernels": results}, indent=1) + "\n"

@@ -13,7 +13,9 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def dot(a, b, accumulator):
     """accumulator + a @ b. float32 operands take three tf32 products, which are as exact as float32."""
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, accumulator, input_precision="tf32x3")
-    return tl.dot(a, b, accumulator)
+        out = tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
+    elif a.dtype == tl.float32:
+        out = tl.dot(a, b, accumulator, input_precision="tf32x3")
+    else:
+        out = tl.dot(a, b, accumulator)
+    return out

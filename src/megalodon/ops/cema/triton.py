@@ -15,6 +15,8 @@ from megalodon.ops.pieces import GROUP, Pieces, pieces_of
 BLOCK = 16
 """T, tokens in a block: the depth of one bfloat16 tensor-core product."""
 
+WARPS = 8
+
 PROGRAMS = 512
 """Programs that a launch aims at: a few for each multiprocessor of today's GPUs."""
 
@@ -52,7 +54,7 @@ def _pieces(x: Tensor, components: int, runs: Tensor | None, rows: Tensor | None
 def _launch_sizes(x: Tensor, components: int, order: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     size = channels(components, x.itemsize)
     sizes = {"DC": size, "M": GROUP, "T": BLOCK, "NP": padded(components), "BITS": (BLOCK - 1).bit_length()}
-    sizes |= {"num_warps": size // 2, "num_stages": 2}
+    sizes |= {"num_warps": WARPS, "num_stages": 2}
     return (triton.cdiv(x.shape[-1], size), len(order) // GROUP), sizes
 
 

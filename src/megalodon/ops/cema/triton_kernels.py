@@ -41,8 +41,10 @@ def product(data, coefficients, accumulator):
     if data.dtype == tl.bfloat16:
         high = coefficients.to(tl.bfloat16)
         low = (coefficients - high.to(tl.float32)).to(tl.bfloat16)
-        return dot(data, high, dot(data, low, accumulator))
-    return dot(data, coefficients, accumulator)
+        out = dot(data, high, dot(data, low, accumulator))
+    else:
+        out = dot(data, coefficients, accumulator)
+    return out
 
 
 @triton.jit

@@ -229,7 +229,7 @@ def _(q, k, v, places, place):
 def chunk_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, layout: Layout, dropout: float, dropkey: bool
 ) -> Tensor:
-    """See `megalodon.ops.chunk_attention`; the tensors have at least one token, of dtypes and sizes that `fits` takes."""
+    """See `megalodon.ops.chunk_attention`; the tensors have a token at least, and pass `fits`."""
     cache = None
     if prefix is not None and layout.offsets.any():
         cache = (prefix[0].to(k.dtype).contiguous(), prefix[1].to(v.dtype).contiguous())

@@ -180,7 +180,8 @@ def query_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, 
         k_block = load_keys(k, cache_k, j, keys, first_key, first_cached, cached, head, H, dk, D, HAS_CACHE, FULL_K)
         d_scores = score_gradients(
             q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, shift, queries, keys, first_query,
-            first_key, first_cached, cached, head, H, E, chance, dropout, HAS_CACHE, DROPOUT, DROPKEY, BM, BN, DV, FULL_V
+            first_key, first_cached, cached, head, H, E, chance, dropout, HAS_CACHE, DROPOUT, DROPKEY, BM, BN, DV,
+            FULL_V
         )  # fmt: skip
         acc = dot(d_scores.to(k_block.dtype), k_block, acc)
     mask = (i < queries)[:, None] & (dk < D)[None, :]
@@ -226,7 +227,8 @@ def key_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, ls
         delta_rows = tl.load(delta + row, mask=i < queries, other=0.0)
         d_scores = score_gradients(
             q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, shift, queries, keys, first_query,
-            first_key, first_cached, cached, head, H, E, chance, dropout, HAS_CACHE, DROPOUT, DROPKEY, BM, BN, DV, FULL_V
+            first_key, first_cached, cached, head, H, E, chance, dropout, HAS_CACHE, DROPOUT, DROPKEY, BM, BN, DV,
+            FULL_V
         )  # fmt: skip
         acc = dot(tl.trans(d_scores).to(q_block.dtype), q_block, acc)
     store_keys(dk_out, d_cache, acc, j, keys, first_key, first_cached, cached, head, H, dk, D, HAS_CACHE)

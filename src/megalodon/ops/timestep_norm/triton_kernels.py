@@ -51,8 +51,8 @@ def are_real(padding, token, inside, HAS_PADDING: tl.constexpr):
 
 
 @triton.jit
-def summary_kernel(x, padding, runs, summary, G: tl.constexpr, F: tl.constexpr, HAS_PADDING: tl.constexpr, TT: tl.constexpr, GC: tl.constexpr,
-                   FP: tl.constexpr):  # fmt: skip
+def summary_kernel(x, padding, runs, summary, G: tl.constexpr, F: tl.constexpr, HAS_PADDING: tl.constexpr,
+                   TT: tl.constexpr, GC: tl.constexpr, FP: tl.constexpr):  # fmt: skip
     """summary[piece] = (tokens, mean of their means, sum of variances and squared deviations), float64 [n, G, 3]."""
     piece = tl.program_id(1)
     start, length = tl.load(runs + piece * 4).to(tl.int64), tl.load(runs + piece * 4 + 1)
@@ -116,9 +116,9 @@ def scan_kernel(runs, rows, count, mean, var, prior_count, prior_mean, prior_var
 
 
 @triton.jit
-def norm_kernel(x, weight, bias, padding, runs, entering, y, means, scales, counts, last, eps, G: tl.constexpr, F: tl.constexpr,
-                HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PADDING: tl.constexpr, TT: tl.constexpr,
-                GC: tl.constexpr, FP: tl.constexpr):  # fmt: skip
+def norm_kernel(x, weight, bias, padding, runs, entering, y, means, scales, counts, last, eps,
+                G: tl.constexpr, F: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+                HAS_PADDING: tl.constexpr, TT: tl.constexpr, GC: tl.constexpr, FP: tl.constexpr):  # fmt: skip
     """Normalises the tokens of a piece.
 
     means, scales float32 [B*L, G]: the mean and 1/sqrt(var + eps) that each token was normalised by; counts[piece]: the
@@ -182,9 +182,9 @@ def norm_kernel(x, weight, bias, padding, runs, entering, y, means, scales, coun
 
 
 @triton.jit
-def backward_kernel(x, dy, weight, padding, runs, means, scales, counts, flowing, dx, summary, d_weight, d_bias, G: tl.constexpr, F: tl.constexpr,
-                    WRITE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_PADDING: tl.constexpr, TT: tl.constexpr,
-                    GC: tl.constexpr, FP: tl.constexpr):  # fmt: skip
+def backward_kernel(x, dy, weight, padding, runs, means, scales, counts, flowing, dx, summary, d_weight, d_bias,
+                    G: tl.constexpr, F: tl.constexpr, WRITE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+                    HAS_PADDING: tl.constexpr, TT: tl.constexpr, GC: tl.constexpr, FP: tl.constexpr):  # fmt: skip
     """Walks a piece from its end. With WRITE, gradients of its tokens and of weight and bias (a part for each piece).
 
     Two sums flow from later tokens to earlier ones, float64: `a` over dvar_t / n_t, and `b` over what reaches the sum

@@ -55,7 +55,7 @@ class Launch:
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(self.kernel.arg_names)
-            if name in self.pointers or name in ("D", "DN", "N", "E", "F", "G")
+            if name in self.pointers or (name in ("D", "DN", "N", "E") and name not in self.constants)
         }
         ordered = {name: types[name] for name in self.kernel.arg_names}
         return ASTSource(self.kernel, ordered, dict(self.constants), aligned)
@@ -165,7 +165,7 @@ def _timestep_norm() -> list[Launch]:
             for write in (True, False):
                 add(
                     f"backward{'' if write else ' summary'} {name}", kernels.backward_kernel, dtype,
-                    {"WRITE": write, **with_affine, **sizes},
+                    {"WRITE": write, **with_affine, **sizes}, ours.BACKWARD_WARPS,
                 )  # fmt: skip
     add("scan", kernels.scan_kernel, "bf16", {"BLOCK": 64}, 2)
     add("adjoint scan", kernels.adjoint_scan_kernel, "bf16", {"HAS_LAST": True, "BLOCK": 64}, 2)

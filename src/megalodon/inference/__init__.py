@@ -4,6 +4,7 @@ from megalodon.inference.context import Context, model_fingerprint
 from megalodon.inference.generation import Session, generate_stream, generate_text
 from megalodon.inference.loading import choose_device, load_model, load_tokenizer_for
 from megalodon.inference.sampling import REPETITION_WINDOW, Sampling, distribution, sample
+from megalodon.inference.static_decoding import StaticDecoder
 from megalodon.inference.stopping import StopStrings
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Context",
     "Sampling",
     "Session",
+    "StaticDecoder",
     "StopStrings",
     "choose_device",
     "distribution",

@@ -40,7 +40,7 @@ def tiles(block: int, key: int, value: int, cached: bool) -> dict[str, dict[str,
     """Block sizes of each kernel: BM queries, BN keys, DK and DV channels; warps and stages."""
     dk, most = max(triton.next_power_of_2(key), 16), max(triton.next_power_of_2(value), 16)
     shape = {"BM": block, "BN": block, "DK": dk, "num_warps": 8, "num_stages": 2}
-    narrow = {**shape, "DV": min(most, 64)}
+    narrow = {**shape, "DV": min(most, 64), "num_stages": 3 if block == 32 else 2}
     held = 128 if block == 16 else 256
     return {
         "forward": {**shape, "DV": min(most, held)},
@@ -109,7 +109,7 @@ def attention_op(
     tile = tiles(block, q.shape[-1], width, cache_k is not None)["forward"]
     out = q.new_zeros(*q.shape[:3], width) if spans is not None else q.new_empty(*q.shape[:3], width)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    grid = (heads * triton.cdiv(width, tile["DV"]), len(plan.query_work))
+    grid = (heads * triton.cdiv(width, tile["DV"]) * len(plan.query_work),)
     with on_device(q):
         kernels.forward_kernel[grid](
             q, k, v, cache_k, cache_v, seed, plan.spans, plan.query_work, out, lse, heads, q.shape[-1], width, dropout,
@@ -160,13 +160,13 @@ def attention_backward_op(
 
     with on_device(q):
         kernels.delta_kernel[(triton.cdiv(rows, 8),)](out, d_out, delta, width, rows, 8, 256)
-        kernels.query_gradients_kernel[heads, len(plan.query_work)](
+        kernels.query_gradients_kernel[(heads * len(plan.query_work),)](
             *inputs, plan.query_work, d_out, lse, delta, dq, *sizes, **flags("queries")
         )
-        kernels.key_gradients_kernel[heads, len(plan.key_work)](
+        kernels.key_gradients_kernel[(heads * len(plan.key_work),)](
             *inputs, plan.key_work, d_out, lse, delta, dk, d_cache_k, *sizes, **flags("keys")
         )
-        kernels.value_gradients_kernel[heads * triton.cdiv(width, tile["values"]["DV"]), len(plan.key_work)](
+        kernels.value_gradients_kernel[(heads * triton.cdiv(width, tile["values"]["DV"]) * len(plan.key_work),)](
             q, k, cache_k, seed, plan.spans, plan.key_work, d_out, lse, dv, d_cache_v, *sizes, **flags("values")
         )
     return dq, dk, dv, d_cache_k, d_cache_v

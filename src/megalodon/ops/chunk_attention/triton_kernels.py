@@ -17,6 +17,13 @@ from megalodon.ops.triton_dot import dot
 
 
 @triton.jit
+def placed(slices, H):
+    """(slice of the values, head, item of work): one axis of programs, since the others end at 65,535."""
+    program = tl.program_id(0)
+    return program % slices, program // slices % H, program // slices // H
+
+
+@triton.jit
 def span_of(spans, span):
     """(first query, queries, first key, keys, first cached key, cached keys); keys count the cached ones."""
     at = spans + span * 6
@@ -82,8 +89,8 @@ def forward_kernel(q, k, v, cache_k, cache_v, seed, spans, work, out, lse, H, D,
                    DV: tl.constexpr, FULL_K: tl.constexpr, FULL_V: tl.constexpr):  # fmt: skip
     """out = softmax(q k^T) v for one block of queries, one head and one slice of the values; lse by the first slice."""
     slices = tl.cdiv(E, DV)
-    part, head = tl.program_id(0) % slices, tl.program_id(0) // slices
-    span, begin = tl.load(work + tl.program_id(1) * 2), tl.load(work + tl.program_id(1) * 2 + 1)
+    part, head, item = placed(slices, H)
+    span, begin = tl.load(work + item * 2), tl.load(work + item * 2 + 1)
     first_query, queries, first_key, keys, first_cached, cached = span_of(spans, span)
     shift = keys - queries
     i = begin + tl.arange(0, BM)
@@ -161,8 +168,8 @@ def query_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, 
                            BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, FULL_K: tl.constexpr,
                            FULL_V: tl.constexpr):  # fmt: skip
     """dq of one block of queries and one head."""
-    head = tl.program_id(0)
-    span, begin = tl.load(work + tl.program_id(1) * 2), tl.load(work + tl.program_id(1) * 2 + 1)
+    _, head, item = placed(1, H)
+    span, begin = tl.load(work + item * 2), tl.load(work + item * 2 + 1)
     first_query, queries, first_key, keys, first_cached, cached = span_of(spans, span)
     shift = keys - queries
     i = begin + tl.arange(0, BM)
@@ -208,8 +215,8 @@ def key_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, ls
                          BM: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, FULL_K: tl.constexpr,
                          FULL_V: tl.constexpr):  # fmt: skip
     """dk of one block of keys and one head."""
-    head = tl.program_id(0)
-    span, begin = tl.load(work + tl.program_id(1) * 2), tl.load(work + tl.program_id(1) * 2 + 1)
+    _, head, item = placed(1, H)
+    span, begin = tl.load(work + item * 2), tl.load(work + item * 2 + 1)
     first_query, queries, first_key, keys, first_cached, cached = span_of(spans, span)
     shift = keys - queries
     j = begin + tl.arange(0, BN)
@@ -241,8 +248,8 @@ def value_gradients_kernel(q, k, cache_k, seed, spans, work, d_out, lse, dv_out,
                            FULL_V: tl.constexpr):  # fmt: skip
     """dv of one block of keys, one head and one slice of the values."""
     slices = tl.cdiv(E, DV)
-    part, head = tl.program_id(0) % slices, tl.program_id(0) // slices
-    span, begin = tl.load(work + tl.program_id(1) * 2), tl.load(work + tl.program_id(1) * 2 + 1)
+    part, head, item = placed(slices, H)
+    span, begin = tl.load(work + item * 2), tl.load(work + item * 2 + 1)
     first_query, queries, first_key, keys, first_cached, cached = span_of(spans, span)
     shift = keys - queries
     j = begin + tl.arange(0, BN)

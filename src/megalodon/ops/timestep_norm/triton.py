@@ -22,6 +22,7 @@ STATISTICS = 256
 """Most statistics (tokens times groups) of a tile: they are float64."""
 
 WARPS = 8
+BACKWARD_WARPS = 4
 
 PROGRAMS = 1024
 """Programs that a launch aims at: several for each multiprocessor, since each keeps few bytes in flight."""
@@ -87,7 +88,7 @@ def timestep_norm_op(
     groups = mean.shape[1]
     pieces, sizes = _pieces(x, groups, runs, rows, chained), tile(dim, groups)
     number = len(pieces.runs)
-    grid = (triton.cdiv(groups, sizes["GC"]), number)
+    grid = (triton.cdiv(groups, sizes["GC"]) * number,)
     rows_grid = (triton.cdiv(groups, 64), batch)
     ragged = runs is not None
     y = torch.zeros_like(x) if ragged else torch.empty_like(x)
@@ -150,7 +151,7 @@ def timestep_norm_backward_op(
     groups = means.shape[-1]
     pieces, sizes = _pieces(x, groups, runs, rows, chained), tile(dim, groups, TILE // 2)
     number, features = len(pieces.runs), dim // groups
-    grid = (triton.cdiv(groups, sizes["GC"]), number)
+    grid = (triton.cdiv(groups, sizes["GC"]) * number,)
     flowing, summary = last.new_empty(number, groups, 2), torch.empty_like(entering)
     dx = torch.zeros_like(x) if runs is not None else torch.empty_like(x)
     d_affine = x.new_empty(2, number, dim, dtype=torch.float32)
@@ -161,7 +162,7 @@ def timestep_norm_backward_op(
     def walk(write: bool) -> None:
         kernels.backward_kernel[grid](
             x, dy, weight, padding, pieces.runs, means, scales, counts, flowing, dx, summary, d_affine[0], d_affine[1],
-            groups, features, write, weight is not None, padding is not None, **sizes, num_warps=WARPS
+            groups, features, write, weight is not None, padding is not None, **sizes, num_warps=BACKWARD_WARPS
         )  # fmt: skip
 
     with on_device(x):
@@ -233,7 +234,7 @@ def timestep_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     initial: Statistics,
-    prior: Prior,
+    prior: Prior | None,
     padding_mask: Tensor | None,
     *,
     layout: Layout | None,
@@ -243,6 +244,8 @@ def timestep_norm(
     batch.
     """
     wide = (value.double().contiguous() for value in (initial.mean, initial.var))
+    if prior is None:  # no document starts afresh: never read
+        prior = Prior(0, initial.mean[0].detach(), initial.var[0].detach())
     priors = (value.double().contiguous() for value in (prior.mean, prior.var))
     runs = rows = None
     chained = False

@@ -31,14 +31,19 @@ def reciprocal(n):
 
 @triton.jit
 def placed(G: tl.constexpr, F: tl.constexpr, GC: tl.constexpr, FP: tl.constexpr):
-    """(groups [GC], channels [1, GC, FP], which channels there are) of the program."""
-    g = tl.program_id(0) * GC + tl.arange(0, GC)
+    """(piece, groups [GC], channels [1, GC, FP], which channels there are) of the program.
+
+    One axis of programs, since the others end at 65,535; neighbours read neighbouring groups.
+    """
+    blocks: tl.constexpr = (G + GC - 1) // GC
+    piece = tl.program_id(0) // blocks
+    g = tl.program_id(0) % blocks * GC + tl.arange(0, GC)
     f = tl.arange(0, FP)
     channel = (g[:, None] * F + f[None, :])[None, :, :]
     there = (g < G)[:, None] & (f >= 0)[None, :]
     if FP > F:
         there = there & (f < F)[None, :]
-    return g, channel, there[None, :, :]
+    return piece, g, channel, there[None, :, :]
 
 
 @triton.jit
@@ -54,9 +59,8 @@ def are_real(padding, token, inside, HAS_PADDING: tl.constexpr):
 def summary_kernel(x, padding, runs, summary, G: tl.constexpr, F: tl.constexpr, HAS_PADDING: tl.constexpr,
                    TT: tl.constexpr, GC: tl.constexpr, FP: tl.constexpr):  # fmt: skip
     """summary[piece] = (tokens, mean of their means, sum of variances and squared deviations), float64 [n, G, 3]."""
-    piece = tl.program_id(1)
+    piece, g, channel, there = placed(G, F, GC, FP)
     start, length = tl.load(runs + piece * 4).to(tl.int64), tl.load(runs + piece * 4 + 1)
-    g, channel, there = placed(G, F, GC, FP)
     t = tl.arange(0, TT)
     count = tl.zeros([GC], tl.float64)
     mean = tl.zeros([GC], tl.float64)
@@ -124,10 +128,9 @@ def norm_kernel(x, weight, bias, padding, runs, entering, y, means, scales, coun
     means, scales float32 [B*L, G]: the mean and 1/sqrt(var + eps) that each token was normalised by; counts[piece]: the
     count after it; last[row] (count, mean, variance) after the row's last piece, float64 [B, G, 3].
     """
-    piece = tl.program_id(1)
+    piece, g, channel, there = placed(G, F, GC, FP)
     start, length = tl.load(runs + piece * 4).to(tl.int64), tl.load(runs + piece * 4 + 1)
     row = tl.load(runs + piece * 4 + 3)
-    g, channel, there = placed(G, F, GC, FP)
     t = tl.arange(0, TT)
     before = entering + (tl.cast(piece, tl.int64) * G + g) * 3
     n0 = tl.load(before, mask=g < G, other=0.0)
@@ -191,9 +194,8 @@ def backward_kernel(x, dy, weight, padding, runs, means, scales, counts, flowing
     of means. flowing[piece] = (a, b) after the piece, summary[piece] = (a, b, d) before it: with WRITE as they are;
     without, as if nothing flowed in, and d so that a flowing in adds a to a and -a d to b. [n, G, 2] and [n, G, 3].
     """
-    piece = tl.program_id(1)
+    piece, g, channel, there = placed(G, F, GC, FP)
     start, length = tl.load(runs + piece * 4).to(tl.int64), tl.load(runs + piece * 4 + 1)
-    g, channel, there = placed(G, F, GC, FP)
     t = tl.arange(0, TT)
     after = tl.load(counts + tl.cast(piece, tl.int64) * G + g, mask=g < G, other=1.0)
     a0 = tl.zeros([GC], tl.float64)

@@ -1,0 +1,172 @@
+"""Decoding with every tensor at a fixed address: one step is one CUDA graph, whatever the position of each sequence.
+
+`Session` is for one sequence that reads and writes; this is the inner loop of many tokens for a fixed batch. Where each
+row stands in its chunk is a tensor on the device, so the captured step is right at every position and never captured
+again. On a CPU the same step runs without a graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megalodon import ops
+from megalodon.model import MegalodonForCausalLM, MegalodonState
+from megalodon.model.block import MegalodonBlock
+from megalodon.model.state import Dimensions, LayerState, OpenChunk
+from megalodon.model.timestep_norm import Moments, TimestepNorm
+
+
+class _Norm:
+    """A TimestepNorm and its moments, float64 [B, G]."""
+
+    def __init__(self, module: TimestepNorm, moments: Moments, position: Tensor) -> None:
+        self.module, self.prior = module, module.prior(position.device)
+        fresh = (position == 0)[:, None]
+        self.mean, self.var = (
+            torch.where(fresh, new, old.to(new.dtype))
+            for new, old in zip((self.prior.mean, self.prior.var), moments, strict=True)
+        )
+
+    def step(self, x: Tensor, position: Tensor) -> Tensor:
+        module = self.module
+        count = position + module.prior_count
+        y, _, mean, var = ops.timestep_norm(
+            x,
+            module.weight,
+            module.bias,
+            module.num_groups,
+            count,
+            self.mean,
+            self.var,
+            eps=module.eps,
+            prior=self.prior,
+        )
+        self.mean.copy_(mean)
+        self.var.copy_(var)
+        return y
+
+
+class _Layer:
+    """A block, its coefficients, and its memory in buffers of the whole chunk."""
+
+    def __init__(self, block: MegalodonBlock, memory: LayerState, position: Tensor, chunk: int) -> None:
+        self.block, self.coefficients = block, block.cema.coefficients()
+        self.norm = _Norm(block.timestep_norm, memory.moments, position)
+        self.h = torch.where((position == 0)[:, None, None], 0, memory.cema)
+        self.keys, self.values = (x.new_zeros(x.shape[0], chunk, *x.shape[2:]) for x in memory.chunk)
+        for buffer, old in zip((self.keys, self.values), memory.chunk, strict=True):
+            width = min(old.shape[1], chunk)
+            buffer[:, :width] = old[:, :width]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.norm.mean, self.norm.var, self.h, self.keys, self.values
+
+    def step(self, x: Tensor, turns: Tensor, position: Tensor, place: Tensor) -> Tensor:
+        block, attention = self.block, self.block.attention
+        n = self.norm.step(x, position)
+        m, h = ops.cema(n, *self.coefficients, block.cema.omega, self.h)
+        self.h.copy_(h)
+        m = block.memory_norm(m)
+        q, k = attention._queries_and_keys(m, turns)
+        v = F.silu(attention.v_proj(n)).unflatten(-1, (attention.num_heads, -1))
+        rows = torch.arange(len(place), device=place.device)
+        self.keys.index_put_((rows, place), k[:, 0].to(self.keys.dtype))
+        self.values.index_put_((rows, place), v[:, 0].to(self.values.dtype))
+        o = ops.causal_attention(q, self.keys, self.values, place)
+        branch = attention.h_proj(m) + attention.o_proj(o.flatten(-2) * F.silu(attention.r_proj(m)))
+        return x + block.feed_forward(x + branch)
+
+
+class StaticDecoder:
+    """A fixed batch of sequences, one token at a time.
+
+    Memory: keys and values of a whole chunk for each row, [B, C, H, d] and [B, C, H, e] a layer.
+    """
+
+    def __init__(self, model: MegalodonForCausalLM, state: MegalodonState) -> None:
+        """
+        Args:
+            model: in evaluation mode; its weights must not change afterwards.
+            state: where the sequences stand; it is copied. Rows may stand at different positions.
+
+        Raises:
+            ValueError: the model is in training mode, or the state belongs to another model or device.
+        """
+        if model.training:
+            raise ValueError("model is in training mode: call model.eval() first")
+        state.dimensions.check(Dimensions.of(model.config))
+        if state.device != model.device:
+            raise ValueError(f"state is on {state.device}: the model is on {model.device} (use .to)")
+        self.model, self._chunk = model, model.config.chunk_size
+        self._graph: torch.cuda.CUDAGraph | None = None
+        with torch.inference_mode():
+            self._position = state.position.to(model.device, copy=True)
+            self._tokens = torch.zeros_like(self._position)
+            pairs = zip(model.model.layers, state.layers, strict=True)
+            self._layers = [_Layer(block, memory, self._position, self._chunk) for block, memory in pairs]
+            self._final = _Norm(model.model.final_norm, state.final, self._position)
+            self._logits = torch.empty(len(self._position), model.vocab_size, device=model.device)
+            if model.device.type == "cuda":
+                self._capture()
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one token a row, int64 [B]; logits float32 [B, V] for the next, overwritten by the next step."""
+        if tokens.shape != self._tokens.shape:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}: it must be {tuple(self._tokens.shape)}")
+        self._tokens.copy_(tokens)
+        if self._graph is None:
+            self._advance()
+        else:
+            self._graph.replay()
+        return self._logits
+
+    @property
+    def state(self) -> MegalodonState:
+        """Where the sequences stand now: a copy."""
+        with torch.inference_mode():
+            position = self._position.cpu()
+            filled = self._position % self._chunk
+            width = int(filled.max()) if len(position) else 0
+            free = (torch.arange(width, device=filled.device) >= filled[:, None])[..., None, None]
+            layers = [
+                LayerState(
+                    Moments(layer.norm.mean.clone(), layer.norm.var.clone()),
+                    layer.h.clone(),
+                    OpenChunk(*(x[:, :width].masked_fill(free, 0) for x in (layer.keys, layer.values))),
+                )
+                for layer in self._layers
+            ]
+            final = Moments(self._final.mean.clone(), self._final.var.clone())
+        return MegalodonState(layers, final, position, Dimensions.of(self.model.config))
+
+    def _advance(self) -> None:
+        inner, config = self.model.model, self.model.config
+        place = self._position % self._chunk
+        x = inner.embed_tokens(self._tokens)[:, None] * inner.embedding_scale
+        turns = ops.rotations(place[:, None], config.head_dim, config.rope_base)
+        for layer in self._layers:
+            x = layer.step(x, turns, self._position, place)
+        x = self._final.step(x, self._position)
+        self._logits.copy_(self.model.lm_head(x)[:, 0])
+        self._position += 1
+
+    def _capture(self) -> None:
+        """Warm up on a side stream, which compiles and caches, put the memory back, capture."""
+        tensors = [self._position, self._final.mean, self._final.var]
+        tensors += [tensor for layer in self._layers for tensor in layer.tensors]
+        kept = [tensor.clone() for tensor in tensors]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._advance()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._advance()
+        for tensor, old in zip(tensors, kept, strict=True):
+            tensor.copy_(old)

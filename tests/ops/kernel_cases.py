@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import relative
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton runs on Linux only")
@@ -73,8 +72,11 @@ def largest_error(
 
 
 def _error(actual: Tensor | None, expected: Tensor) -> float:
+    """The largest difference over the largest expected magnitude, or over 0.1: inputs are of order 1, and random sums
+    that cancel, few numbers as they are, must not be judged by what is left of them.
+    """
     assert actual is not None
     assert actual.shape == expected.shape
     assert torch.isfinite(torch.view_as_real(actual) if actual.is_complex() else actual).all()
-    actual = actual.to("cpu", expected.dtype)
-    return relative(actual, expected) if expected.any() else float(actual.abs().max())
+    difference = (actual.to("cpu", expected.dtype) - expected).detach().abs().max()
+    return float(difference / expected.detach().abs().max().clamp_min(0.1))

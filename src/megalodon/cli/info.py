@@ -13,7 +13,7 @@ import typer
 import megalodon
 from megalodon import ops
 from megalodon.inference import choose_device
-from megalodon.ops.backend import cpu_multiplies_bfloat16
+from megalodon.ops.backend import cpu_multiplies_bfloat16, without_kernels
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -43,6 +43,8 @@ def facts() -> list[tuple[str, str]]:
     ]
     for operator, (chosen, available) in ops.backends(device).items():
         rows.append((f"back end, {operator}", f"{chosen} (of {', '.join(available)})"))
+    reason = without_kernels(device.type, device.index)
+    rows.append(("Triton kernels", f"not here: {reason}" if reason else f"Triton {version('triton')}"))
     forced = os.environ.get(ops.ENVIRONMENT_VARIABLE)
     rows.append((ops.ENVIRONMENT_VARIABLE, f"{forced}, for every operator" if forced else "not set"))
     return rows

@@ -1,0 +1,47 @@
+"""The choice of a back end: precedence, and messages that say what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megalodon.ops import ENVIRONMENT_VARIABLE, timestep_norm
+from megalodon.ops import backend as backends
+
+
+def test_a_cpu_runs_the_blocked_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    assert backends.default_backend(torch.device("cpu"), torch.float32) == "blocked"
+
+
+def test_a_gpu_runs_the_kernels_in_dtypes_that_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "without_kernels", lambda *_: None)
+    device = torch.device("cuda")
+    chosen = [
+        backends.default_backend(device, d) for d in (torch.bfloat16, torch.float32, torch.float64, torch.float16)
+    ]
+    assert chosen == ["triton", "triton", "blocked", "blocked"]
+    monkeypatch.setattr(backends, "without_kernels", lambda *_: "Triton is not installed")
+    assert backends.default_backend(device, torch.bfloat16) == "blocked"
+
+
+def test_the_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "nonsense")
+    x = torch.randn(1, 3, 4)
+    timestep_norm(x, None, None, 2, backend="reference")
+    with pytest.raises(ValueError, match="MEGALODON_BACKEND='nonsense'"):
+        timestep_norm(x, None, None, 2)
+
+
+def test_kernels_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 3, 4)
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", False)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        timestep_norm(x, None, None, 2, backend="triton")
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        timestep_norm(x, None, None, 2, backend="triton")
+    monkeypatch.setattr(backends, "without_kernels", lambda *_: None)
+    with pytest.raises(ValueError, match=r"not torch\.float64"):
+        timestep_norm(x.double(), None, None, 2, backend="triton")

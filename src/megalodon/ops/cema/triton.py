@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from megalodon.ops.cema import triton_kernels as kernels
 from megalodon.ops.launch import on_device
@@ -183,7 +184,7 @@ def _(dy, d_last, x, p, q, gamma, omega, entering, runs, rows, order, padded_row
     return *like, p.new_empty(p.shape[0]), state
 
 
-def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, p, q, gamma, omega, initial, runs, rows, order, ctx.padded_rows = inputs
     ctx.with_initial = initial is not None
     ctx.mark_non_differentiable(output[2])
@@ -191,7 +192,7 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: FunctionCtx, dy: Tensor | None, d_last: Tensor | None, _: Tensor | None):
+def _backward(ctx: Any, dy: Tensor | None, d_last: Tensor | None, _: Tensor | None):
     x, p, q, gamma, omega, entering, runs, rows, order = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     d_last = None if d_last is None else d_last.contiguous()

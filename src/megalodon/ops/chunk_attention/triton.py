@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from megalodon.ops.chunk_attention import spans as tables
 from megalodon.ops.chunk_attention import triton_kernels as kernels
@@ -178,14 +177,14 @@ def _(d_out, out, lse, q, k, v, cache_k, cache_v, seed, shape, spans, query_work
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *of_cache
 
 
-def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, cache_k, cache_v, seed, ctx.shape, spans, query_work, key_work, ctx.dropout, ctx.dropkey = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, q, k, v, cache_k, cache_v, seed, spans, query_work, key_work)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: FunctionCtx, d_out: Tensor | None, _: Tensor | None):
+def _backward(ctx: Any, d_out: Tensor | None, _: Tensor | None):
     if d_out is None:
         return (None,) * 12
     *tensors, spans, query_work, key_work = ctx.saved_tensors

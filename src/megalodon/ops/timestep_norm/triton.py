@@ -4,10 +4,11 @@ know.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from megalodon.ops.launch import on_device
 from megalodon.ops.layout import Layout
@@ -207,7 +208,7 @@ def _(dy, d_last, x, weight, padding, means, scales, counts, entering, last, pri
     return torch.empty_like(x), d_affine, state, torch.empty_like(state), last.new_empty(2, groups)
 
 
-def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, _, _, _, ctx.prior_count, _, _, padding, runs, rows, ctx.chained, _ = inputs
     ctx.dtypes = [None if value is None else value.dtype for value in (weight, bias)]
     ctx.mark_non_differentiable(*output[1:5])
@@ -215,7 +216,7 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: FunctionCtx, dy: Tensor | None, *others: Tensor | None):
+def _backward(ctx: Any, dy: Tensor | None, *others: Tensor | None):
     *tensors, runs, rows = ctx.saved_tensors
     x, d_last = tensors[0], others[-1]
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()

@@ -9,20 +9,10 @@ from megalodon.ops import ENVIRONMENT_VARIABLE, timestep_norm
 from megalodon.ops import backend as backends
 
 
-def test_a_cpu_runs_the_blocked_form(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kernels_must_be_asked_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
-    assert backends.default_backend(torch.device("cpu"), torch.float32) == "blocked"
-
-
-def test_a_gpu_runs_the_kernels_in_dtypes_that_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "without_kernels", lambda *_: None)
-    device = torch.device("cuda")
-    chosen = [
-        backends.default_backend(device, d) for d in (torch.bfloat16, torch.float32, torch.float64, torch.float16)
-    ]
-    assert chosen == ["triton", "triton", "blocked", "blocked"]
-    monkeypatch.setattr(backends, "without_kernels", lambda *_: "Triton is not installed")
-    assert backends.default_backend(device, torch.bfloat16) == "blocked"
+    assert backends.default_backend(torch.device(device), torch.bfloat16) == "blocked"
 
 
 def test_the_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def serve(rank: int, connection: Connection) -> None:
                 init_method=f"file://{meeting}",
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=60),
+                timeout=timedelta(seconds=20),
             )
             try:
                 connection.send((function(*arguments), None))

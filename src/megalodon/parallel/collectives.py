@@ -14,6 +14,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 Group = dist.ProcessGroup
 
+# PyTorch 2.13 renames the two and warns of the old names.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class Exchange:
     """One all-gather that is begun in one place and ended in another, with other work between, in both passes.
@@ -28,14 +32,17 @@ class Exchange:
         self.group = group
         self.work: dist.Work | None = None
         self.reduced: Tensor | None = None
+        self.complex = False
 
     def begin(self, x: Tensor) -> Tensor:
         """Send; the result is not to be read before `end`."""
-        return _Begin.apply(x, self)
+        self.complex = x.is_complex()
+        return _Begin.apply(torch.view_as_real(x) if self.complex else x, self)
 
     def end(self, begun: Tensor) -> Tensor:
         """Wait for what all ranks sent: [ranks, ...]."""
-        return _End.apply(begun, self)
+        everyone = _End.apply(begun, self)
+        return torch.view_as_complex(everyone) if self.complex else everyone
 
     def wait(self) -> None:
         """Wait for the transfer under way."""
@@ -47,12 +54,11 @@ class Exchange:
 class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange, ctx.complex = exchange, x.is_complex()
-        x = torch.view_as_real(x) if x.is_complex() else x
+        ctx.exchange = exchange
         x = x.contiguous()
         out = x.new_empty(dist.get_world_size(exchange.group), *x.shape)
-        exchange.work = dist.all_gather_into_tensor(out.flatten(0, 1), x, group=exchange.group, async_op=True)
-        return torch.view_as_complex(out) if ctx.complex else out
+        exchange.work = all_gather(out.flatten(0, 1), x, group=exchange.group, async_op=True)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -61,7 +67,7 @@ class _Begin(torch.autograd.Function):
         exchange.wait()
         reduced, exchange.reduced = exchange.reduced, None
         assert reduced is not None
-        return torch.view_as_complex(reduced) if ctx.complex else reduced, None
+        return reduced, None
 
 
 class _End(torch.autograd.Function):
@@ -75,9 +81,9 @@ class _End(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor):
         exchange = ctx.exchange
-        parts = (torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad).contiguous()
+        parts = grad.contiguous()
         exchange.reduced = parts.new_empty(parts.shape[1:])
-        exchange.work = dist.reduce_scatter_tensor(
+        exchange.work = reduce_scatter(
             exchange.reduced, parts.flatten(0, 1), group=exchange.group, async_op=True
         )
         return grad, None
@@ -87,7 +93,7 @@ def _gather_last(x: Tensor, group: Group) -> Tensor:
     x = x.contiguous()
     ranks = dist.get_world_size(group)
     out = x.new_empty(ranks, *x.shape)
-    dist.all_gather_into_tensor(out.flatten(0, 1), x, group=group)
+    all_gather(out.flatten(0, 1), x, group=group)
     return out.movedim(0, -2).flatten(-2)
 
 
@@ -95,7 +101,7 @@ def _scatter_last(x: Tensor, group: Group) -> Tensor:
     ranks = dist.get_world_size(group)
     parts = x.unflatten(-1, (ranks, -1)).movedim(-2, 0).contiguous()
     out = parts.new_empty(parts.shape[1:])
-    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group)
+    reduce_scatter(out, parts.flatten(0, 1), group=group)
     return out
 
 

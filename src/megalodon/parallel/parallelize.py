@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,14 +66,14 @@ class ParallelModel(nn.Module):
 
     # --- parameters, under the names of the whole model --------------------------------------------------------------
 
-    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under the names that they have in the whole model."""
-        for stage in self.stages:
-            yield from stage.named_parameters()
+        for name, parameter in super().named_parameters(*arguments, **options):
+            yield name.split(".", 2)[2], parameter  # without "stages.0."
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """Scale all ranks' gradients down to `max_norm` together. Returns the norm before, a scalar."""
-        parameters = [parameter for _, parameter in self.named_weights() if parameter.grad is not None]
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
         norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if self.pipeline is not None:
             square = norm.square()

@@ -25,6 +25,9 @@ States = list[MegalodonState | None]
 class ParallelModel(nn.Module):
     """This rank's part of a model, and how to run it with the others.
 
+    Attributes:
+        layers: the indices of this rank's layers, in the order of its states.
+
     Args:
         model: the whole model, the same values on every rank; its parts are taken over. On the CPU, or on `device`.
         mesh: the mesh.
@@ -55,7 +58,9 @@ class ParallelModel(nn.Module):
         own = ranges[mesh.rank("pipeline") :: sizes.pipeline]
         kind = PipelinedStage if sizes.pipeline > 1 else Stage
         self.stages = nn.ModuleList(kind(model, layers, axes, mesh.rank("chunk"), precision) for layers in own)
-        for stage in self.stages:
+        self.layers = [layer for layers in own for layer in layers]
+        for stage, layers in zip(self.stages, own, strict=True):
+            stage.first_memory = self.layers.index(layers.start)
             if mesh.weights is not None:
                 shard_weights(stage, mesh.weights, precision)
             stage.to(device)
@@ -63,6 +68,11 @@ class ParallelModel(nn.Module):
         if sizes.pipeline > 1:
             dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
             self.pipeline = Pipeline(list(self.stages), mesh.group("pipeline"), device, dtype)
+
+    @property
+    def has_last(self) -> bool:
+        """Whether this rank holds the final norm and the head."""
+        return self.stages[-1].is_last
 
     # --- parameters, under the names of the whole model --------------------------------------------------------------
 

@@ -62,6 +62,7 @@ class Stage(nn.Module):
         whole = model.model
         self.config: MegalodonConfig = model.config
         self.axes, self.chunk_rank, self.precision = axes, chunk_rank, precision
+        self.first_memory = 0  # where in the rank's states this stage's layers begin
         self.is_first, self.is_last = layers.start == 0, layers.stop == len(whole.layers)
         self.embedding_scale, self.vocab_size = whole.embedding_scale, model.vocab_size
         self.model = nn.Module()
@@ -92,7 +93,7 @@ class Stage(nn.Module):
         assert x is not None
         turns = ops.rotations(layout.chunk_positions, self.config.head_dim, self.config.rope_base)
         after = []
-        for place, block in enumerate(self.model.layers.values()):
+        for place, block in enumerate(self.model.layers.values(), self.first_memory):
             memory = None if rows.state is None else rows.state.layers[place]
             x, memory = block(x, memory, turns, layout, rows.use_cache)
             after.append(memory)

@@ -151,7 +151,9 @@ def train_on_mesh(sizes: MeshSizes, case: Case) -> dict[str, Any]:
     }
 
 
-def assert_equal_training(case: Case, expected: dict[str, Any], answers: list[dict[str, Any]], tolerance: float) -> None:
+def assert_equal_training(
+    case: Case, expected: dict[str, Any], answers: list[dict[str, Any]], tolerance: float
+) -> None:
     """Losses, norms, gradients and the weights after all steps agree, and the ranks hold every parameter."""
     seen = set()
     for answer in answers:

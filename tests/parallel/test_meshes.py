@@ -34,7 +34,8 @@ def test_two_processes(ranks, sizes, kind):
 
 
 PAIRS = [
-    MeshSizes(**{one: 2, other: 2}) for one, other in combinations(("replicate", "shard", "tensor", "pipeline", "chunk"), 2)
+    MeshSizes(**{one: 2, other: 2})
+    for one, other in combinations(("replicate", "shard", "tensor", "pipeline", "chunk"), 2)
 ]
 FOURS = [MeshSizes(**{axis: 4}) for axis in ("replicate", "shard", "tensor", "pipeline", "chunk")]
 DEEP = (("num_layers", 4), ("num_heads", 4), ("chunk_size", 16))
@@ -46,7 +47,8 @@ def test_four_processes(ranks, sizes):
 
 
 TRIPLES = [
-    MeshSizes(**dict.fromkeys(axes, 2)) for axes in combinations(("replicate", "shard", "tensor", "pipeline", "chunk"), 3)
+    MeshSizes(**dict.fromkeys(axes, 2))
+    for axes in combinations(("replicate", "shard", "tensor", "pipeline", "chunk"), 3)
 ]
 
 
@@ -61,7 +63,10 @@ def test_eight_processes(ranks, sizes, kind):
     ("sizes", "case"),
     [
         (MeshSizes(chunk=2), Case("streamed", checkpointing=True, length=41)),
-        (MeshSizes(tensor=2), Case("packed", changes=(("share_emb", True), ("norm_prior_count", 2), ("swiglu", False)))),
+        (
+            MeshSizes(tensor=2),
+            Case("packed", changes=(("share_emb", True), ("norm_prior_count", 2), ("swiglu", False))),
+        ),
         (MeshSizes(chunk=2), Case("packed", changes=(("norm_prior_count", 2), ("scale_emb", True)))),
         (MeshSizes(pipeline=2, chunk=2), Case("streamed", checkpointing=True)),
         (MeshSizes(pipeline=2), Case("streamed", virtual_stages=2, changes=DEEP)),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 
 from megalodon import __version__
@@ -47,5 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         importlib.import_module(f"megalodon.cli.{name}").app(rest, prog_name=f"megalodon {name}")
     except (ValueError, OSError) as error:
-        print(f"megalodon: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that one launcher started, one says it
+            print(f"megalodon: {error}", file=sys.stderr)
         raise SystemExit(2) from None

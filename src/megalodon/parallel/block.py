@@ -89,9 +89,7 @@ class ParallelBlock(MegalodonBlock):
         out = x + self._feed_forward(y)
         return out, None if open_chunk is None else LayerState(moments, h, open_chunk)
 
-    def _memory_and_values(
-        self, n: Tensor, carried: Tensor | None, layout: Layout
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _memory_and_values(self, n: Tensor, carried: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """The normalised memory [B, l, D], the values [B, l, H / T, V / H], and CEMA's state after the row."""
         axes, attention = self.axes, self.attention
         with tensor.local_parameters(self.cema):
@@ -125,9 +123,7 @@ class ParallelBlock(MegalodonBlock):
         hidden = F.silu(layer.up_proj(n))
         if layer.gate_proj is not None:
             hidden = hidden * layer.gate_proj(n)
-        out = scatter_last(
-            layer.down_proj(F.dropout(hidden, self.hidden_dropout, self.training)), self.axes.tensor
-        )
+        out = scatter_last(layer.down_proj(F.dropout(hidden, self.hidden_dropout, self.training)), self.axes.tensor)
         out = F.dropout(out, self.dropout, self.training)
         return out if layer.alpha is None else out * tensor.local(layer.alpha)
 

@@ -9,8 +9,8 @@ Both memories compose associatively, so nobody waits in line:
 A layer gathers one [B, 2, G] and one [B, D, N] a rank, whatever the length. Attention needs an exchange only where a
 span begins inside a chunk: the open chunk's keys and values, fewer than C tokens.
 
-A memory that enters a batch (streamed rows) is the same on every rank, and so is the one that leaves it: all are made of
-what all ranks have gathered.
+A memory that enters a batch (streamed rows) is the same on every rank, and so is the one that leaves it: all are made
+of what all ranks have gathered.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESPONSE_BLOCK = 128
 """Tokens that `prefix_response` computes from one state. Costs grow with this and with length / this."""
 
 
-# --- TimestepNorm ------------------------------------------------------------------------------------------------------
+# --- TimestepNorm -------------------------------------------------------------------------------------------
 
 
 def tail_moments(x: Tensor, groups: int, layout: SpanLayout) -> Tensor:
@@ -97,7 +97,7 @@ def timestep_norm_over_spans(
         return y, pooled(layout.spans.end, gathered, carried, prior, layout)[1]
 
 
-# --- CEMA --------------------------------------------------------------------------------------------------------------
+# --- CEMA ---------------------------------------------------------------------------------------------------
 
 
 class CEMAOverSpans:
@@ -161,7 +161,7 @@ def prefix_response(h: Tensor, q: Tensor, gamma: Tensor, length: int) -> Tensor:
     return y.permute(1, 2, 0).reshape(batch, count * size, dim)[:, :length]
 
 
-# --- attention ---------------------------------------------------------------------------------------------------------
+# --- attention ----------------------------------------------------------------------------------------------
 
 
 def windows(k: Tensor, v: Tensor, spans: Spans, ranks: list[int], group: Group) -> tuple[Tensor, Tensor]:
@@ -221,16 +221,14 @@ def attention_prefix(
     window = (k[:, :0], v[:, :0])
     if any(spans.window(rank)[0] < spans.window(rank)[1] for rank in ranks):  # known to all ranks alike
         window = windows(k, v, spans, ranks, group)
-        # Others may have asked for this rank's keys: so that their gradients come back, its own graph needs the exchange.
+        # Others may have asked for this rank's keys: for their gradients to come back, its own graph needs the exchange.
         v = v + window[1].sum() * 0
     if not (spans.start.position % spans.chunk_size).any():
         return None, None, v
     return *open_chunk_at(spans.start, window, carried, layout), v
 
 
-def open_chunk_after(
-    k: Tensor, v: Tensor, carried: OpenChunk | None, layout: SpanLayout, group: Group
-) -> OpenChunk:
+def open_chunk_after(k: Tensor, v: Tensor, carried: OpenChunk | None, layout: SpanLayout, group: Group) -> OpenChunk:
     """The chunk that is open after the row, on every rank, without a history."""
     spans = layout.spans
     k, v = k.detach(), v.detach()

@@ -22,10 +22,10 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 class Exchange:
     """One all-gather that is begun in one place and ended in another, with other work between, in both passes.
 
-        exchange = Exchange(group)
-        begun = exchange.begin(summary)      # [...] of this rank
-        ...                                  # work that does not need the others' summaries
-        everyone = exchange.end(begun)       # [ranks, ...]
+    exchange = Exchange(group)
+    begun = exchange.begin(summary)      # [...] of this rank
+    ...                                  # work that does not need the others' summaries
+    everyone = exchange.end(begun)       # [ranks, ...]
     """
 
     def __init__(self, group: Group) -> None:
@@ -83,9 +83,7 @@ class _End(torch.autograd.Function):
         exchange = ctx.exchange
         parts = grad.contiguous()
         exchange.reduced = parts.new_empty(parts.shape[1:])
-        exchange.work = reduce_scatter(
-            exchange.reduced, parts.flatten(0, 1), group=exchange.group, async_op=True
-        )
+        exchange.work = reduce_scatter(exchange.reduced, parts.flatten(0, 1), group=exchange.group, async_op=True)
         return grad, None
 
 

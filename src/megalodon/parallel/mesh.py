@@ -96,7 +96,9 @@ def tensor_problems(size: int, config: MegalodonConfig) -> list[str]:
     } | {"vocab_size": config.vocab_size}
     if config.output_size is not None:
         named["output_size"] = config.output_size
-    return [f"mesh.tensor: {size} does not divide model.{name} {value}" for name, value in named.items() if value % size]
+    return [
+        f"mesh.tensor: {size} does not divide model.{name} {value}" for name, value in named.items() if value % size
+    ]
 
 
 def pipeline_problems(size: int, virtual_stages: int, accumulation_steps: int, config: MegalodonConfig) -> list[str]:

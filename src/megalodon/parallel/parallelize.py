@@ -74,7 +74,7 @@ class ParallelModel(nn.Module):
         """Whether this rank holds the final norm and the head."""
         return self.stages[-1].is_last
 
-    # --- parameters, under the names of the whole model --------------------------------------------------------------
+    # --- parameters, under the names of the whole model -----------------------------------------------------
 
     def named_parameters(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under the names that they have in the whole model."""
@@ -93,7 +93,7 @@ class ParallelModel(nn.Module):
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
-    # --- running -----------------------------------------------------------------------------------------------------
+    # --- running --------------------------------------------------------------------------------------------
 
     def accumulate_gradients(self, parts: Sequence[Rows], divisor: float) -> tuple[Tensor, States]:
         """Add the gradients of the parts' summed losses over `divisor`, communicating once, after the last.

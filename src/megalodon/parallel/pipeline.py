@@ -42,7 +42,9 @@ class Pipeline:
         dtype: of what travels between stages.
     """
 
-    def __init__(self, stages: Sequence[PipelinedStage], group: Group, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, stages: Sequence[PipelinedStage], group: Group, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.stages, self.group, self.device, self.dtype = stages, group, device, dtype
         self._schedules: dict[tuple[int, ...], Any] = {}
 

@@ -134,7 +134,7 @@ class Spans:
         return None if same.all() else same
 
     def window(self, rank: int) -> tuple[int, int]:
-        """The tokens [first, last) of the row whose keys and values the span of `rank` attends to without having them."""
+        """The tokens [first, last) of the row whose keys and values a rank's span attends to without having them."""
         reach = self.reach(rank)
         width = int(np.minimum(reach.position % self.chunk_size, reach.at).max(initial=0))
         return reach.at - width, reach.at

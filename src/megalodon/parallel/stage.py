@@ -117,10 +117,8 @@ class Stage(nn.Module):
 
     def _embed(self, ids: Tensor) -> Tensor:
         table = self.model.embed_tokens
-        if self.axes.tensor is None:
-            x = table(ids)
-        else:
-            x = tensor.embed(tensor.local(table.weight), ids, self.axes.tensor)
+        group = self.axes.tensor
+        x = table(ids) if group is None else tensor.embed(tensor.local(table.weight), ids, group)
         return F.dropout(x * self.embedding_scale, self.config.dropout, self.training)
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Tensor parallelism: every parameter is cut, none is copied, and the residual stream is cut along its channels.
 
-Between layers each rank has D / T channels of every token. TimestepNorm's groups and CEMA's channels are its own, so both
-memories need no exchange. RMSNorm and LayerNorm exchange two numbers a token. A projection reads whole vectors, gathered
-from the ranks, and gives its own heads or hidden units; one that ends a branch gives sums that are scattered back.
+Between layers each rank has D / T channels of every token. TimestepNorm's groups and CEMA's channels are its own, so
+both memories need no exchange. RMSNorm and LayerNorm exchange two numbers a token. A projection reads whole vectors,
+gathered from the ranks, and gives its own heads or hidden units; one that ends a branch gives sums that are scattered
+back.
 """
 
 from __future__ import annotations

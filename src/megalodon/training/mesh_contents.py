@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from megalodon.model.state import Dimensions, LayerState, MegalodonState, OpenChunk
 from megalodon.model.timestep_norm import Moments
 from megalodon.parallel import ParallelModel
+from megalodon.parallel.sharded import MODEL
 from megalodon.training.snapshot import optimizer_tensors
 from megalodon.training.step import States
 
-MODEL, OPTIMIZER, CARRIED = "model/", "optimizer/", "carried/"
-"""How the names of the three kinds of tensors begin."""
+OPTIMIZER, CARRIED = "optimizer/", "carried/"
+"""How the names of what is not the model begin; those of the model begin with `sharded.MODEL`."""
 
 
 def model_tensors(model: ParallelModel) -> dict[str, Tensor]:

@@ -33,6 +33,11 @@ def under_torchrun() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Processes:
     """The process group of a run.
 
@@ -65,7 +70,7 @@ class Processes:
         """Leave the group."""
         dist.destroy_process_group()
 
-    # --- agreement -----------------------------------------------------------------------------------------------------
+    # --- agreement ------------------------------------------------------------------------------------------
 
     def together(self, work: Callable[[], Result]) -> Result:
         """Do something on every rank that may find bad input on some.
@@ -115,7 +120,7 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
-    # --- who is behind -------------------------------------------------------------------------------------------------
+    # --- who is behind --------------------------------------------------------------------------------------
 
     def report(self, step: int) -> None:
         """Let the others see that this rank has come to a step."""

@@ -221,7 +221,7 @@ def attention_prefix(
     window = (k[:, :0], v[:, :0])
     if any(spans.window(rank)[0] < spans.window(rank)[1] for rank in ranks):  # known to all ranks alike
         window = windows(k, v, spans, ranks, group)
-        # Others may have asked for this rank's keys: for their gradients to come back, its own graph needs the exchange.
+        # Others may have asked for this rank's keys: for their gradients to come back, its graph needs the exchange.
         v = v + window[1].sum() * 0
     if not (spans.start.position % spans.chunk_size).any():
         return None, None, v

@@ -14,7 +14,7 @@ from megalodon.model.state import MegalodonState
 from megalodon.parallel.block import Axes, parallelize_blocks
 from megalodon.parallel.mesh import Mesh
 from megalodon.parallel.pipeline import Pipeline, PipelinedStage
-from megalodon.parallel.sharding import shard_weights, synchronize_gradients, whole
+from megalodon.parallel.sharding import reshard, shard_weights, synchronize_gradients, whole
 from megalodon.parallel.spans import default_borders
 from megalodon.parallel.stage import Rows, Stage, stage_layers
 from megalodon.parallel.tensor import distribute_parameters
@@ -106,7 +106,10 @@ class ParallelModel(nn.Module):
     @torch.no_grad()
     def losses(self, parts: Sequence[Rows]) -> tuple[Tensor, States]:
         """The parts' summed loss over the whole mesh (scalar), and the states after them; no gradients."""
-        return self._run(parts, 1.0, backward=False)
+        answer = self._run(parts, 1.0, backward=False)
+        for stage in self.stages:
+            reshard(stage)  # FSDP2 leaves the outermost weights whole for a backward pass, which does not come
+        return answer
 
     def _run(self, parts: Sequence[Rows], divisor: float, backward: bool) -> tuple[Tensor, States]:
         if self.pipeline is not None:

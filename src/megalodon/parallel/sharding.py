@@ -40,6 +40,13 @@ def synchronize_gradients(stage: nn.Module, wanted: bool) -> None:
         stage.set_requires_gradient_sync(wanted)
 
 
+def reshard(stage: nn.Module) -> None:
+    """Let each rank hold only its part of the weights again."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole(x: Tensor) -> Tensor:
     """A tensor as one process would have it."""
     return x.full_tensor() if isinstance(x, DTensor) else x

@@ -31,7 +31,7 @@ from megalodon.training.checkpoint import CheckpointError, choose_checkpoint, li
 from megalodon.training.config import TrainConfig, differences
 from megalodon.training.config_file import config_text, load_config
 from megalodon.training.interrupt import StopRequest
-from megalodon.training.model_section import build_model, resolve_model, resolved_section
+from megalodon.training.model_section import build_model, count_parameters, resolve_model, resolved_section
 from megalodon.training.optimizer import build_optimizer
 from megalodon.training.processes import under_torchrun
 from megalodon.training.progress import SECONDS_BETWEEN_LINES, Display, make_display
@@ -272,7 +272,7 @@ def held_out(config: TrainConfig, documents: DocumentSet, rank: int, world_size:
 def introduction(resolved: Resolved, parts: Parts, folder: RunFolder) -> str:
     run = resolved.config.run
     return (
-        f"model: {parts.model.num_parameters():,} parameters on {parts.device}, {run.precision}\n"
+        f"model: {count_parameters(resolved.model_config):,} parameters on {parts.device}, {run.precision}\n"
         f"peak: {parts.peak_flops / 1e9:,.0f} GFLOP/s, measured with {run.precision} matrix products of {MATRIX_SIZE}; "
         f"a token's training takes {parts.flops_per_token / 1e9:.3g} GFLOP\n"
         f"run: {run.steps:,} steps, kept in {folder.path}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,6 +24,11 @@ def serve(rank: int, connection: Connection) -> None:
         function, arguments, world_size, meeting = job
         torch.manual_seed(0)
         try:
+            if isinstance(meeting, int):  # a port: the function makes the group, as under a launcher
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": meeting}
+                os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+                connection.send((function(*arguments), None))
+                continue
             dist.init_process_group(
                 "gloo",
                 init_method=f"file://{meeting}",
@@ -45,7 +52,18 @@ class Ranks:
         self.processes: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable, *arguments: Any) -> list[Any]:
-        """What each of the first `world_size` ranks returned."""
+        """What each of the first `world_size` ranks returned; they are one process group."""
+        self.jobs += 1
+        return self._run(world_size, function, arguments, self.folder / f"job-{self.jobs}")
+
+    def launch(self, world_size: int, function: Callable, *arguments: Any) -> list[Any]:
+        """The same as a launcher does it: each rank has the variables of torchrun, and no group."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        return self._run(world_size, function, arguments, port)
+
+    def _run(self, world_size: int, function: Callable, arguments: tuple, meeting: Path | int) -> list[Any]:
         while len(self.processes) < world_size:
             here, there = multiprocessing.Pipe()
             process = multiprocessing.get_context("spawn").Process(
@@ -53,8 +71,7 @@ class Ranks:
             )
             process.start()
             self.processes.append((process, here))
-        self.jobs += 1
-        job = (function, arguments, world_size, self.folder / f"job-{self.jobs}")
+        job = (function, arguments, world_size, meeting)
         for _, connection in self.processes[:world_size]:
             connection.send(job)
         answers = [connection.recv() for _, connection in self.processes[:world_size]]

@@ -67,13 +67,13 @@ class Spans:
         borders: tuple[int, ...],
         rank: int,
         segment_ids: Tensor | None,
-        positions: Tensor,
+        positions: np.ndarray,
         chunk_size: int,
     ) -> None:
         if any(end <= begin for begin, end in pairwise(borders)):
             raise ValueError(f"borders={borders}: every chunk rank needs at least one token")
         self.borders, self.rank, self.chunk_size = borders, rank, chunk_size
-        self.positions = positions.numpy()
+        self.positions = positions
         self.batch, self.length = len(positions), borders[-1]
         self.begins = np.zeros((self.batch, self.length), dtype=np.int64)
         if segment_ids is not None:
@@ -157,7 +157,7 @@ class SpanLayout(Layout):
             own.stop - own.start,
             device,
             segment_ids=None if segment_ids is None else segment_ids[:, own],
-            positions=torch.from_numpy(spans.start.position),
+            positions=spans.start.position,
             chunk_size=spans.chunk_size,
         )
         self.spans = spans

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,7 +107,7 @@ class Stage(nn.Module):
     def _layout(self, rows: Rows) -> tuple[Layout, slice]:
         """The layout of this rank's span, and the span."""
         batch, length = rows.input_ids.shape
-        positions = torch.zeros(batch, dtype=torch.int64) if rows.state is None else rows.state.position
+        positions = np.zeros(batch, dtype=np.int64) if rows.state is None else rows.state.position.numpy()
         size, device = self.config.chunk_size, rows.input_ids.device
         if self.axes.chunk is None:
             layout = Layout(batch, length, device, segment_ids=rows.segment_ids, positions=positions, chunk_size=size)

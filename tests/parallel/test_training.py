@@ -53,7 +53,7 @@ def values(tmp_path: Path) -> dict:
         },
         "schedule": {"kind": "constant"},
         "run": {"steps": 8, "folder": str(tmp_path / "run"), "accumulation_steps": 2},
-        "evaluation": {"every": 4, "max_tokens": 400},
+        "evaluation": {"every": 5, "max_tokens": 400},
         "checkpoint": {"every": 3},
         "mesh": {"timeout_seconds": 20},
     }

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "continue a prompt, a file or standard input of any length",
     "evaluate": "measure a model on held-out text",
     "tokenizer": "train a byte-pair encoding on your text",
+    "plan": "choose a mesh for a model on many devices",
     "convert": "read and write other implementations' checkpoints",
     "info": "show versions, hardware and the back ends in use",
 }

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megalodon.data import Batch
 from megalodon.files import PARTIAL, publish_folder, require_free_space, save_json, write_folder
@@ -216,7 +217,7 @@ class MeshTrainer(Trainer):
                 pending.result()
             except OSError:
                 raise
-            except Exception as error:
+            except (Exception, CheckpointException) as error:
                 raise OSError(errno.EIO, f"cannot save a checkpoint: {error}", str(self.folder.checkpoints)) from error
 
         self.processes.together(ended)

@@ -15,9 +15,13 @@ of what all ranks have gathered.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megalodon import ops
 from megalodon.model.cema import CEMA
@@ -29,6 +33,11 @@ from megalodon.parallel.spans import Reach, SpanLayout, Spans
 
 RESPONSE_BLOCK = 128
 """Tokens that `prefix_response` computes from one state. Costs grow with this and with length / this."""
+
+
+def _computed_again(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """What is cheap to compute is not kept for the backward pass, but computed again there."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 # --- TimestepNorm -------------------------------------------------------------------------------------------
@@ -87,7 +96,7 @@ def timestep_norm_over_spans(
     """`TimestepNorm.forward` of a span: x [B, l, D] and the row's carried moments -> (y, the moments after the row)."""
     exchange = Exchange(group)
     with torch.autocast(x.device.type, enabled=False):
-        begun = exchange.begin(tail_moments(x, norm.num_groups, layout))
+        begun = exchange.begin(_computed_again(tail_moments, x, norm.num_groups, layout))
         prior = norm.prior(x.device)
         gathered = exchange.end(begun)
         count, before = pooled(layout.spans.start, gathered, carried, prior, layout)
@@ -121,7 +130,7 @@ class CEMAOverSpans:
         layout, spans = self.layout, self.layout.spans
         gathered = self.exchange.end(self.begun)
         h = self._before(spans.start, gathered)
-        response = prefix_response(h, self.q, self.gamma, layout.length)
+        response = _computed_again(prefix_response, h, self.q, self.gamma, layout.length)
         if spans.head is not None:
             response = response * layout.tensor(spans.head)[..., None]
         return self.y + response.to(self.y.dtype), self._before(spans.end, gathered)

@@ -143,8 +143,8 @@ def stage_memory(
     wrapped = ranks * sizes.replicate > 1
     gathered = gradients = 0.0
     if wrapped:
-        # Two blocks are whole at a time, and the outermost weights throughout.
-        gathered = 2 * (linear * step.bytes_ + other * 4) / sizes.tensor + 4 * ends
+        # Two blocks are whole at a time, as they arrive and as they are used, and the outermost weights throughout.
+        gathered = 4 * (linear * step.bytes_ + other * 4) / sizes.tensor + 4 * ends
         # Micro-batches but the last add their whole gradients up; then, or with one only, a block's at a time.
         gradients = 4 * parameters if step.parts > 1 else 2 * 4 * max(block, ends)
     tokens = step.tokens(sizes)
@@ -153,6 +153,9 @@ def stage_memory(
     flying = min(sizes.pipeline, step.parts)
     activations = flying * layers * (stream if step.checkpointing else kept)
     working = kept if step.checkpointing else _backward_working(config, sizes, step)
+    if sizes.pipeline > 1:  # a buffer for what each micro-batch brings from either side, and what has been sent
+        message = tokens * config.model_dim / sizes.tensor * step.bytes_
+        working += message * (step.parts * (2 - first - last) + flying)
     if last:
         vocabulary = (config.output_size or config.vocab_size) / sizes.tensor
         logits = min(tokens * vocabulary, LOGITS_AT_ONCE) * (step.bytes_ + 8)

@@ -58,8 +58,8 @@ def write(tmp_path: Path, values: dict) -> Path:  # noqa: F811
 
 
 def test_two_agents_and_a_killed_rank_end_as_one_process(values, tmp_path):  # noqa: F811
-    assert train(with_changes(values, steps=60, folder="whole")) == "done"
-    config = write(tmp_path, with_changes(values, steps=60, shard=2))
+    assert train(with_changes(values, steps=40, folder="whole")) == "done"
+    config = write(tmp_path, with_changes(values, steps=40, shard=2))
     shared = [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-backend=c10d", "--rdzv-id=test"]
     agents = [
         torchrun(["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--monitor-interval=0.2", *shared], config)
@@ -71,7 +71,7 @@ def test_two_agents_and_a_killed_rank_end_as_one_process(values, tmp_path):  # n
     outputs = [agent.communicate(timeout=170)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
     assert any("resuming from" in output for output in outputs)
-    assert [record["step"] for record in records(tmp_path / "run")] == list(range(61))
+    assert [record["step"] for record in records(tmp_path / "run")] == list(range(41))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 

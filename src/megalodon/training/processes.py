@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,41 @@ def under_torchrun() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
+def meet(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
+    """A name for this start of the job, the same on all its ranks and never used before.
+
+    After a restart torchrun's agents may give the processes the store of the start before, with all its keys, and their
+    counts of restarts may differ. So each rank shows a number of its own, rank 0 a name with the numbers that it has
+    seen, and all take the name once rank 0 has seen that everybody found its own number there.
+
+    Raises:
+        UnresponsiveError: a rank did not come in `timeout` seconds.
+    """
+    mine, name, shown, deadline = uuid4().hex, "", None, time.monotonic() + timeout
+    store.set(f"number/{rank}", mine)
+
+    def get(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    while time.monotonic() < deadline:
+        if rank == 0:
+            seen = [get(f"number/{other}") for other in range(world_size)]
+            if seen != shown:
+                name, shown = uuid4().hex, seen
+                store.set("roster", " ".join([name, *(number or "none" for number in seen)]))
+        name, *numbers = get("roster").split() or [""]
+        if len(numbers) == world_size and numbers[rank] == mine:
+            store.set(f"found/{rank}", name)
+            if rank == 0 and all(get(f"found/{other}") == name for other in range(world_size)):
+                store.set(f"go/{name}", "yes")
+            if get(f"go/{name}"):
+                return name
+        time.sleep(0.02)
+    missing = [other for other in range(world_size) if not get(f"number/{other}")] if rank == 0 else []
+    named = f": {', '.join(map(str, missing))}" if missing else ""
+    raise UnresponsiveError(f"rank {rank}: not all of {world_size} ranks came within {timeout:g} s{named}")
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for all."""
     return os.environ.get("RANK", "0") == "0"
@@ -51,9 +88,10 @@ class Processes:
         limit = timedelta(seconds=timeout)
         if under_torchrun():
             store, self.rank, self.world_size = next(iter(dist.rendezvous("env://", timeout=limit)))
+            store.set_timeout(limit)
+            store = dist.PrefixStore(meet(store, self.rank, self.world_size, timeout), store)
         else:
             store, self.rank, self.world_size = dist.HashStore(), 0, 1
-        store.set_timeout(limit)
         self._store = dist.PrefixStore("progress", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(

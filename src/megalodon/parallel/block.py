@@ -113,16 +113,16 @@ class ParallelBlock(MegalodonBlock):
         with tensor.local_parameters(attention):
             q, k = attention._queries_and_keys(m, turns)
         o, open_chunk = attention._attend(q, k, v, open_chunk, layout, use_cache)
-        gated = F.dropout(o.flatten(-2) * F.silu(attention.r_proj(m)), self.hidden_dropout, self.training)
+        r = attention.r_proj(m)
+        gated = F.dropout(ops.silu_product(r, o.flatten(-2).to(r.dtype)), self.hidden_dropout, self.training)
         return attention.h_proj(m) + scatter_last(attention.o_proj(gated), self.axes.tensor), open_chunk
 
     def _feed_forward(self, y: Tensor) -> Tensor:
         """`FeedForward.forward` of this rank's channels and hidden units."""
         layer = self.feed_forward
         n = gather_last(_norm(layer.norm, y, self.axes.tensor), self.axes.tensor)
-        hidden = F.silu(layer.up_proj(n))
-        if layer.gate_proj is not None:
-            hidden = hidden * layer.gate_proj(n)
+        up = layer.up_proj(n)
+        hidden = F.silu(up) if layer.gate_proj is None else ops.silu_product(up, layer.gate_proj(n))
         out = scatter_last(layer.down_proj(F.dropout(hidden, self.hidden_dropout, self.training)), self.axes.tensor)
         out = F.dropout(out, self.dropout, self.training)
         return out if layer.alpha is None else out * tensor.local(layer.alpha)

@@ -124,8 +124,9 @@ def block_activations(config: MegalodonConfig, sizes: MeshSizes, step: Step) -> 
     """Bytes that a block keeps of one micro-batch on one rank."""
     fit = saved_bytes_fit("bfloat16" if step.bytes_ == 2 else "float32", config.swiglu)
     per_token = float(np.dot(fit, _features(config))) / sizes.tensor
-    if sizes.tensor > 1:  # three gathered vectors are whole on every rank
+    if sizes.tensor > 1:  # three gathered vectors are whole on every rank; norms over ranks keep four of their steps
         per_token += 3 * config.model_dim * step.bytes_ * (1 - 1 / sizes.tensor)
+        per_token += 4 * 4 * config.model_dim / sizes.tensor
     return per_token * step.tokens(sizes)
 
 
@@ -145,8 +146,8 @@ def stage_memory(
     if wrapped:
         # Two blocks are whole at a time, as they arrive and as they are used, and the outermost weights throughout.
         gathered = 4 * (linear * step.bytes_ + other * 4) / sizes.tensor + 4 * ends
-        # Micro-batches but the last add their whole gradients up; then, or with one only, a block's at a time.
-        gradients = 4 * parameters if step.parts > 1 else 2 * 4 * max(block, ends)
+        # A block's gradients are whole while they are scattered; micro-batches but the last add up all of them whole.
+        gradients = 2 * 4 * max(block, ends) + (4 * parameters if step.parts > 1 else 0)
     tokens = step.tokens(sizes)
     kept = block_activations(config, sizes, step)
     stream = tokens * config.model_dim / sizes.tensor * 4

@@ -78,7 +78,7 @@ class Case:
 def train_whole(case: Case) -> dict[str, Any]:
     """On one process, by the plain model's own forward."""
     model = case.model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=True)
     state, losses, norms = None, [], []
     for step, (ids, labels, segments, continues) in enumerate(case.batches()):
         optimizer.zero_grad()
@@ -131,7 +131,7 @@ def train_on_mesh(sizes: MeshSizes, case: Case) -> dict[str, Any]:
     mesh, model = build(sizes, case)
     model.train()
     weights = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(weights.values(), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(weights.values(), lr=5e-4, fused=True)
     states, losses, norms = [None] * case.parts, [], []
     for step, batch in enumerate(case.batches()):
         optimizer.zero_grad()

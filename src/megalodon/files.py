@@ -72,20 +72,25 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
-        for path in temporary.rglob("*"):
-            sync_folder(path) if path.is_dir() else sync_file(path)
-        sync_folder(temporary)
-        if target.exists():
-            displaced = target.with_name(f".{target.name}{PARTIAL}-old")
-            shutil.rmtree(displaced, ignore_errors=True)
-            target.rename(displaced)
-            temporary.rename(target)
-            shutil.rmtree(displaced)
-        else:
-            temporary.rename(target)
+        publish_folder(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def publish_folder(temporary: Path, target: Path) -> None:
+    """Put a folder that is complete in the place of `target`, which may exist, once all of it is on the disk."""
+    for path in temporary.rglob("*"):
+        sync_folder(path) if path.is_dir() else sync_file(path)
+    sync_folder(temporary)
+    if target.exists():
+        displaced = target.with_name(f".{target.name}{PARTIAL}-old")
+        shutil.rmtree(displaced, ignore_errors=True)
+        target.rename(displaced)
+        temporary.rename(target)
+        shutil.rmtree(displaced)
+    else:
+        temporary.rename(target)
     sync_folder(target.parent)
 
 

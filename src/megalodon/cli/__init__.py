@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 
 from megalodon import __version__
@@ -15,6 +16,7 @@ COMMANDS = {
     "generate": "continue a prompt, a file or standard input of any length",
     "evaluate": "measure a model on held-out text",
     "tokenizer": "train a byte-pair encoding on your text",
+    "plan": "choose a mesh for a model on many devices",
     "convert": "read and write other implementations' checkpoints",
     "info": "show versions, hardware and the back ends in use",
 }
@@ -47,5 +49,6 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         importlib.import_module(f"megalodon.cli.{name}").app(rest, prog_name=f"megalodon {name}")
     except (ValueError, OSError) as error:
-        print(f"megalodon: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that one launcher started, one says it
+            print(f"megalodon: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,4 +1,4 @@
-"""`megalodon convert`: read and write other implementations' checkpoints. One sub-command per implementation."""
+"""`megalodon convert`: read and write other formats. One sub-command per format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 @app.callback()
 def convert() -> None:
-    """Read and write other implementations' checkpoints."""
+    """Read and write other implementations' checkpoints, and those of runs on a mesh."""
 
 
 @app.command()
@@ -49,4 +49,19 @@ def reference(
             raise ValueError("--model-parallel-size is for --to-reference; when reading, the checkpoint says it")
         loaded = None if tokenizer is None else load_tokenizer(tokenizer)
         config = reference_to_pretrained(source, target, torch_dtype(dtype), loaded)
+    typer.echo(f"{target}: {config.num_layers} layers, model_dim {config.model_dim}, vocab_size {config.vocab_size}")
+
+
+@app.command()
+def checkpoint(
+    source: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a step's folder of a run on a mesh")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to make")],
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="of the weights written; kept as they are if not given")
+    ] = None,
+) -> None:
+    """A model folder for Transformers from a sharded training checkpoint: no GPU, a gigabyte at a time."""
+    from megalodon.convert.folders import checkpoint_to_pretrained
+
+    config = checkpoint_to_pretrained(source, target, torch_dtype(dtype))
     typer.echo(f"{target}: {config.num_layers} layers, model_dim {config.model_dim}, vocab_size {config.vocab_size}")

@@ -26,6 +26,8 @@ def train(
     SIGINT (Ctrl-C) and SIGTERM finish the step, save and stop with status 130 and 143. A loss that is not finite stops
     with status 1. Everything of a run lies in its folder: config.yaml, metrics.jsonl, loss.png, tensorboard/,
     samples.jsonl, checkpoints/ and, at the end, model/.
+
+    Under torchrun, all its processes train one model, cut as the config's `mesh` says.
     """
     from megalodon import training
 
@@ -38,12 +40,18 @@ def train(
     try:
         stop = training.train(resolved)
     except training.DivergedError as error:
+        if training.is_first_rank():
+            print(f"megalodon: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except training.UnresponsiveError as error:
         print(f"megalodon: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("megalodon: stopped before the first step; there was nothing to save", file=sys.stderr)
         raise SystemExit(130) from None
     if stop.signal is not None:
-        typer.echo(f"stopped by {stop.signal.name} and saved; the same command goes on from there")
+        if training.is_first_rank():
+            typer.echo(f"stopped by {stop.signal.name} and saved; the same command goes on from there")
         raise SystemExit(128 + stop.signal)
-    typer.echo(f"done: the model is in {folder}/model, the metrics in {folder}/metrics.jsonl and {folder}/loss.png")
+    if training.is_first_rank():
+        typer.echo(f"done: the model is in {folder}/model, the metrics in {folder}/metrics.jsonl and {folder}/loss.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from megalodon.convert.pretrained import cast, read_pretrained, write_pretrained
 from megalodon.data import Tokenizer, check_vocabulary
 from megalodon.files import write_folder
 from megalodon.model.config import MegalodonConfig
+from megalodon.parallel.sharded import is_sharded, write_whole_model
 
 
 def reference_to_pretrained(
@@ -66,6 +68,34 @@ def pretrained_to_reference(
     state_dict = _in_dtype(state_dict, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_folder(target, lambda folder: write_checkpoint(folder, config, state_dict, model_parallel_size))
+    return config
+
+
+def checkpoint_to_pretrained(source: Path, target: Path, dtype: torch.dtype | None = None) -> MegalodonConfig:
+    """Write our model folder `target` for a sharded checkpoint of a run on a mesh, tokenizer included.
+
+    Args:
+        source: a folder `step-...` of the run's checkpoints.
+        dtype: of the weights written; None keeps them.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if it was not written by a run on a mesh, or for a target that exists.
+    """
+    _require_new(target)
+    if not source.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {source}")
+    if not is_sharded(source):
+        raise ValueError(f"{source} is no sharded checkpoint: that of a run on one process has its model in model/")
+    config = MegalodonConfig.from_pretrained(source / "model")
+
+    def fill(folder: Path) -> None:
+        for path in (source / "model").iterdir():
+            shutil.copy(path, folder)
+        write_whole_model(source, folder, config, dtype)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(target, fill)
     return config
 
 

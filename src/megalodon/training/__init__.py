@@ -7,6 +7,7 @@ from megalodon.training.heldout import HeldOutLoss, measure_heldout
 from megalodon.training.launch import Resolved, build_parts, resolve, train
 from megalodon.training.model_section import count_parameters
 from megalodon.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients
+from megalodon.training.processes import UnresponsiveError, is_first_rank
 from megalodon.training.schedule import ScheduleConfig, learning_rate_ratio
 from megalodon.training.step import NonFiniteError, StepResult, split_batch, train_step
 from megalodon.training.trainer import DivergedError, Parts, Trainer
@@ -23,12 +24,14 @@ __all__ = [
     "StepResult",
     "TrainConfig",
     "Trainer",
+    "UnresponsiveError",
     "build_optimizer",
     "build_parts",
     "check_config",
     "clip_gradients",
     "config_text",
     "count_parameters",
+    "is_first_rank",
     "learning_rate_ratio",
     "load_config",
     "measure_heldout",

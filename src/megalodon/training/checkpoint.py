@@ -57,12 +57,7 @@ def save_checkpoint(root: Path, step: int, tensor_bytes: int, fill: Callable[[Pa
 
     def write(folder: Path) -> None:
         fill(folder)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        listed = {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in files
-        }
-        save_json(folder / MANIFEST, {"format": 1, "step": step, "files": listed})
+        write_manifest(folder, step)
 
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -71,6 +66,15 @@ def save_checkpoint(root: Path, step: int, tensor_bytes: int, fill: Callable[[Pa
     except OSError as error:
         raise OSError(error.errno, f"cannot save checkpoint {target.name}: {error.strerror}", str(root)) from error
     return target
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """List every file of a checkpoint that is otherwise complete."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
+    }
+    save_json(folder / MANIFEST, {"format": 1, "step": step, "files": listed})
 
 
 def find_damage(folder: Path) -> str | None:

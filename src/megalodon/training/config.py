@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, field_validator
 
 from megalodon.training.checkpoint import ResumeMode
 from megalodon.training.data_section import DataSection
+from megalodon.training.mesh_section import MeshSection
 from megalodon.training.model_section import ModelSection, model_problems
 from megalodon.training.optimizer import OptimizerConfig, optimizer_problems
 from megalodon.training.schedule import ScheduleConfig, schedule_problems
@@ -76,6 +77,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     run: RunConfig = RunConfig()
+    mesh: MeshSection = MeshSection()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()

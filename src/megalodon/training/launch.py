@@ -26,12 +26,14 @@ from megalodon.data import (
 from megalodon.files import write_text
 from megalodon.inference import choose_device
 from megalodon.inference.loading import model_folder
+from megalodon.parallel.sharded import is_sharded
 from megalodon.training.checkpoint import CheckpointError, choose_checkpoint, list_checkpoints
 from megalodon.training.config import TrainConfig, differences
 from megalodon.training.config_file import config_text, load_config
 from megalodon.training.interrupt import StopRequest
-from megalodon.training.model_section import build_model, resolve_model, resolved_section
+from megalodon.training.model_section import build_model, count_parameters, resolve_model, resolved_section
 from megalodon.training.optimizer import build_optimizer
+from megalodon.training.processes import under_torchrun
 from megalodon.training.progress import SECONDS_BETWEEN_LINES, Display, make_display
 from megalodon.training.records import Records
 from megalodon.training.run_folder import RunFolder
@@ -71,8 +73,8 @@ def resolve(config: TrainConfig, name: str) -> Resolved:
     return Resolved(config.model_copy(update=changes), model_config, tokenizer)
 
 
-def train(resolved: Resolved, display: Display | None = None, rank: int = 0, world_size: int = 1) -> StopRequest:
-    """Train as the config says, from the start or from where the run's folder stands.
+def train(resolved: Resolved, display: Display | None = None) -> StopRequest:
+    """Train as the config says, from the start or from where the run's folder stands, on the processes that there are.
 
     Returns:
         The request that stopped the run; false if it reached its last step.
@@ -84,15 +86,24 @@ def train(resolved: Resolved, display: Display | None = None, rank: int = 0, wor
     config = resolved.config
     assert config.run.folder is not None
     folder = RunFolder(Path(config.run.folder).expanduser())
+    if under_torchrun() or has_sharded_checkpoints(folder):
+        from megalodon.training.mesh_run import train_on_mesh  # which builds on this module
+
+        return train_on_mesh(resolved, display)
+    if (processes := config.mesh.sizes.world_size) > 1:
+        raise ValueError(
+            f"mesh: {config.mesh.sizes} needs {processes} processes: "
+            f"torchrun --nproc-per-node={processes} -m megalodon train ..."
+        )
     display = display or make_display(config.run.steps)
     device = choose_device(None if config.run.device == "auto" else config.run.device)
     lock = folder.open()
     try:
-        checkpoint = _find_checkpoint(config, folder)
-        documents = _prepare(config, resolved.tokenizer, display)
-        parts = build_parts(resolved, documents, device, rank, world_size)
+        checkpoint = find_checkpoint(config, folder)
+        documents = prepare(config, resolved.tokenizer, display)
+        parts = build_parts(resolved, documents, device)
         trainer = Trainer(config, folder, parts, display, partial(Records, folder))
-        display.say(_introduction(resolved, parts, folder))
+        display.say(introduction(resolved, parts, folder))
         if checkpoint is not None:
             trainer.restore(checkpoint)
             display.say(f"resuming from {checkpoint}")
@@ -108,6 +119,12 @@ def train(resolved: Resolved, display: Display | None = None, rank: int = 0, wor
         lock.release()
 
 
+def has_sharded_checkpoints(folder: RunFolder) -> bool:
+    """Whether the run in a folder was last saved by processes on a mesh, which one process can go on from too."""
+    found = list_checkpoints(folder.checkpoints)
+    return bool(found) and is_sharded(found[-1])
+
+
 def _full_disk(error: OSError, folder: RunFolder) -> OSError:
     """The error with what is left of the run and how to go on."""
     kept = list_checkpoints(folder.checkpoints)
@@ -116,7 +133,7 @@ def _full_disk(error: OSError, folder: RunFolder) -> OSError:
     return OSError(error.errno, f"{error.strerror}; {advice}", str(error.filename or folder.path))
 
 
-def _find_checkpoint(config: TrainConfig, folder: RunFolder) -> Path | None:
+def find_checkpoint(config: TrainConfig, folder: RunFolder) -> Path | None:
     """The checkpoint to go on from, of this config; None to start.
 
     Raises:
@@ -141,7 +158,7 @@ def _find_checkpoint(config: TrainConfig, folder: RunFolder) -> Path | None:
     return checkpoint
 
 
-def _prepare(config: TrainConfig, tokenizer: Tokenizer, display: Display) -> tuple[DocumentSet, DocumentSet]:
+def prepare(config: TrainConfig, tokenizer: Tokenizer, display: Display) -> tuple[DocumentSet, DocumentSet]:
     """Training and held-out documents."""
     data = config.data
     training, held_out = prepare_documents(
@@ -178,13 +195,35 @@ def build_parts(
     resolved: Resolved,
     documents: tuple[DocumentSet, DocumentSet],
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> Parts:
     """Loader, model and optimiser of a config, seeded."""
     config, data = resolved.config, resolved.config.data
-    loader = Loader(
-        documents[0],
+    loader = build_loader(config, documents[0], 0, 1)
+    seed_everything(config.run.seed)
+    model = build_model(config.model, resolved.model_config)
+    model.to(device)  # type: ignore[arg-type]  # Transformers wraps it, and mypy loses its first argument
+    if config.run.gradient_checkpointing:
+        checkpoint_activations(model)
+    if config.run.compile:
+        compile_blocks(model)
+    dtype = torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32
+    return Parts(
+        model=model,
+        optimizer=build_optimizer(model, config.optimizer),
+        tokenizer=resolved.tokenizer,
+        loader=loader,
+        heldout=held_out(config, documents[1], 0, 1),
+        flops_per_token=training_flops_per_token(model, resolved.model_config, data.sequence_length),
+        peak_flops=measure_peak_flops(device, dtype),
+        device=device,
+    )
+
+
+def build_loader(config: TrainConfig, documents: DocumentSet, rank: int, world_size: int) -> Loader:
+    """The loader of a data rank."""
+    data = config.data
+    return Loader(
+        documents,
         mode=data.mode,
         batch_size=data.batch_size,
         sequence_length=data.sequence_length,
@@ -194,25 +233,12 @@ def build_parts(
         rank=rank,
         world_size=world_size,
     )
-    seed_everything(config.run.seed)
-    model = build_model(config.model, resolved.model_config)
-    model.to(device)  # type: ignore[arg-type]  # Transformers wraps it, and mypy loses its first argument
-    if config.run.gradient_checkpointing:
-        # Transformers renames the method in 5.x and drops the old name in 6.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if config.run.compile:
-        compile_blocks(model)
-    dtype = torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32
-    return Parts(
-        model=model,
-        optimizer=build_optimizer(model, config.optimizer),
-        tokenizer=resolved.tokenizer,
-        loader=loader,
-        heldout=_held_out(config, documents[1], rank, world_size),
-        flops_per_token=training_flops_per_token(model, resolved.model_config, data.sequence_length),
-        peak_flops=measure_peak_flops(device, dtype),
-        device=device,
-    )
+
+
+def checkpoint_activations(model: MegalodonForCausalLM) -> None:
+    """Have every block computed twice, to save memory."""
+    # Transformers renames the method in 5.x and drops the old name in 6.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def compile_blocks(model: MegalodonForCausalLM) -> None:
@@ -223,7 +249,7 @@ def compile_blocks(model: MegalodonForCausalLM) -> None:
         block.feed_forward.compile()
 
 
-def _held_out(config: TrainConfig, documents: DocumentSet, rank: int, world_size: int) -> Callable[[], Iterator[Batch]]:
+def held_out(config: TrainConfig, documents: DocumentSet, rank: int, world_size: int) -> Callable[[], Iterator[Batch]]:
     """Gives the held-out batches anew at each call: `evaluation.max_tokens` of them, rounded up to whole batches."""
     data = config.data
     limit = config.evaluation.max_tokens
@@ -243,10 +269,10 @@ def _held_out(config: TrainConfig, documents: DocumentSet, rank: int, world_size
     return read
 
 
-def _introduction(resolved: Resolved, parts: Parts, folder: RunFolder) -> str:
+def introduction(resolved: Resolved, parts: Parts, folder: RunFolder) -> str:
     run = resolved.config.run
     return (
-        f"model: {parts.model.num_parameters():,} parameters on {parts.device}, {run.precision}\n"
+        f"model: {count_parameters(resolved.model_config):,} parameters on {parts.device}, {run.precision}\n"
         f"peak: {parts.peak_flops / 1e9:,.0f} GFLOP/s, measured with {run.precision} matrix products of {MATRIX_SIZE}; "
         f"a token's training takes {parts.flops_per_token / 1e9:.3g} GFLOP\n"
         f"run: {run.steps:,} steps, kept in {folder.path}"

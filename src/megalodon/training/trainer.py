@@ -16,7 +16,7 @@ from megalodon.files import write_folder
 from megalodon.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
 from megalodon.training.config import TrainConfig
 from megalodon.training.contents import TrainingState, checkpoint_bytes, read_contents, save_model, write_contents
-from megalodon.training.heldout import measure_heldout
+from megalodon.training.heldout import HeldOutLoss, measure_heldout
 from megalodon.training.interrupt import StopRequest
 from megalodon.training.optimizer import set_learning_rate
 from megalodon.training.progress import Display, StepClock, StepReport
@@ -126,25 +126,43 @@ class Trainer:
         )
         set_learning_rate(self.parts.optimizer, learning_rate)
         begin = time.perf_counter()
-        batch = next(self.parts.loader)
+        batch = self._next_batch()
         try:
-            result = train_step(
-                self.parts.model,
-                self.parts.optimizer,
-                split_batch(batch, config.run.accumulation_steps),
-                state.states,
-                max_grad_norm=config.optimizer.max_grad_norm,
-                device=self.parts.device,
-                precision=config.run.precision,
-            )
+            result = self._update(batch)
         except NonFiniteError as error:
             raise DivergedError(self._divergence(error, batch)) from error
         seconds = time.perf_counter() - begin
         state.step += 1
-        state.tokens += batch.input_ids.numel()
+        tokens = config.data.batch_size * config.data.sequence_length
+        state.tokens += tokens
         state.seconds += seconds
         state.states = result.states
-        state.record = self._record(result, learning_rate, batch.input_ids.numel(), self._clock.tick(seconds))
+        state.record = self._record(result, learning_rate, tokens, self._clock.tick(seconds))
+
+    def _next_batch(self) -> Batch:
+        return next(self.parts.loader)
+
+    def _update(self, batch: Batch) -> StepResult:
+        """Move the weights once."""
+        return train_step(
+            self.parts.model,
+            self.parts.optimizer,
+            split_batch(batch, self.config.run.accumulation_steps),
+            self.state.states,
+            max_grad_norm=self.config.optimizer.max_grad_norm,
+            device=self.parts.device,
+            precision=self.config.run.precision,
+        )
+
+    def _measure(self, stop: StopRequest) -> HeldOutLoss | None:
+        """The held-out loss, or None if a signal came first."""
+        return measure_heldout(
+            self.parts.model,
+            self.parts.heldout(),
+            device=self.parts.device,
+            precision=self.config.run.precision,
+            stop=lambda: bool(stop),
+        )
 
     def _record(self, result: StepResult, learning_rate: float, tokens: int, seconds: float) -> dict[str, Any]:
         state = self.state
@@ -172,13 +190,7 @@ class Trainer:
         if record is None:
             return
         if self._due(self.config.evaluation.every):
-            measured = measure_heldout(
-                self.parts.model,
-                self.parts.heldout(),
-                device=self.parts.device,
-                precision=self.config.run.precision,
-                stop=lambda: bool(stop),
-            )
+            measured = self._measure(stop)
             if measured is None:
                 return
             record["heldout_loss"] = measured.loss
@@ -198,14 +210,10 @@ class Trainer:
 
     def _save(self) -> None:
         """Save the present step, unless it is saved; then prune, and draw the plot."""
-        state, parts, settings = self.state, self.parts, self.config.checkpoint
+        state, parts = self.state, self.parts
         if self._saved_step == state.step:
             return
-        self.records.sync()
-        state.loader = parts.loader.state_dict()
-        state.threads = torch.get_num_threads()
-        if self._heldout_loss is not None and (state.best_loss is None or self._heldout_loss < state.best_loss):
-            state.best_loss, state.best_step = self._heldout_loss, state.step
+        self._note_position()
         save_checkpoint(
             self.folder.checkpoints,
             state.step,
@@ -213,9 +221,22 @@ class Trainer:
             lambda folder: write_contents(folder, self.config, parts.model, parts.optimizer, parts.tokenizer, state),
         )
         self._saved_step = state.step
-        best = {state.best_step} if settings.keep_best and state.best_step is not None else set()
-        prune_checkpoints(self.folder.checkpoints, settings.keep, best)
+        self._prune()
         self.records.plot()
+
+    def _note_position(self) -> None:
+        """Bring what a checkpoint holds beside tensors up to date."""
+        state = self.state
+        self.records.sync()
+        state.loader = self.parts.loader.state_dict()
+        state.threads = torch.get_num_threads()
+        if self._heldout_loss is not None and (state.best_loss is None or self._heldout_loss < state.best_loss):
+            state.best_loss, state.best_step = self._heldout_loss, state.step
+
+    def _prune(self) -> None:
+        settings, best = self.config.checkpoint, self.state.best_step
+        also = {best} if settings.keep_best and best is not None else set()
+        prune_checkpoints(self.folder.checkpoints, settings.keep, also)
 
     def _finish(self) -> None:
         """Save the last step, and the model for use."""

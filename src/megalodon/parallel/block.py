@@ -1,0 +1,153 @@
+"""A block whose channels, or whose rows, are cut over ranks: `MegalodonBlock.forward` with what must travel put in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megalodon import ops
+from megalodon.model.block import MegalodonBlock
+from megalodon.model.chunk_attention import GatedChunkAttention
+from megalodon.model.norms import LayerNorm, RMSNorm
+from megalodon.model.state import LayerState, OpenChunk
+from megalodon.model.timestep_norm import Moments, TimestepNorm
+from megalodon.ops.layout import Layout
+from megalodon.parallel import tensor
+from megalodon.parallel.chunk import (
+    CEMAOverSpans,
+    attention_prefix,
+    open_chunk_after,
+    timestep_norm_over_spans,
+)
+from megalodon.parallel.collectives import Group, gather_last, scatter_last
+from megalodon.parallel.spans import SpanLayout
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The groups a block talks to; None for an axis of one rank."""
+
+    tensor: Group | None
+    chunk: Group | None
+
+
+class ParallelTimestepNorm(TimestepNorm):
+    """`TimestepNorm` of this rank's groups and span."""
+
+    axes: Axes
+
+    def forward(self, x: Tensor, moments: Moments | None, layout: Layout) -> tuple[Tensor, Moments]:
+        with tensor.local_parameters(self):
+            if self.axes.chunk is None:
+                return super().forward(x, moments, layout)
+            assert isinstance(layout, SpanLayout)
+            return timestep_norm_over_spans(self, x, moments, layout, self.axes.chunk)
+
+
+class ParallelAttention(GatedChunkAttention):
+    """`GatedChunkAttention` of this rank's heads and span."""
+
+    axes: Axes
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, open_chunk: OpenChunk | None, layout: Layout, use_cache: bool
+    ) -> tuple[Tensor, OpenChunk | None]:
+        group = self.axes.chunk
+        if group is None:
+            return super()._attend(q, k, v, open_chunk, layout, use_cache)
+        assert isinstance(layout, SpanLayout)
+        after = open_chunk_after(k, v, open_chunk, layout, group) if use_cache else None
+        prefix_k, prefix_v, v = attention_prefix(k, v, open_chunk, layout, group)
+        out = ops.chunk_attention(
+            q,
+            k,
+            v,
+            self.chunk_size,
+            prefix_k=prefix_k,
+            prefix_v=prefix_v,
+            dropout=self.attention_dropout if self.training else 0.0,
+            dropkey=self.dropkey,
+            layout=layout,
+        )
+        return out, after
+
+
+class ParallelBlock(MegalodonBlock):
+    """`MegalodonBlock` on a mesh with a tensor or a chunk axis: the residual stream is [B, l, D / T]."""
+
+    axes: Axes
+
+    def forward(
+        self, x: Tensor, state: LayerState | None, turns: Tensor, layout: Layout, use_cache: bool
+    ) -> tuple[Tensor, LayerState | None]:
+        n, moments = self.timestep_norm(x, None if state is None else state.moments, layout)
+        m, v, h = self._memory_and_values(n, None if state is None else state.cema, layout)
+        branch, open_chunk = self._attention(m, v, turns, None if state is None else state.chunk, layout, use_cache)
+        y = x + F.dropout(branch, self.dropout, self.training)
+        out = x + self._feed_forward(y)
+        return out, None if open_chunk is None else LayerState(moments, h, open_chunk)
+
+    def _memory_and_values(self, n: Tensor, carried: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """The normalised memory [B, l, D], the values [B, l, H / T, V / H], and CEMA's state after the row."""
+        axes, attention = self.axes, self.attention
+        with tensor.local_parameters(self.cema):
+            if axes.chunk is None:
+                m, h = self.cema(n, carried, layout)
+                v = attention.v_proj(gather_last(n, axes.tensor))
+            else:
+                assert isinstance(layout, SpanLayout)
+                over_spans = CEMAOverSpans(self.cema, n, carried, layout, axes.chunk)
+                v = attention.v_proj(gather_last(n, axes.tensor))  # while the summaries travel
+                m, h = over_spans.finish()
+        m = F.dropout(_norm(self.memory_norm, m, axes.tensor), self.hidden_dropout, self.training)
+        v = F.silu(v).unflatten(-1, (attention.num_heads, -1))
+        return gather_last(m, axes.tensor), v, h
+
+    def _attention(
+        self, m: Tensor, v: Tensor, turns: Tensor, open_chunk: OpenChunk | None, layout: Layout, use_cache: bool
+    ) -> tuple[Tensor, OpenChunk | None]:
+        """`GatedChunkAttention.forward`, given the values; gives this rank's channels [B, l, D / T]."""
+        attention = self.attention
+        with tensor.local_parameters(attention):
+            q, k = attention._queries_and_keys(m, turns)
+        o, open_chunk = attention._attend(q, k, v, open_chunk, layout, use_cache)
+        r = attention.r_proj(m)
+        gated = F.dropout(ops.silu_product(r, o.flatten(-2).to(r.dtype)), self.hidden_dropout, self.training)
+        return attention.h_proj(m) + scatter_last(attention.o_proj(gated), self.axes.tensor), open_chunk
+
+    def _feed_forward(self, y: Tensor) -> Tensor:
+        """`FeedForward.forward` of this rank's channels and hidden units."""
+        layer = self.feed_forward
+        n = gather_last(_norm(layer.norm, y, self.axes.tensor), self.axes.tensor)
+        up = layer.up_proj(n)
+        hidden = F.silu(up) if layer.gate_proj is None else ops.silu_product(up, layer.gate_proj(n))
+        out = scatter_last(layer.down_proj(F.dropout(hidden, self.hidden_dropout, self.training)), self.axes.tensor)
+        out = F.dropout(out, self.dropout, self.training)
+        return out if layer.alpha is None else out * tensor.local(layer.alpha)
+
+
+def _norm(norm: RMSNorm | LayerNorm, x: Tensor, group: Group | None) -> Tensor:
+    if group is None:
+        return norm(x)
+    with tensor.local_parameters(norm):
+        return tensor.rms_norm(norm, x, group) if isinstance(norm, RMSNorm) else tensor.layer_norm(norm, x, group)
+
+
+def parallelize_blocks(root: nn.Module, axes: Axes) -> None:
+    """Turn a model's plain blocks and norms into parallel ones, in place; parameters stay as they are."""
+    ranks = 1 if axes.tensor is None else axes.tensor.size()
+    kinds = {
+        MegalodonBlock: ParallelBlock,
+        TimestepNorm: ParallelTimestepNorm,
+        GatedChunkAttention: ParallelAttention,
+    }
+    for module in root.modules():
+        if type(module) in kinds:
+            module.__class__ = kinds[type(module)]
+            module.axes = axes
+        if isinstance(module, TimestepNorm):
+            module.num_groups //= ranks
+        if isinstance(module, GatedChunkAttention):
+            module.num_heads //= ranks

@@ -1,0 +1,184 @@
+"""Bytes that one rank holds at the height of a step, by what they are.
+
+Weights, gradients and optimiser follow from their numbers. What a block keeps for its backward pass is measured: tiny
+blocks are run on this machine and what autograd saves is counted; it is linear in the widths of the model, so a fit
+over a few gives it for any. So the figure follows the code, whatever the operators come to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalodon.model.config import MegalodonConfig
+from megalodon.model.modeling import LOGITS_AT_ONCE, MegalodonForCausalLM
+from megalodon.parallel.block import Axes
+from megalodon.parallel.mesh import MeshSizes
+from megalodon.parallel.stage import Rows, Stage
+from megalodon.parallel.traffic import Step, block_parameters, end_parameters
+
+CALIBRATION_LENGTH = 512
+FEATURES = ("model_dim", "z_dim", "value_dim", "ffn_hidden_dim", "norm_num_groups", "cema_ndim")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        weights: this rank's parameters, float32. gathered: whole weights at work (FSDP2). gradients, optimizer: both
+        moments. activations: kept for the backward pass. working: of the layer and the logits being computed.
+        state: the carried memory.
+    """
+
+    weights: float
+    gathered: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float
+    state: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@contextmanager
+def counted_saved_bytes(skip: set[int]) -> Iterator[list[int]]:
+    """Counts the bytes of the distinct storages that autograd saves, but for those that `skip` names by address."""
+    seen: set[int] = set(skip)
+    total = [0]
+    keep: list[Tensor] = []  # so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            keep.append(tensor)
+            total[0] += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield total
+
+
+def saved_bytes(config: MegalodonConfig, length: int, precision: str) -> int:
+    """What one block of a model keeps for the backward pass of `length` tokens: of two blocks, less that of one."""
+
+    def of(layers: int) -> int:
+        changed = MegalodonConfig(**{**config.to_diff_dict(), "num_layers": layers})
+        model = MegalodonForCausalLM(changed)
+        stage = Stage(model, range(layers), Axes(None, None), 0, precision)
+        parameters = {p.untyped_storage().data_ptr() for p in stage.parameters()}
+        ids = torch.zeros(1, length, dtype=torch.int64)
+        with counted_saved_bytes(parameters) as total:
+            loss, _ = stage(None, Rows(ids, ids, None, None, False))
+        del loss
+        return total[0]
+
+    return of(2) - of(1)
+
+
+@cache
+def saved_bytes_fit(precision: str, swiglu: bool) -> tuple[float, ...]:
+    """Bytes a token that a block keeps, for each unit of `FEATURES`, and for each unit of model_dim x cema_ndim."""
+    base = {
+        "vocab_size": 64,
+        "num_heads": 1,
+        "model_dim": 64,
+        "z_dim": 32,
+        "value_dim": 128,
+        "ffn_hidden_dim": 128,
+        "norm_num_groups": 8,
+        "cema_ndim": 4,
+        "chunk_size": CALIBRATION_LENGTH,
+        "swiglu": swiglu,
+    }
+    changes = [{}, *({name: 2 * base[name]} for name in FEATURES), {"model_dim": 192, "cema_ndim": 12}]
+    rows, counted = [], []
+    with torch.random.fork_rng(devices=[]):
+        for change in changes:
+            config = MegalodonConfig(**{**base, **change})
+            # Two lengths: what does not grow with the length (matrices made of coefficients) falls out.
+            longer, shorter = (
+                saved_bytes(config, length, precision) for length in (2 * CALIBRATION_LENGTH, CALIBRATION_LENGTH)
+            )
+            counted.append((longer - shorter) / CALIBRATION_LENGTH)
+            rows.append(_features(config))
+    return tuple(np.linalg.lstsq(np.array(rows, dtype=float), np.array(counted), rcond=None)[0])
+
+
+def _features(config: MegalodonConfig) -> list[float]:
+    return [*(getattr(config, name) for name in FEATURES), config.model_dim * config.cema_ndim]
+
+
+def block_activations(config: MegalodonConfig, sizes: MeshSizes, step: Step) -> float:
+    """Bytes that a block keeps of one micro-batch on one rank."""
+    fit = saved_bytes_fit("bfloat16" if step.bytes_ == 2 else "float32", config.swiglu)
+    per_token = float(np.dot(fit, _features(config))) / sizes.tensor
+    if sizes.tensor > 1:  # three gathered vectors are whole on every rank; norms over ranks keep four of their steps
+        per_token += 3 * config.model_dim * step.bytes_ * (1 - 1 / sizes.tensor)
+        per_token += 4 * 4 * config.model_dim / sizes.tensor
+    return per_token * step.tokens(sizes)
+
+
+def stage_memory(
+    config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool, streamed: bool
+) -> Memory:
+    """What a rank of a stage of `layers` layers holds at the height of a step."""
+    ranks = sizes.shard * sizes.chunk
+    linear, other = block_parameters(config)
+    table, head = end_parameters(config)
+    block = (linear + other) / sizes.tensor
+    ends = (table * first + head * last) / sizes.tensor
+    parameters = block * layers + ends
+    own = 4 * parameters / ranks
+    wrapped = ranks * sizes.replicate > 1
+    gathered = gradients = 0.0
+    if wrapped:
+        # Two blocks are whole at a time, as they arrive and as they are used, and the outermost weights throughout.
+        gathered = 4 * (linear * step.bytes_ + other * 4) / sizes.tensor + 4 * ends
+        # A block's gradients are whole while they are scattered; micro-batches but the last add up all of them whole.
+        gradients = 2 * 4 * max(block, ends) + (4 * parameters if step.parts > 1 else 0)
+    tokens = step.tokens(sizes)
+    kept = block_activations(config, sizes, step)
+    stream = tokens * config.model_dim / sizes.tensor * 4
+    flying = min(sizes.pipeline, step.parts)
+    activations = flying * layers * (stream if step.checkpointing else kept)
+    working = kept if step.checkpointing else _backward_working(config, sizes, step)
+    if sizes.pipeline > 1:  # a buffer for what each micro-batch brings from either side, and what has been sent
+        message = tokens * config.model_dim / sizes.tensor * step.bytes_
+        working += message * (step.parts * (2 - first - last) + flying)
+    if last:
+        vocabulary = (config.output_size or config.vocab_size) / sizes.tensor
+        logits = min(tokens * vocabulary, LOGITS_AT_ONCE) * (step.bytes_ + 8)
+        working = max(working, logits) + 2 * tokens * config.model_dim * step.bytes_
+    return Memory(
+        weights=own,
+        gathered=gathered,
+        gradients=own + gradients,
+        optimizer=2 * own,
+        activations=activations,
+        working=working,
+        state=_state_bytes(config, sizes, step, layers) if streamed else 0.0,
+    )
+
+
+def _backward_working(config: MegalodonConfig, sizes: MeshSizes, step: Step) -> float:
+    """Gradients of activations that live together in a block's backward pass: of the widest layer and the stream."""
+    widest = max((3 if config.swiglu else 2) * config.ffn_hidden_dim, 2 * config.value_dim) / sizes.tensor
+    return step.tokens(sizes) * (widest + 2 * config.model_dim / sizes.tensor) * step.bytes_
+
+
+def _state_bytes(config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int) -> float:
+    """The carried memory of all of a rank's rows, open chunks empty."""
+    one = config.model_dim * config.cema_ndim * 8 + 2 * config.norm_num_groups * 8
+    return step.rows * step.parts * layers * one / sizes.tensor

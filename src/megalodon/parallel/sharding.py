@@ -1,0 +1,52 @@
+"""Weights over ranks that read different tokens: FSDP2, sharded, replicated, or both (HSDP).
+
+Losses are sums divided by the number of targets of the whole batch, so gradients are summed over ranks, never averaged:
+a rank with fewer targets counts for fewer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from megalodon.parallel.stage import Stage
+
+
+def shard_weights(stage: Stage, mesh: DeviceMesh, precision: str) -> None:
+    """Cut a stage's weights over a mesh of one dimension, or copy and cut them over one of two, in place.
+
+    With `precision` "bfloat16", matrices travel and multiply in bfloat16, as autocast would have it; everything else,
+    and the sums of gradients, stay in float32.
+    """
+    for block in stage.model.layers.values():
+        if precision == "bfloat16":
+            half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+            linear = [module for module in block.modules() if isinstance(module, nn.Linear)]
+            fully_shard(linear, mesh=mesh, mp_policy=half)
+        fully_shard(block, mesh=mesh)
+    fully_shard(stage, mesh=mesh)
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def synchronize_gradients(stage: nn.Module, wanted: bool) -> None:
+    """Whether the next backward passes end in communication, or only add up on each rank."""
+    if isinstance(stage, FSDPModule):
+        stage.set_requires_gradient_sync(wanted)
+
+
+def reshard(stage: nn.Module) -> None:
+    """Let each rank hold only its part of the weights again."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor as one process would have it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

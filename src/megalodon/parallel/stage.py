@@ -1,0 +1,163 @@
+"""The part of a model on one rank: some layers, with the embedding before the first and the head after the last.
+
+Parameters keep the names that they have in the whole Transformers model, so that checkpoints do not depend on the mesh.
+A stage computes losses, not logits, and takes whole rows: it cuts its own span out of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megalodon import ops
+from megalodon.model.config import MegalodonConfig
+from megalodon.model.modeling import LOGITS_AT_ONCE, MegalodonForCausalLM
+from megalodon.model.state import Dimensions, MegalodonState
+from megalodon.model.timestep_norm import Moments
+from megalodon.ops.layout import Layout
+from megalodon.parallel import tensor
+from megalodon.parallel.block import Axes
+from megalodon.parallel.collectives import gather_last
+from megalodon.parallel.spans import SpanLayout, Spans, default_borders
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Whole rows of a batch, the same on all ranks that share them.
+
+    Attributes:
+        input_ids, labels: int64 [B, L]; labels are shifted, -100 is ignored.
+        segment_ids: int [B, L] or None; a change starts a document.
+        state: what the rows carry from the batch before, this rank's layers and channels; None: nothing.
+        use_cache: whether a state is wanted after the last token.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    segment_ids: Tensor | None
+    state: MegalodonState | None
+    use_cache: bool
+
+
+class Stage(nn.Module):
+    """Layers `layers` of a model.
+
+    Args:
+        model: the whole model; the stage takes over the parts it needs.
+        layers: consecutive indices.
+        axes: the groups of the tensor and the chunk axis.
+        chunk_rank: this rank's place on the chunk axis.
+        precision: "float32", or "bfloat16" for autocast.
+    """
+
+    def __init__(
+        self, model: MegalodonForCausalLM, layers: range, axes: Axes, chunk_rank: int, precision: str = "float32"
+    ) -> None:
+        super().__init__()
+        whole = model.model
+        self.config: MegalodonConfig = model.config
+        self.axes, self.chunk_rank, self.precision = axes, chunk_rank, precision
+        self.first_memory = 0  # where in the rank's states this stage's layers begin
+        self.is_first, self.is_last = layers.start == 0, layers.stop == len(whole.layers)
+        self.embedding_scale, self.vocab_size = whole.embedding_scale, model.vocab_size
+        self.model = nn.Module()
+        if self.is_first:
+            self.model.embed_tokens = whole.embed_tokens
+        self.model.layers = nn.ModuleDict({str(i): whole.layers[i] for i in layers})
+        if self.is_last:
+            self.model.final_norm = whole.final_norm
+            self.lm_head = model.lm_head
+
+    def forward(self, x: Tensor | None, rows: Rows) -> tuple[Tensor, MegalodonState | None]:
+        """Run the stage on this rank's span.
+
+        Args:
+            x: [B, l, D / T]; what the stage before gave; the first stage ignores it and reads `rows`.
+
+        Returns:
+            What the next stage reads, or from the last the summed loss of this rank's span (scalar); and the state
+            after the rows, of this stage's layers, where it is wanted.
+        """
+        with torch.autocast(rows.input_ids.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self._forward(x, rows)
+
+    def _forward(self, x: Tensor | None, rows: Rows) -> tuple[Tensor, MegalodonState | None]:
+        layout, own = self._layout(rows)
+        if self.is_first:
+            x = self._embed(rows.input_ids[:, own])
+        assert x is not None
+        turns = ops.rotations(layout.chunk_positions, self.config.head_dim, self.config.rope_base)
+        after = []
+        for place, block in enumerate(self.model.layers.values(), self.first_memory):
+            memory = None if rows.state is None else rows.state.layers[place]
+            x, memory = block(x, memory, turns, layout, rows.use_cache)
+            after.append(memory)
+        final = None
+        if self.is_last:
+            x, final = self.model.final_norm(x, None if rows.state is None else rows.state.final, layout)
+            x = self._loss(x, rows.labels[:, own])
+        return x, self._state(after, final, layout) if rows.use_cache else None
+
+    def _layout(self, rows: Rows) -> tuple[Layout, slice]:
+        """The layout of this rank's span, and the span."""
+        batch, length = rows.input_ids.shape
+        positions = np.zeros(batch, dtype=np.int64) if rows.state is None else rows.state.position.numpy()
+        size, device = self.config.chunk_size, rows.input_ids.device
+        if self.axes.chunk is None:
+            layout = Layout(batch, length, device, segment_ids=rows.segment_ids, positions=positions, chunk_size=size)
+            return layout, slice(None)
+        borders = default_borders(length, self.axes.chunk.size())
+        spans = Spans(borders, self.chunk_rank, rows.segment_ids, positions, size)
+        return SpanLayout(spans, rows.segment_ids, device), spans.own
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        table = self.model.embed_tokens
+        group = self.axes.tensor
+        x = table(ids) if group is None else tensor.embed(tensor.local(table.weight), ids, group)
+        return F.dropout(x * self.embedding_scale, self.config.dropout, self.training)
+
+    def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss; never more than `LOGITS_AT_ONCE` logits exist."""
+        group = self.axes.tensor
+        x, targets = gather_last(x, group).flatten(0, 1), targets.flatten()
+
+        def loss_of(x: Tensor, targets: Tensor) -> Tensor:
+            logits = self.lm_head(x).float()
+            if group is None:
+                return F.cross_entropy(logits, targets, reduction="sum")
+            return tensor.cross_entropy(logits, targets, group)
+
+        share = 1 if group is None else group.size()
+        size = max(LOGITS_AT_ONCE * share // self.vocab_size, 1)
+        if len(x) <= size:
+            return loss_of(x, targets)
+        slices = zip(x.split(size), targets.split(size), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.stack([loss_of(*pair) for pair in slices]).sum()
+        return torch.stack([checkpoint(loss_of, *pair, use_reentrant=False) for pair in slices]).sum()
+
+    def _state(self, layers: Sequence, final: Moments | None, layout: Layout) -> MegalodonState:
+        if final is None:  # a state has a final norm; that of an earlier stage means nothing
+            final = Moments(*(torch.zeros_like(x) for x in layers[0].moments))
+        if isinstance(layout, SpanLayout):
+            position = torch.from_numpy(layout.spans.end.position)
+        else:
+            position = torch.from_numpy(layout.end_positions)
+        return MegalodonState(layers, final, position, Dimensions.of(self.config))
+
+
+def stage_layers(num_layers: int, stages: int) -> list[range]:
+    """The layers of each stage: as equal as can be, the later stages (which hold the head) never the larger."""
+    size, more = divmod(num_layers, stages)
+    ranges, first = [], 0
+    for stage in range(stages):
+        count = size + (stage < more)
+        ranges.append(range(first, first + count))
+        first += count
+    return ranges

@@ -1,0 +1,180 @@
+"""A run on a mesh, from a checked config: what `launch.train` does for one process, agreed on by all."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalodon.files import write_text
+from megalodon.inference import choose_device
+from megalodon.parallel import Mesh, ParallelModel, mesh_problems
+from megalodon.training import launch
+from megalodon.training.checkpoint import CheckpointError
+from megalodon.training.config_file import config_text
+from megalodon.training.interrupt import StopRequest
+from megalodon.training.mesh_trainer import AgreedStop, MeshTrainer, on_rank_0
+from megalodon.training.model_section import build_model
+from megalodon.training.optimizer import build_optimizer
+from megalodon.training.processes import Processes, QuietExit, versions
+from megalodon.training.progress import Display, LineDisplay, make_display
+from megalodon.training.records import Records
+from megalodon.training.run_folder import RunFolder
+from megalodon.training.snapshot import seed_everything
+from megalodon.training.throughput import measure_peak_flops, training_flops_per_token
+from megalodon.training.trainer import Parts
+
+
+class Silent(LineDisplay):
+    """The display of every rank but one."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def show(self, report: Any) -> None:
+        pass
+
+
+class NoRecords:
+    """The records of every rank but one."""
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        pass
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def plot(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def train_on_mesh(resolved: launch.Resolved, display: Display | None = None) -> StopRequest:
+    """Train as the config says, on the processes that a launcher started.
+
+    Returns:
+        The request that stopped the run; without a signal if it reached its last step.
+
+    Raises:
+        ValueError, OSError: on rank 0, for what any rank found wrong; `QuietExit` on the others.
+        DivergedError: on all ranks, as `Trainer.train`.
+        UnresponsiveError: a collective failed or timed out.
+    """
+    config = resolved.config
+    device = _device(config.run.device)
+    processes = Processes(device, config.mesh.timeout_seconds)
+    try:
+        processes.require_same("versions", versions())
+        processes.require_same("config", config_text(config))
+        processes.together(lambda: _check(resolved, processes.world_size))
+        if display is None or processes.rank:
+            display = Silent(config.run.steps) if processes.rank else make_display(config.run.steps)
+        return _run(resolved, processes, device, display)
+    finally:
+        processes.close()
+
+
+def _device(name: str) -> torch.device:
+    device = choose_device(None if name == "auto" else name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return device
+
+
+def _check(resolved: launch.Resolved, world_size: int) -> None:
+    """Refuse, before anything is built, a mesh that cannot work."""
+    config = resolved.config
+    problems = mesh_problems(
+        config.mesh.sizes,
+        resolved.model_config,
+        world_size=world_size,
+        batch_size=config.data.batch_size,
+        sequence_length=config.data.sequence_length,
+        accumulation_steps=config.run.accumulation_steps,
+        virtual_stages=config.mesh.virtual_stages,
+    )
+    if config.sampling.every is not None:
+        problems.append("sampling.every: a run on a mesh does not sample; sample from its checkpoints")
+    if config.run.compile:
+        problems.append("run.compile: a run on a mesh does not compile its blocks; leave it out")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _run(resolved: launch.Resolved, processes: Processes, device: torch.device, display: Display) -> StopRequest:
+    config = resolved.config
+    folder = RunFolder(Path(str(config.run.folder)).expanduser())
+    lock = processes.together(lambda: folder.open() if processes.rank == 0 else None)
+    try:
+        checkpoint = processes.together(lambda: launch.find_checkpoint(config, folder) if processes.rank == 0 else None)
+        checkpoint = _from_rank_0(checkpoint)
+        documents = processes.together(lambda: launch.prepare(config, resolved.tokenizer, display))
+        parts, model = _build(resolved, documents, device, processes)
+        records: Any = partial(Records, folder) if processes.rank == 0 else lambda step: NoRecords()
+        trainer = MeshTrainer(processes, model, config, folder, parts, display, records)
+        display.say(f"mesh: {config.mesh.sizes}, {processes.world_size} processes")
+        display.say(launch.introduction(resolved, parts, folder))
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+            display.say(f"resuming from {checkpoint}")
+        processes.together(on_rank_0(processes, lambda: write_text(folder.config, config_text(config))))
+        with display, AgreedStop() as stop:
+            trainer.train(stop)
+        return _common(stop)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _from_rank_0(value: Path | None) -> Path | None:
+    """What rank 0 has."""
+    values: list[Path | None] = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _common(stop: AgreedStop) -> StopRequest:
+    """The request with the signal of the first rank that got one, on all ranks."""
+    signals: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(signals, stop.signal if stop.agreed else None)
+    stop.signal = next((signal for signal in signals if signal is not None), None)
+    return stop
+
+
+def _build(
+    resolved: launch.Resolved, documents: tuple, device: torch.device, processes: Processes
+) -> tuple[Parts, ParallelModel]:
+    config, data = resolved.config, resolved.config.data
+    mesh = Mesh(config.mesh.sizes, device.type)
+    rank, world_size = mesh.data_rank, mesh.sizes.data
+    loader = processes.together(lambda: launch.build_loader(config, documents[0], rank, world_size))
+    seed_everything(config.run.seed)
+    whole = build_model(config.model, resolved.model_config)
+    flops = training_flops_per_token(whole, resolved.model_config, data.sequence_length)
+    if config.run.gradient_checkpointing:
+        launch.checkpoint_activations(whole)
+    model = ParallelModel(whole, mesh, device, config.run.precision, config.mesh.virtual_stages)
+    dtype = torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32
+    parts = Parts(
+        model=model,  # type: ignore[arg-type]  # the trainer asks it for no more than a module's train and eval
+        optimizer=build_optimizer(model, config.optimizer),
+        tokenizer=resolved.tokenizer,
+        loader=loader,
+        heldout=launch.held_out(config, documents[1], rank, world_size),
+        flops_per_token=flops,
+        peak_flops=measure_peak_flops(device, dtype) * mesh.sizes.world_size,
+        device=device,
+    )
+    return parts, model
+
+
+__all__ = ["CheckpointError", "QuietExit", "train_on_mesh"]

@@ -1,0 +1,84 @@
+"""Every mesh trains as one process does: losses, gradients, norms and ten optimiser steps."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import combinations
+
+import pytest
+from parallel_cases import Case, assert_equal_training, train_on_mesh, train_whole
+
+from megalodon.parallel import MeshSizes
+
+TOLERANCE = 1e-5
+expected = cache(train_whole)
+
+TWO = [MeshSizes(**{axis: 2}) for axis in ("replicate", "shard", "tensor", "pipeline", "chunk")]
+
+
+def name(value) -> str | None:
+    return str(value).replace(" ", "") if isinstance(value, MeshSizes) else None
+
+
+def check(ranks, sizes: MeshSizes, case: Case) -> None:
+    parts = sizes.pipeline
+    on_mesh = Case(**{**vars(case), "parts": parts})
+    answers = ranks.run(sizes.world_size, train_on_mesh, sizes, on_mesh)
+    assert_equal_training(case, expected(case), answers, TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed", "streamed"])
+@pytest.mark.parametrize("sizes", TWO, ids=name)
+def test_two_processes(ranks, sizes, kind):
+    check(ranks, sizes, Case(kind))
+
+
+PAIRS = [
+    MeshSizes(**{one: 2, other: 2})
+    for one, other in combinations(("replicate", "shard", "tensor", "pipeline", "chunk"), 2)
+]
+FOURS = [MeshSizes(**{axis: 4}) for axis in ("replicate", "shard", "tensor", "pipeline", "chunk")]
+DEEP = (("num_layers", 4), ("num_heads", 4), ("chunk_size", 16))
+
+
+@pytest.mark.parametrize("sizes", [*PAIRS, *FOURS], ids=name)
+def test_four_processes(ranks, sizes):
+    check(ranks, sizes, Case("streamed", changes=DEEP))
+
+
+TRIPLES = [
+    MeshSizes(**dict.fromkeys(axes, 2))
+    for axes in combinations(("replicate", "shard", "tensor", "pipeline", "chunk"), 3)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "packed", "streamed"])
+@pytest.mark.parametrize("sizes", [*TRIPLES, MeshSizes(chunk=8), MeshSizes(chunk=4, pipeline=2)], ids=name)
+def test_eight_processes(ranks, sizes, kind):
+    check(ranks, sizes, Case(kind, changes=DEEP, batch=8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "case"),
+    [
+        (MeshSizes(chunk=2), Case("streamed", checkpointing=True, length=41)),
+        (
+            MeshSizes(tensor=2),
+            Case("packed", changes=(("share_emb", True), ("norm_prior_count", 2), ("swiglu", False))),
+        ),
+        (MeshSizes(chunk=2), Case("packed", changes=(("norm_prior_count", 2), ("scale_emb", True)))),
+        (MeshSizes(pipeline=2, chunk=2), Case("streamed", checkpointing=True)),
+        (MeshSizes(pipeline=2), Case("streamed", virtual_stages=2, changes=DEEP)),
+    ],
+    ids=["checkpointing", "tied-prior", "prior", "pipeline-checkpointing", "interleaved"],
+)
+def test_variants(ranks, sizes, case):
+    check(ranks, sizes, case)
+
+
+@pytest.mark.parametrize("sizes", TWO[1:2], ids=name)
+def test_gradient_accumulation(ranks, sizes):
+    case = Case("streamed")
+    answers = ranks.run(2, train_on_mesh, sizes, Case("streamed", parts=2))
+    assert_equal_training(case, expected(case), answers, TOLERANCE)

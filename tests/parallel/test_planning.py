@@ -1,0 +1,291 @@
+"""The planner against what is: counted parameters, counted bytes, measured peaks, and the 7B built over 256 ranks."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_cases import Case, build, own_parts
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megalodon import PRESETS, MegalodonConfig
+from megalodon.cli import main
+from megalodon.parallel import MeshSizes, collectives
+from megalodon.parallel.hardware import HARDWARE
+from megalodon.parallel.memory import block_activations, saved_bytes, stage_memory
+from megalodon.parallel.mesh import tensor_problems
+from megalodon.parallel.planning import Job, candidates, make_plan, model_flops, plans
+from megalodon.parallel.report import report
+from megalodon.parallel.stage import stage_layers
+from megalodon.parallel.traffic import (
+    Step,
+    block_parameters,
+    chunk_traffic,
+    end_parameters,
+    pipeline_traffic,
+    tensor_traffic,
+)
+from megalodon.training import count_parameters
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_counted_as_they_are(name):
+    config = MegalodonConfig.from_preset(name)
+    assert config.num_layers * sum(block_parameters(config)) + sum(end_parameters(config)) == count_parameters(config)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("swiglu", [True, False])
+def test_saved_activations_of_another_shape_are_predicted(precision, swiglu):
+    config = MegalodonConfig(
+        vocab_size=64,
+        num_layers=1,
+        model_dim=160,
+        z_dim=48,
+        value_dim=288,
+        num_heads=2,
+        ffn_hidden_dim=352,
+        cema_ndim=8,
+        chunk_size=256,
+        norm_num_groups=16,
+        swiglu=swiglu,
+    )
+    step = Step(rows=1, parts=1, length=2048, bytes_=2 if precision == "bfloat16" else 4, checkpointing=False)
+    predicted = block_activations(config, MeshSizes(), step)
+    counted = saved_bytes(config, 3072, precision) - saved_bytes(config, 1024, precision)
+    assert predicted == pytest.approx(counted, rel=0.1)
+
+
+class Sent:
+    """Counts what each collective of our own sends on this rank, as a ring would."""
+
+    def __init__(self) -> None:
+        self.bytes_ = 0.0
+        self.saved = {}
+
+    def __enter__(self) -> Sent:
+        def counting(function, whole):
+            def call(out, x, *arguments, **options):
+                ranks = dist.get_world_size(options["group"])
+                self.bytes_ += (ranks - 1) / ranks * whole(out, x).nbytes
+                return function(out, x, *arguments, **options)
+
+            return call
+
+        self.saved = {name: getattr(collectives, name) for name in ("all_gather", "reduce_scatter")}
+        collectives.all_gather = counting(self.saved["all_gather"], lambda out, x: out)
+        collectives.reduce_scatter = counting(self.saved["reduce_scatter"], lambda out, x: x)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for name, function in self.saved.items():
+            setattr(collectives, name, function)
+
+
+def bytes_sent(sizes: MeshSizes, case: Case) -> float:
+    mesh, model = build(sizes, case)
+    batch = next(iter(case.batches()))
+    with Sent() as sent:
+        model.accumulate_gradients(own_parts(mesh, case, batch, [None] * case.parts), 1.0)
+    return sent.bytes_
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("axis", "formula"), [("chunk", chunk_traffic), ("tensor", tensor_traffic)])
+def test_bytes_on_the_wire_are_as_counted(ranks, axis, formula, checkpointing):
+    sizes = MeshSizes(**{axis: 2})
+    case = Case(length=64, checkpointing=checkpointing)
+    counted = ranks.run(2, bytes_sent, sizes, case)
+    config = case.model().config
+    step = Step(case.batch, 1, case.length, 4, checkpointing)
+    for number in counted:
+        assert formula(config, sizes, step, 2, 1).bytes_ == pytest.approx(number, rel=0.02)
+
+
+def test_bytes_of_chunks_do_not_grow_with_the_length(ranks):
+    short, long = (ranks.run(2, bytes_sent, MeshSizes(chunk=2), Case(length=length)) for length in (64, 256))
+    assert short == long
+
+
+def test_pipeline_sends_activations_and_their_gradients():
+    config = MegalodonConfig.from_preset("paper-7b")
+    step = Step(rows=1, parts=8, length=32768, bytes_=2, checkpointing=False)
+    sent = pipeline_traffic(config, MeshSizes(pipeline=2, chunk=4), step)
+    assert sent.bytes_ == 2 * 8 * 8192 * 4096 * 2
+
+
+def test_plans_fit_and_are_ordered():
+    job = Job(MegalodonConfig.from_preset("paper-7b"), 64, 32768, 128)
+    found = plans(job, HARDWARE["h100"])
+    assert [plan.seconds for plan in found] == sorted(plan.seconds for plan in found)
+    for plan in found:
+        assert plan.sizes.world_size == 64
+        assert plan.memory.total < HARDWARE["h100"].memory
+        assert 0 < plan.utilisation < HARDWARE["h100"].efficiency
+    assert f"shard: {found[0].sizes.shard}" in report(job, HARDWARE["h100"], found, 3)
+
+
+def test_candidates_divide_the_model():
+    config = MegalodonConfig.from_preset("200m")  # one head
+    assert {sizes.tensor for sizes in candidates(Job(config, 8, 4096, 64), HARDWARE["h100"])} == {1}
+    assert tensor_problems(2, config) == ["mesh.tensor: 2 does not divide model.num_heads 1"]
+
+
+def test_sharding_saves_memory_and_recomputing_costs_time():
+    job = Job(MegalodonConfig.from_preset("1.3b"), 8, 8192, 64)
+    hardware = HARDWARE["h100"]
+    copies, sharded = (make_plan(job, hardware, MeshSizes(**{axis: 8}), 8, False) for axis in ("replicate", "shard"))
+    assert sharded.memory.optimizer == copies.memory.optimizer / 8
+    again = make_plan(job, hardware, MeshSizes(shard=8), 8, True)
+    assert again.memory.activations < sharded.memory.activations / 4
+    assert again.compute == pytest.approx(sharded.compute * 4 / 3)
+    assert model_flops(job.config, 8192) * 64 * 8192 == again.flops
+
+
+def test_the_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--model", "1.3b", "--devices", "8", "--context", "8192"])
+    assert ended.value.code == 0
+    assert "mesh: {replicate: " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--model", "paper-7b", "--devices", "1", "--context", "32768", "--batch-size", "1"])
+    assert ended.value.code == 2
+    assert "no mesh of 1 devices" in capsys.readouterr().err
+
+
+BUILD = """
+import sys, torch, torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from megalodon import MegalodonConfig, MegalodonForCausalLM
+from megalodon.parallel import Mesh, MeshSizes, ParallelModel, Rows
+
+config = MegalodonConfig.from_preset("paper-7b")
+sizes = MeshSizes(replicate=2, shard=8, tensor=4, chunk=4)
+dist.init_process_group("fake", store=FakeStore(), rank=int(sys.argv[1]), world_size=256)
+with torch.device("meta"):
+    whole = MegalodonForCausalLM(config)
+model = ParallelModel(whole, Mesh(sizes, "cpu"), torch.device("meta"))
+print(sum(p.to_local().numel() for p in model.parameters()), sum(p.numel() for p in model.parameters()))
+if len(sys.argv) > 2:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        model.device = torch.device("cpu")
+        ids = torch.zeros(1, 32768, dtype=torch.int64)
+        model.accumulate_gradients([Rows(ids, ids, None, None, False)], 1.0)
+    print(sum(p.grad.to_local().numel() for p in model.parameters()))
+"""
+
+
+def built(*arguments: str) -> list[int]:
+    command = [sys.executable, "-W", "ignore", "-c", BUILD, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [int(number) for number in done.stdout.split()]
+
+
+def test_the_7b_on_256_ranks_is_built_as_planned():
+    own, whole = built("0")
+    assert whole == 7_385_817_088
+    assert own == pytest.approx(whole / 128, rel=1e-3)  # two copies; rows that do not divide fall to the first ranks
+
+
+@pytest.mark.slow
+def test_the_7b_on_256_ranks_computes_gradients_of_fake_tensors():
+    own, _, gradients = built("77", "step")
+    assert gradients == own
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: dict[int, weakref.ref] = {}
+
+    def see(self, tensor: torch.Tensor) -> None:
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+
+        def gone(_, key=key, size=size) -> None:
+            self.now -= size
+            self.known.pop(key, None)
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if type(value) in (torch.Tensor, torch.nn.Parameter):
+                self.see(value)
+        return out
+
+
+def peak_of_step(sizes: MeshSizes, case: Case) -> int:
+    """Bytes of tensors at the height of a step on this rank, weights and optimiser included."""
+    mesh, model = build(sizes, case)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batch = next(iter(case.batches()))
+    parts = own_parts(mesh, case, batch, [None] * case.parts)
+    model.accumulate_gradients(parts, 1.0)  # FSDP2 makes what it keeps at its first step
+    optimizer.step()
+    optimizer.zero_grad()
+    gc.collect()
+    living = Living()
+    for tensor in [*model.parameters(), *(x for kept in optimizer.state.values() for x in kept.values())]:
+        living.see(tensor.detach())
+    with living:
+        model.accumulate_gradients(parts, 1.0)
+    return living.peak
+
+
+LARGER = (
+    ("model_dim", 256),
+    ("z_dim", 64),
+    ("value_dim", 512),
+    ("ffn_hidden_dim", 512),
+    ("num_layers", 4),
+    ("chunk_size", 256),
+    ("norm_num_groups", 16),
+    ("vocab_size", 512),
+    ("cema_ndim", 16),
+)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts", "checkpointing"),
+    [
+        (MeshSizes(), 1, False),
+        (MeshSizes(), 1, True),
+        (MeshSizes(shard=2), 1, False),
+        (MeshSizes(shard=2), 2, False),
+        (MeshSizes(tensor=2), 1, False),
+        (MeshSizes(chunk=2), 1, False),
+        (MeshSizes(pipeline=2), 4, False),
+    ],
+    ids=str,
+)
+def test_memory_is_as_measured(ranks, sizes, parts, checkpointing):
+    case = Case(length=1024, parts=parts, checkpointing=checkpointing, changes=LARGER)
+    measured = max(ranks.run(sizes.world_size, peak_of_step, sizes, case))
+    config = case.model().config
+    step = Step(case.batch // sizes.data // parts, parts, case.length, 4, checkpointing)
+    ranges = stage_layers(config.num_layers, sizes.pipeline)
+    planned = max(
+        stage_memory(config, sizes, step, len(layers), i == 0, i == len(ranges) - 1, False).total
+        for i, layers in enumerate(ranges)
+    )
+    assert planned == pytest.approx(measured, rel=0.1)

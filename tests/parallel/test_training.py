@@ -1,0 +1,255 @@
+"""`train` on a mesh: equal to one process, resumed on any other mesh, and clear when something is wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from transformers import AutoModelForCausalLM
+
+from megalodon.data import Loader
+from megalodon.training import launch, mesh_run, processes
+from megalodon.training.checkpoint import list_checkpoints
+from megalodon.training.config_file import check_config
+from megalodon.training.metrics import read_lines
+
+WORDS = ("the ", "model ", "reads ", "a ", "long ", "text ", "and ", "keeps ", "what ", "it ", "has ", "seen ")
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict:
+    """A config of 8 steps in `tmp_path/run`."""
+    corpus = tmp_path / "texts"
+    corpus.mkdir()
+    generator = torch.Generator().manual_seed(3)
+    for number in range(4):
+        picks = torch.randint(len(WORDS), (300 + 100 * number,), generator=generator)
+        (corpus / f"{number}.txt").write_text("".join(WORDS[i] for i in picks.tolist()))
+    return {
+        "model": {
+            "num_layers": 2,
+            "model_dim": 32,
+            "z_dim": 16,
+            "value_dim": 32,
+            "num_heads": 2,
+            "ffn_hidden_dim": 48,
+            "norm_num_groups": 4,
+            "cema_ndim": 4,
+            "chunk_size": 16,
+            "vocab_size": 320,
+        },
+        "data": {
+            "corpus": {"source": str(corpus)},
+            "held_out": {"documents": 1},
+            "sequence_length": 24,
+            "batch_size": 8,
+            "cache_folder": str(tmp_path / "cache"),
+        },
+        "schedule": {"kind": "constant"},
+        "run": {"steps": 8, "folder": str(tmp_path / "run"), "accumulation_steps": 2},
+        "evaluation": {"every": 5, "max_tokens": 400},
+        "checkpoint": {"every": 3},
+        "mesh": {"timeout_seconds": 20},
+    }
+
+
+def with_changes(values: dict, steps: int | None = None, folder: str | None = None, **mesh) -> dict:
+    run = {**values["run"], **({} if steps is None else {"steps": steps})}
+    if folder is not None:
+        run["folder"] = str(Path(run["folder"]).parent / folder)
+    return {**values, "run": run, "mesh": {**values["mesh"], **mesh}}
+
+
+def train(values: dict) -> str:
+    """The run on this process; what stopped it, if anything did."""
+    for module in (launch, mesh_run):
+        module.measure_peak_flops = lambda device, dtype: 1e9
+    try:
+        stop = launch.train(launch.resolve(check_config(values, "test"), "test"))
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return "done" if stop.signal is None else stop.signal.name
+
+
+def train_with(sabotage, values: dict) -> str:
+    """`train` after `sabotage(rank)`, which returns how to undo it."""
+    undo = sabotage(int(os.environ["RANK"]))
+    try:
+        return train(values)
+    finally:
+        undo()
+
+
+def records(folder: Path) -> list[dict]:
+    kept = ("step", "loss", "grad_norm", "tokens", "heldout_loss")
+    return [{key: record[key] for key in kept if key in record} for record in read_lines(folder / "metrics.jsonl")]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    ours, theirs = records(one), records(other)
+    assert [list(record) for record in ours] == [list(record) for record in theirs]
+    for mine, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(list(mine.values()), list(their.values()), rtol=1e-5, atol=1e-5)
+    models = [AutoModelForCausalLM.from_pretrained(folder / "model") for folder in (one, other)]
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-5, name
+
+
+def other_meshes() -> list:
+    quick = [(2, {"tensor": 2}), (2, {"pipeline": 2}), (1, {})]
+    slow = [(8, {"shard": 2, "chunk": 2, "tensor": 2}), (4, {"replicate": 2, "shard": 2}), (4, {"chunk": 4})]
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
+
+
+@pytest.mark.parametrize("mode", ["streamed"])
+@pytest.mark.parametrize(("world_size", "mesh"), other_meshes())
+def test_saved_on_four_resumed_elsewhere_equals_one_process(ranks, values, tmp_path, world_size, mesh, mode):
+    values["data"]["mode"] = mode
+    assert train(with_changes(values, folder="whole")) == "done"
+    assert set(ranks.launch(4, train, with_changes(values, steps=5, shard=2, chunk=2))) == {"done"}
+    assert set(ranks.launch(world_size, train, with_changes(values, **mesh))) == {"done"}
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_one_process_goes_on_without_a_launcher(ranks, values, tmp_path):
+    assert train(with_changes(values, folder="whole")) == "done"
+    assert set(ranks.launch(2, train, with_changes(values, steps=5, shard=2))) == {"done"}
+    assert train(with_changes(values)) == "done"
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": {"shard": 4}}, "makes 4 processes, and there are 2"),
+        ({"mesh": {"tensor": 2}, "model": {"num_heads": 1}}, "mesh.tensor: 2 does not divide model.num_heads 1"),
+        ({"mesh": {"shard": 2}, "data": {"batch_size": 2}}, "data.batch_size 2 must be a multiple of"),
+        ({"mesh": {"chunk": 2}, "data": {"sequence_length": 1}}, "need at least as many tokens"),
+        ({"mesh": {"pipeline": 2}, "model": {"num_layers": 1}}, "model.num_layers is 1"),
+        ({"mesh": {"pipeline": 2}, "model": {"share_emb": True}}, "share_emb"),
+        ({"mesh": {"shard": 2}, "sampling": {"every": 2}}, "does not sample"),
+    ],
+)
+def test_a_mesh_that_cannot_work_is_one_error(ranks, values, changes, message):
+    changed = {**values, **{key: {**values.get(key, {}), **section} for key, section in changes.items()}}
+    first, second = ranks.launch(2, train, changed)
+    assert message in first
+    assert second == "QuietExit: 2"
+    assert not Path(values["run"]["folder"]).exists()
+
+
+def test_a_mesh_without_a_launcher_says_how_to_launch(values):
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node=4"):
+        launch.train(launch.resolve(check_config(with_changes(values, shard=2, tensor=2), "test"), "test"))
+
+
+def other_version(rank: int):
+    if rank == 0:
+        return lambda: None
+    before = processes.versions
+    mesh_run.versions = lambda: "torch 1.0"
+
+    def undo() -> None:
+        mesh_run.versions = before
+
+    return undo
+
+
+def test_other_versions_are_refused(ranks, values):
+    first, second = ranks.launch(2, train_with, other_version, with_changes(values, shard=2))
+    assert first.startswith("ValueError: versions: rank 0 has 'megalodon")
+    assert "rank 1 has 'torch 1.0'" in first
+    assert second == "QuietExit: 2"
+
+
+def test_a_checkpoint_of_another_model_is_refused(ranks, values, tmp_path):
+    assert set(ranks.launch(2, train, with_changes(values, steps=3, shard=2))) == {"done"}
+    folder = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert json.loads((folder / "trainer.json").read_text())["step"] == 3
+    values["model"]["ffn_hidden_dim"] = 40
+    first, second = ranks.launch(2, train, with_changes(values, shard=2))
+    assert "model.ffn_hidden_dim: 48 before, 40 now" in first
+    assert second == "QuietExit: 2"
+
+
+def failing_data(rank: int):
+    before = Loader.batch_at
+
+    def batch_at(self, step):
+        if rank == 1 and step == 2:
+            raise OSError(errno.EIO, "the disk of rank 1 is gone")
+        return before(self, step)
+
+    Loader.batch_at = batch_at
+
+    def undo() -> None:
+        Loader.batch_at = before
+
+    return undo
+
+
+def test_a_rank_whose_data_fails_stops_all(ranks, values):
+    first, second = ranks.launch(2, train_with, failing_data, with_changes(values, shard=2))
+    assert "rank 1" in first
+    assert "the disk of rank 1 is gone" in first
+    assert second == "QuietExit: 2"
+
+
+def slow_data(rank: int):
+    before = Loader.batch_at
+
+    def batch_at(self, step):
+        if rank == 1 and step == 2:
+            time.sleep(6)
+        return before(self, step)
+
+    Loader.batch_at = batch_at
+
+    def undo() -> None:
+        Loader.batch_at = before
+
+    return undo
+
+
+def test_a_rank_that_does_not_answer_is_named(ranks, values):
+    changed = with_changes(values, shard=2, timeout_seconds=3)
+    first, second = ranks.launch(2, train_with, slow_data, changed)
+    assert "UnresponsiveError: rank 0: step 3" in first
+    assert "ranks that have not come to it: 1" in first
+    assert "UnresponsiveError" in second
+
+
+def failing_disk(rank: int):
+    before, calls = FileSystemWriter.write_data, 0
+
+    def write_data(self, plan, planner):
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls == 2:
+            raise OSError(errno.ENOSPC, "no space left")
+        return before(self, plan, planner)
+
+    FileSystemWriter.write_data = write_data
+
+    def undo() -> None:
+        FileSystemWriter.write_data = before
+
+    return undo
+
+
+def test_a_failed_save_keeps_the_one_before(ranks, values, tmp_path):
+    changed = with_changes(values, shard=2)
+    first, second = ranks.launch(2, train_with, failing_disk, changed)
+    assert "cannot save a checkpoint" in first
+    assert "no space left" in first
+    assert second == "QuietExit: 2"
+    assert [folder.name for folder in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000003"]
+    assert set(ranks.launch(2, train, changed)) == {"done"}
+    assert train(with_changes(values, folder="whole")) == "done"
+    assert_same_run(tmp_path / "whole", tmp_path / "run")

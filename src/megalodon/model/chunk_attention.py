@@ -50,14 +50,15 @@ class GatedChunkAttention(nn.Module):
         Returns:
             (out [B, L, D], the open chunk or None).
         """
-        q, k = self._queries_and_keys(m, turns)
+        q, k = self.queries_and_keys(m, turns)
         v = F.silu(self.v_proj(n)).unflatten(-1, (self.num_heads, -1))
-        o, open_chunk = self._attend(q, k, v, open_chunk, layout, use_cache)
+        o, open_chunk = self.attend(q, k, v, open_chunk, layout, use_cache)
         r = self.r_proj(m)
         gated = ops.silu_product(r, o.flatten(-2).to(r.dtype))
         return self.h_proj(m) + self.o_proj(F.dropout(gated, self.hidden_dropout, self.training)), open_chunk
 
-    def _queries_and_keys(self, m: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    def queries_and_keys(self, m: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """m [B, L, D] -> queries and keys, rotated, [B, L, H, d] each (SPEC: q and k share one normalised z)."""
         z = self.z_proj(m).unflatten(-1, (self.num_heads, -1))
         head_dim = z.shape[-1]
         z = F.rms_norm(z, (head_dim,), None, self.eps)
@@ -66,9 +67,10 @@ class GatedChunkAttention(nn.Module):
         both = torch.addcmul(bias, z[..., None, :, :], scale).to(z.dtype)
         return ops.rotate(both.flatten(-3, -2), turns).unflatten(-2, (2, self.num_heads)).unbind(-3)
 
-    def _attend(
+    def attend(
         self, q: Tensor, k: Tensor, v: Tensor, open_chunk: OpenChunk | None, layout: Layout, use_cache: bool
     ) -> tuple[Tensor, OpenChunk | None]:
+        """Attention of q, k [B, L, H, d] and v [B, L, H, e] inside chunks -> ([B, L, H, e], the open chunk or None)."""
         dropout = self.attention_dropout if self.training else 0.0
         if use_cache and layout.fits_open_chunk:
             open_chunk = OpenChunk.append(open_chunk, k, v, layout)

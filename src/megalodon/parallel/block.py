@@ -51,12 +51,12 @@ class ParallelAttention(GatedChunkAttention):
 
     axes: Axes
 
-    def _attend(
+    def attend(
         self, q: Tensor, k: Tensor, v: Tensor, open_chunk: OpenChunk | None, layout: Layout, use_cache: bool
     ) -> tuple[Tensor, OpenChunk | None]:
         group = self.axes.chunk
         if group is None:
-            return super()._attend(q, k, v, open_chunk, layout, use_cache)
+            return super().attend(q, k, v, open_chunk, layout, use_cache)
         assert isinstance(layout, SpanLayout)
         after = open_chunk_after(k, v, open_chunk, layout, group) if use_cache else None
         prefix_k, prefix_v, v = attention_prefix(k, v, open_chunk, layout, group)
@@ -111,8 +111,8 @@ class ParallelBlock(MegalodonBlock):
         """`GatedChunkAttention.forward`, given the values; gives this rank's channels [B, l, D / T]."""
         attention = self.attention
         with tensor.local_parameters(attention):
-            q, k = attention._queries_and_keys(m, turns)
-        o, open_chunk = attention._attend(q, k, v, open_chunk, layout, use_cache)
+            q, k = attention.queries_and_keys(m, turns)
+        o, open_chunk = attention.attend(q, k, v, open_chunk, layout, use_cache)
         r = attention.r_proj(m)
         gated = F.dropout(ops.silu_product(r, o.flatten(-2).to(r.dtype)), self.hidden_dropout, self.training)
         return attention.h_proj(m) + scatter_last(attention.o_proj(gated), self.axes.tensor), open_chunk

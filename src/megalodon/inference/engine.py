@@ -1,8 +1,8 @@
 """The batching engine: many requests, one model, one step after another.
 
 A step decodes one token of every sequence that is generating and reads at most one piece's worth of text, taken from
-the requests that are reading, in turn. So whoever generates waits, for each token, at most for one decoding step and one
-piece, however long the texts being read are. Requests join and leave between steps.
+the requests that are reading, in turn. So whoever generates waits, for each token, at most for one decoding step and
+one piece, however long the texts being read are. Requests join and leave between steps.
 
 What a request gives depends on its text, parameters and seed alone, to the bit, whatever else is in the batch: texts
 are read in pieces of their own (`reading`), rows of a decoding step do not depend on one another (`slots`), and every
@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -184,6 +185,11 @@ class Engine:
         with self._changed:
             return not (self._inbox or len(self._waiting) or self._reading or self._rows)
 
+    @property
+    def alive(self) -> bool:
+        """The engine's thread is running."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self) -> Engine:
         """Run steps in a thread of the engine's own until `close`."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -302,7 +308,7 @@ class Engine:
                 self._reading.append(work)
                 passed += 1
                 continue
-            cost = self._guarded(work, lambda work=work: self._read_some(work, budget)) or 0  # type: ignore[misc]
+            cost = self._guarded(work, partial(self._read_some, work, budget)) or 0
             if cost < 0:  # more than what is left of the budget: first in the next step
                 self._reading.appendleft(work)
                 return True
@@ -417,7 +423,7 @@ class Engine:
         for row, (slot, (kind, token)) in enumerate(zip(active, fed, strict=True)):
             work = self._rows.get(slot)
             if work is not None:
-                self._guarded(work, lambda: self._after_step(work, slot, kind, token, logits[row : row + 1]))  # noqa: B023
+                self._guarded(work, partial(self._after_step, work, slot, kind, token, logits[row : row + 1]))
         return True
 
     def _next_token(self, slot: int) -> tuple[Kind, int]:
@@ -520,4 +526,3 @@ class _Refused(Exception):
     def __init__(self, failure: Failure, message: str) -> None:
         super().__init__(message)
         self.failure = failure
-

@@ -1,4 +1,4 @@
-"""A text on its way to the engine: token ids put in at one end by whoever tokenizes, taken at the other by the engine."""
+"""A text on its way to the engine: token ids, put in by whoever tokenizes and taken out by the engine."""
 
 from __future__ import annotations
 
@@ -55,6 +55,11 @@ class TokenFeed:
         with self._changed:
             self._closed = True
         self._wake()
+
+    @property
+    def closed(self) -> bool:
+        """Whether all has been put in."""
+        return self._closed
 
     def abandon(self) -> None:
         """Whoever takes has gone: `put` returns at once."""

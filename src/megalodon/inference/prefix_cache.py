@@ -1,8 +1,8 @@
 """States of texts that were read before, found by the exact text: memory first, then disk.
 
-A key is a hash of the owner and of every token up to a block boundary, so a state is found only by who has the very text
-(and, unless the operator shares them, the same owner). Least recently used states leave memory for the disk, and the
-disk for good.
+A key is a hash of the owner and of every token up to a block boundary, so a state is found only by who has the very
+text (and, unless the operator shares them, the same owner). Least recently used states leave memory for the disk, and
+the disk for good.
 """
 
 from __future__ import annotations

@@ -79,7 +79,9 @@ class Reader:
         self.position = start.position
         self.cached = 0
         self.arrived = start.tokens
-        self.history = History(Snapshot(start.state, start.position, start.digest, start.read_only, start.recent, ()), block)
+        self.history = History(
+            Snapshot(start.state, start.position, start.digest, start.read_only, start.recent, ()), block
+        )
         self._generator: Tensor | None = start.generator
         self._feed, self._block, self._piece, self._cache, self._only = feed, block, piece, cache, only
         self._closed = False

@@ -3,11 +3,13 @@
 A slot is a row of every buffer. A step runs on the first `rows` slots, a number from a short list of *bucket sizes*,
 and changes the buffers in place, so nothing is allocated, copied or re-arranged when sequences come and go.
 
-**What a row gives depends on that row alone**, to the bit: not on its slot, its neighbours or the bucket. Matrix products
-have one shape per bucket, and only buckets whose rows come out alike are used (`choose_buckets` measures this on the
-model's own matrices: a product of few rows may add up in another order than one of many). Attention runs row by row
-over exactly the row's own keys. All else is element by element, or a sum inside one row. The state is kept in float32
-(statistics in float64) for bfloat16 models too; their activations, keys and values are bfloat16.
+**What a row gives depends on that row alone**, to the bit: not on its slot, its neighbours or the bucket. Matrix
+products have one shape per bucket, and only buckets whose rows come out alike are used: `choose_buckets` measures this
+on the model's own matrices, because a product of few rows may add up in another order than one of many. Attention runs
+row by row over exactly the row's own keys. All else is element by element, or a sum inside one row.
+
+For bfloat16 models too the state is kept in float32, its statistics in float64; activations, keys and values are
+bfloat16.
 """
 
 from __future__ import annotations
@@ -242,7 +244,7 @@ class SlotDecoder:
 
 @torch.inference_mode()
 def choose_buckets(model: MegalodonForCausalLM, candidates: Sequence[int]) -> tuple[int, ...]:
-    """The candidates whose matrix products give each row the same bits as the largest candidate does, wherever it stands.
+    """The candidates whose matrix products give each row, wherever it stands, the same bits as the largest candidate.
 
     Every distinct shape among the model's matrices is multiplied with random rows. The largest candidate always stays;
     its own rows must not depend on their place.
@@ -262,11 +264,13 @@ def choose_buckets(model: MegalodonForCausalLM, candidates: Sequence[int]) -> tu
         order = torch.randperm(largest, generator=generator).to(model.device)
         if not torch.equal(linear(x[order]), whole[order]):
             raise RuntimeError(
-                f"a product of {largest} rows with a matrix of {linear.in_features} x {linear.out_features} gives a row "
-                "other bits in another place: this machine's matrix library cannot serve reproducibly"
+                f"a product of {largest} rows with a matrix of {linear.in_features} x {linear.out_features} gives a "
+                "row other bits in another place: this machine's matrix library cannot serve reproducibly"
             )
         for size in candidates:
             places = [*range(0, largest - size + 1, max(1, size // 2)), largest - size]
-            if not all(torch.equal(linear(x[start : start + size].clone()), whole[start : start + size]) for start in places):
+            if not all(
+                torch.equal(linear(x[start : start + size].clone()), whole[start : start + size]) for start in places
+            ):
                 alike.discard(size)
     return tuple(sorted(alike | {largest}))

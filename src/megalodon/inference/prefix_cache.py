@@ -8,6 +8,7 @@ the disk for good.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from megalodon.inference.snapshot import Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity, load_snapshot, save_snapshot
 from megalodon.model import MegalodonState
 
+_log = logging.getLogger(__name__)
 SUFFIX = ".prefix.safetensors"
 
 
@@ -122,7 +124,8 @@ class PrefixStore:
         snapshot = Snapshot(state, int(state.position[0]), bytes.fromhex(key), True, (), ())
         try:
             save_snapshot(self._path(key), snapshot, self._identity)
-        except OSError:  # a full disk loses a cached state, nothing else
+        except Exception:  # a full disk, say, loses a cached state and nothing else
+            _log.exception("a cached state could not be written")
             return
         with self._lock:
             self._disk[key] = self._path(key).stat().st_size

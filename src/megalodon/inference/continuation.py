@@ -81,7 +81,8 @@ class Continuation:
             if self._stopping.stopped:
                 reason = FinishReason.stop
             elif self.generated >= self.generation.max_tokens:
-                text += self._stopping.feed(self._decoder.flush())
+                if self.history is None:  # otherwise half a character is left to whoever goes on
+                    text += self._stopping.feed(self._decoder.flush())
                 reason = FinishReason.length
         if reason is not None and not self._stopping.stopped:
             text += self._stopping.flush()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +18,9 @@ from megalodon.inference.request import Failed, Failure, QueueFullError, Stoppin
 
 _log = logging.getLogger(__name__)
 
+FIELD = re.compile(r"[a-z0-9_]+")
+UNION_MEMBERS = ("str", "int", "bool", "list", "float")
+"""Pydantic names the type that it tried in the place of the error."""
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 FAILURES = {
     Failure.cancelled: (499, "cancelled"),
@@ -89,6 +94,14 @@ def from_exception(error: Exception) -> ApiError | None:
     return None
 
 
+def invalid_value(errors: Sequence[Any]) -> ApiError:
+    """The error for what Pydantic found: of several (a value may fit none of some types) the most specific one."""
+    error = max(errors, key=lambda error: len(error["loc"]))
+    parts = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+    param = ".".join(part for part in parts if FIELD.fullmatch(part) and part not in UNION_MEMBERS) or None
+    return ApiError(400, f"{param or 'body'}: {error['msg']}", "invalid_value", param)
+
+
 def install(app: FastAPI) -> None:
     """Have every error answered in this form."""
 
@@ -102,9 +115,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"][1:]) or None
-        return ApiError(400, f"{param or 'body'}: {first['msg']}", "invalid_value", param).response()
+        return invalid_value(error.errors()).response()
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:

@@ -19,7 +19,7 @@ from megalodon.inference.feed import TokenFeed
 from megalodon.inference.request import Done, Progress
 from megalodon.inference.snapshot import Snapshot
 from megalodon.serving.calls import Call, Service
-from megalodon.serving.errors import ApiError
+from megalodon.serving.errors import ApiError, invalid_value
 from megalodon.serving.schemas import ContextText
 
 UPLOADS = 64
@@ -120,9 +120,7 @@ async def _fields(http: Request) -> ContextText:
     try:
         return ContextText.model_validate(json.loads(await http.body()))
     except ValidationError as error:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"]) or None
-        raise ApiError(400, f"{param or 'body'}: {first['msg']}", "invalid_value", param) from None
+        raise invalid_value(error.errors()) from None
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", "invalid_json") from None
 

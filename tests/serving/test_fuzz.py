@@ -32,7 +32,7 @@ def fuzz(server: Server, examples: int) -> None:
                 if error.keys() != {"message", "type", "param", "code"}:
                     failures.append(f"{error} {case.as_curl_command()}")
 
-        for mode in schemathesis.GenerationMode.all():
+        for mode in schemathesis.GenerationMode:
             strategy = operation.as_strategy(generation_mode=mode)
             run_one = settings(
                 max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True

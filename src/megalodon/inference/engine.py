@@ -360,7 +360,8 @@ class Engine:
         output = self.model.model(ids, past_key_values=reader.state, use_cache=True)
         reader.fed(tokens, output.past_key_values)
         self.counters.read_tokens += len(tokens)
-        self._emit(work, Progress(reader.position, reader.arrived, reader.cached))
+        assert reader.state is not None
+        self._emit(work, Progress(reader.position, reader.arrived, reader.cached, reader.state.nbytes))
 
     def _replay(self, work: _Work, reader: Reader, tokens: tuple[tuple[Kind, int], ...]) -> None:
         assert reader.state is not None
@@ -378,7 +379,7 @@ class Engine:
             raise _Refused(Failure.empty, "the text is empty: give at least one character")
         usage = Usage(snapshot.tokens, _not_read_again(work), 0)
         work.request.feed.abandon()
-        self._emit(work, Progress(snapshot.tokens, snapshot.tokens, reader.cached))
+        self._emit(work, Progress(snapshot.tokens, snapshot.tokens, reader.cached, snapshot.nbytes))
         self._emit(work, Done(usage, snapshot if work.request.keep else None))
 
     # --- generating -------------------------------------------------------------------------------------------------
@@ -402,9 +403,9 @@ class Engine:
                 index, generation, self.tokenizer, recent, (kind, token), own, generator
             )
             self._rows[slot] = work
+        self._emit(work, Progress(work.prompt_tokens, work.prompt_tokens, reader.cached, reader.state.nbytes))
         work.reserved = 0
         reader.state = None
-        self._emit(work, Progress(work.prompt_tokens, work.prompt_tokens, reader.cached))
 
     def _decode(self) -> bool:
         if not self._rows:

@@ -67,11 +67,15 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """So many tokens of the sequence have been read, of `arrived` known so far; `cached` of them from the cache."""
+    """So many tokens of the sequence have been read, of `arrived` known so far; `cached` of them from the cache.
+
+    `state_bytes` is what is remembered of them.
+    """
 
     read: int
     arrived: int
     cached: int
+    state_bytes: int
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,19 +51,19 @@ class Followed:
     """How far uploads are, for whoever asks under the key that was given with one."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[str, str], Progress] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], tuple[Progress, int]] = OrderedDict()
 
-    def note(self, owner: str, key: str | None, progress: Progress) -> None:
+    def note(self, owner: str, key: str | None, progress: Progress, received: int) -> None:
         """An upload got on."""
         if key is not None:
-            self._known[owner, key] = progress
+            self._known[owner, key] = progress, received
             self._known.move_to_end((owner, key))
             while len(self._known) > FOLLOWED:
                 self._known.popitem(last=False)
 
-    def get(self, owner: str, key: str) -> Progress:
-        """How far it is; nothing read if it has not begun."""
-        return self._known.get((owner, key), Progress(0, 0, 0))
+    def get(self, owner: str, key: str) -> tuple[Progress, int]:
+        """How far it is, and bytes received; nothing if it has not begun."""
+        return self._known.get((owner, key), (Progress(0, 0, 0, 0), 0))
 
 
 def router(service: Service, store: ContextStore) -> APIRouter:
@@ -85,7 +86,7 @@ def router(service: Service, store: ContextStore) -> APIRouter:
         owner = http.state.owner
         await to_thread.run_sync(check_room, store, owner, most)
         with service.admitted(owner):
-            snapshot, fields = await uploads.read(http, None, lambda now: followed.note(owner, progress, now))
+            snapshot, fields = await uploads.read(http, None, partial(followed.note, owner, progress))
         if fields is not None:
             name, expires_in = fields.name or name, fields.expires_in or expires_in
         return describe(await to_thread.run_sync(store.create, owner, snapshot, name, expiry(expires_in)))
@@ -121,8 +122,9 @@ def router(service: Service, store: ContextStore) -> APIRouter:
     @routes.get("/progress/{key}")
     async def progress_of(key: str, http: Request) -> dict[str, Any]:
         """How far an upload is that was sent with this `progress` key."""
-        now = followed.get(http.state.owner, key)
-        return {"object": "progress", "read": now.read, "arrived": now.arrived, "cached": now.cached}
+        now, received = followed.get(http.state.owner, key)
+        tokens = {"read": now.read, "arrived": now.arrived, "cached": now.cached}
+        return {"object": "progress", **tokens, "received_bytes": received, "state_bytes": now.state_bytes}
 
     @routes.get("/{context}")
     async def one(context: str, http: Request) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def router(service: Service, store: ContextStore) -> APIRouter:
         owner = http.state.owner
         with service.admitted(owner):
             record, start = await to_thread.run_sync(load, store, owner, context)
-            snapshot, fields = await uploads.read(http, start, lambda now: followed.note(owner, progress, now))
+            snapshot, fields = await uploads.read(http, start, partial(followed.note, owner, progress))
         if fields is not None and (fields.name or fields.expires_in):
             raise ApiError(400, "name and expires_in: change them with PATCH", "invalid_value", "name")
         return describe(await to_thread.run_sync(store.extend, owner, record.id, snapshot, record))

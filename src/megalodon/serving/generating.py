@@ -196,7 +196,7 @@ async def _stream(
                         yield chunk([job.format.chunk(index, text, tokens, None)])
                     case Ended(_, reason, _):
                         yield chunk([job.format.chunk(index, "", (), reason.value)])
-                    case Progress(read, arrived, _) if time.monotonic() - noted > NOTE_SECONDS:
+                    case Progress(read, arrived, _, _) if time.monotonic() - noted > NOTE_SECONDS:
                         noted = time.monotonic()
                         yield f": {read} of {arrived} tokens read\n\n".encode()
             kept = await _kept(store, job, outcome)

@@ -27,9 +27,14 @@ UPLOADS = 64
 
 
 class Body:
-    """A request's body as a binary file, for a thread that reads while the event loop receives."""
+    """A request's body as a binary file, for a thread that reads while the event loop receives.
+
+    Attributes:
+        received: bytes so far.
+    """
 
     def __init__(self, parts: AsyncIterator[bytes]) -> None:
+        self.received = 0
         self._parts = parts
 
     def read(self, size: int = -1) -> bytes:
@@ -39,6 +44,7 @@ class Body:
     async def _next(self) -> bytes:
         async for part in self._parts:
             if part:
+                self.received += len(part)
                 return part
         return b""
 
@@ -51,14 +57,16 @@ class Uploads:
         self._limiter = CapacityLimiter(UPLOADS)
 
     async def read(
-        self, http: Request, start: Snapshot | None, note: Callable[[Progress], None]
+        self, http: Request, start: Snapshot | None, note: Callable[[Progress, int], None]
     ) -> tuple[Snapshot, ContextText | None]:
         """The sequence after `start` and the body: the snapshot, and the JSON object if the body was one.
+
+        `note` is told how far it is, and how many bytes have been received.
 
         Raises:
             ApiError: if the body is not what it should be, or the engine refuses it.
         """
-        service, fields = self._service, None
+        service, fields, body = self._service, None, Body(http.stream())
         if http.headers.get("content-type", "").startswith("application/json"):
             fields = await _fields(http)
             feed = TokenFeed(await to_thread.run_sync(_encode, service.engine.tokenizer, fields.text))
@@ -66,11 +74,11 @@ class Uploads:
             feed = TokenFeed()
         seconds = service.settings.upload_seconds
         with service.call(http.state.owner, feed, None, start, keep=True, seconds=seconds) as call:
-            passing = None if fields is not None else asyncio.create_task(self._pass_on(http, feed, call))
+            passing = None if fields is not None else asyncio.create_task(self._pass_on(body, feed, call))
             try:
                 async for event in call.events():
                     if isinstance(event, Progress):
-                        note(event)
+                        note(event, body.received)
                     elif isinstance(event, Done):
                         assert event.snapshot is not None
                         return event.snapshot, fields
@@ -84,13 +92,12 @@ class Uploads:
                     passing.cancel()
         raise AssertionError("a call ends with Done or an error")
 
-    async def _pass_on(self, http: Request, feed: TokenFeed, call: Call) -> None:
+    async def _pass_on(self, body: Body, feed: TokenFeed, call: Call) -> None:
         """Tokenize the body into the feed, as fast as the engine takes it; end the call if that fails."""
-        body = cast(BinaryIO, Body(http.stream()))
         tokenizer = self._service.engine.tokenizer
 
         def work() -> None:
-            for ids in tokenizer.encode_stream(read_text(body, "the body")):
+            for ids in tokenizer.encode_stream(read_text(cast(BinaryIO, body), "the body")):
                 if not feed.put(ids):
                     return
             feed.close()

@@ -38,6 +38,8 @@ def serve(
     max_concurrent: Annotated[int, typer.Option(help="requests of one key at a time")] = DEFAULTS.max_concurrent,
     request_seconds: Annotated[float, typer.Option(help="for a completion")] = DEFAULTS.request_seconds,
     drain_seconds: Annotated[float, typer.Option(help="for running requests on SIGTERM")] = DEFAULTS.drain_seconds,
+    ray: Annotated[bool, typer.Option("--ray", help="run replicas on Ray Serve; needs the extra `ray`")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="with --ray: how many")] = 2,
     tokenizer: Annotated[str | None, typer.Option(help="if the model's folder holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU if not given")] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="that of the weights if not given")] = None,
@@ -69,4 +71,9 @@ def serve(
         prefix_disk=int(prefix_disk * 2**20),
         share_prefixes=share_prefixes,
     )
-    serve_here(options, settings, host, port)
+    if ray:
+        from megalodon.serving.replicas import serve_replicas
+
+        serve_replicas(options, settings, replicas, host, port)
+    else:
+        serve_here(options, settings, host, port)

@@ -98,7 +98,7 @@ class Engine:
     Attributes:
         counters: for metrics.
         identity: what snapshots of this engine belong to.
-        slots: sequences that can generate at once.
+        slots: sequences that can generate at once. queue_length: requests that may wait.
         block, piece: tokens between two places where a sequence can be taken up, and tokens read at once.
     """
 
@@ -141,7 +141,7 @@ class Engine:
         with torch.inference_mode():
             output = model.model(torch.zeros(1, 0, dtype=torch.int64, device=model.device), use_cache=True)
         self.empty = empty_snapshot(output.past_key_values, START)
-        self._queue_length = queue_length
+        self.queue_length = queue_length
         self._inbox: deque[_Work] = deque()
         self._waiting: FairQueue[_Work] = FairQueue()
         self._reading: deque[_Work] = deque()
@@ -168,8 +168,8 @@ class Engine:
         with self._changed:
             if self._stopping:
                 raise StoppingError("the engine is being closed and takes no more requests")
-            if len(self._inbox) + len(self._waiting) >= self._queue_length:
-                raise QueueFullError(f"{self._queue_length} requests are waiting already")
+            if len(self._inbox) + len(self._waiting) >= self.queue_length:
+                raise QueueFullError(f"{self.queue_length} requests are waiting already")
             self._inbox.append(_Work(request, deadline))
             self._dirty = True
             self._changed.notify_all()

@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -216,6 +217,7 @@ def serve_replicas(options: EngineOptions, settings: Settings, replicas: int, ho
     config = uvicorn.Config(
         front.app, log_level="warning", timeout_graceful_shutdown=max(1, round(settings.drain_seconds))
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn passes the signal on once it has ended itself
     try:
         uvicorn.Server(config).run(sockets=[listening])
     finally:

@@ -24,7 +24,7 @@ def engine() -> Iterator[Engine]:
 def source(tmp_path: Path) -> Path:
     lines = [
         {"id": i, "prompt": f"Prompt number {i} " * (1 + i % 4), "max_tokens": 1 + 7 * (i % 5), "n": 1 + i % 2}
-        for i in range(90)
+        for i in range(36)
     ]
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
@@ -33,10 +33,10 @@ def source(tmp_path: Path) -> Path:
 
 def test_in_order_and_repeatable(engine: Engine, source: Path, tmp_path: Path) -> None:
     seen: list[int] = []
-    assert run_batch(engine, source, tmp_path / "out.jsonl", on_line=seen.append) == 90
+    assert run_batch(engine, source, tmp_path / "out.jsonl", on_line=seen.append) == 36
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [answer["id"] for answer in answers] == list(range(90)) and seen == list(range(91))
-    assert [len(answer["choices"]) for answer in answers] == [1 + i % 2 for i in range(90)]
+    assert [answer["id"] for answer in answers] == list(range(36)) and seen == list(range(37))
+    assert [len(answer["choices"]) for answer in answers] == [1 + i % 2 for i in range(36)]
     run_batch(engine, source, tmp_path / "again.jsonl")
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
     run_batch(engine, source, tmp_path / "other.jsonl", seed=1)
@@ -73,7 +73,7 @@ def test_a_wrong_line_is_named_before_work_starts(engine: Engine, source: Path, 
 
 
 def test_the_output_of_another_input_is_refused(engine: Engine, source: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.jsonl").write_text("{}\n" * 91)
+    (tmp_path / "out.jsonl").write_text("{}\n" * 37)
     with pytest.raises(ValueError, match="another input"):
         run_batch(engine, source, tmp_path / "out.jsonl")
     with pytest.raises(FileNotFoundError):

@@ -180,6 +180,15 @@ def test_too_many_requests_of_a_key_and_a_full_queue(serve: Callable[..., Server
     assert eventually(lambda: server.engine.idle)
 
 
+def test_pages_of_other_sites_are_refused(server: Server) -> None:
+    with server.http() as client:
+        own = server.url.removeprefix("http://")
+        for origin, status in ((f"http://{own}", 200), ("http://evil.example", 403), ("null", 403)):
+            assert client.get("/v1/models", headers={"Origin": origin}).status_code == status
+        sent = client.post("/v1/contexts", content=b"x", headers={**TEXT_PLAIN, "Origin": "http://evil.example"})
+        assert sent.status_code == 403 and sent.json()["error"]["code"] == "cross_origin"
+
+
 # --- clients --------------------------------------------------------------------------------------------------------
 
 

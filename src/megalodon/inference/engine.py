@@ -11,88 +11,24 @@ continuation draws from a random generator of its own. This holds in float32 and
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-
-import numpy as np
-import torch
 
 from megalodon.data.tokenizer import Tokenizer
-from megalodon.inference.continuation import Continuation
-from megalodon.inference.prefix_cache import PrefixCache, PrefixStore
-from megalodon.inference.queueing import FairQueue
-from megalodon.inference.reading import (
-    Finished,
-    Piece,
-    Reader,
-    Ready,
-    Replay,
-    Waiting,
-    block_and_piece,
-    compact,
-    empty_snapshot,
-)
+from megalodon.inference.prefix_cache import PrefixStore
 from megalodon.inference.request import (
-    Done,
-    Ended,
-    Event,
-    Failed,
     Failure,
-    Progress,
     QueueFullError,
     Request,
     StoppingError,
-    Usage,
 )
-from megalodon.inference.slots import BUCKETS, SlotDecoder, choose_buckets
-from megalodon.inference.snapshot import START, Kind
 from megalodon.inference.snapshot_file import ModelIdentity
+from megalodon.inference.steps import PIECE, Steps, Work
 from megalodon.model import MegalodonForCausalLM
 
-PIECE = 512
-"""Tokens of a text read at once. More is a little quicker, and makes others wait longer for their next token."""
-LEAST_COST = 32
-"""A piece of fewer tokens takes about as long as one of so many."""
-_log = logging.getLogger(__name__)
 
-
-@dataclass
-class Counters:
-    """What the engine has done, for metrics. Written by its thread alone."""
-
-    steps: int = 0
-    read_tokens: int = 0
-    generated_tokens: int = 0
-    cached_tokens: int = 0
-    waiting: int = 0
-    reading: int = 0
-    generating: int = 0
-    failures: int = 0
-    step_seconds: float = 0.0
-
-
-@dataclass(eq=False)
-class _Work:
-    """A request in the engine."""
-
-    request: Request
-    deadline: float
-    reader: Reader | None = None
-    slots_needed: int = 0
-    replay: deque[tuple[Kind, int]] = field(default_factory=deque)
-    replay_slot: int | None = None
-    continuations: dict[int, Continuation] = field(default_factory=dict)  # by slot
-    prompt_tokens: int = 0
-    generated: int = 0
-    reserved: int = 0  # slots that it may still take
-
-
-class Engine:
+class Engine(Steps):
     """Serves requests over one model. `submit` may be called from any thread; events come from the engine's.
 
     Attributes:
@@ -128,30 +64,10 @@ class Engine:
         """
         if queue_length < 1:
             raise ValueError(f"queue_length is {queue_length}; it must be 1 or more")
-        self.model, self.tokenizer = model, tokenizer
-        largest = [size for size in BUCKETS if size >= slots][:1] or [max(BUCKETS)]
-        buckets = choose_buckets(model, [size for size in BUCKETS if size <= largest[0]])
-        self.decoder = SlotDecoder(model, slots, buckets)
-        self.slots = self.decoder.slots
-        self.block, self.piece = block_and_piece(self.decoder.sizes, piece)
-        self.identity = ModelIdentity.of(model, tokenizer, self.block, self.piece)
-        self.counters = Counters()
-        self.prefixes = None if prefixes is None else prefixes(self.identity)
-        self._share_prefixes = share_prefixes
-        with torch.inference_mode():
-            output = model.model(torch.zeros(1, 0, dtype=torch.int64, device=model.device), use_cache=True)
-        self.empty = empty_snapshot(output.past_key_values, START)
+        super().__init__(model, tokenizer, slots, piece, prefixes, share_prefixes)
         self.queue_length = queue_length
-        self._inbox: deque[_Work] = deque()
-        self._waiting: FairQueue[_Work] = FairQueue()
-        self._reading: deque[_Work] = deque()
-        self._rows: dict[int, _Work] = {}
-        self._changed = threading.Condition()
-        self._dirty = False
-        self._stopping = self._abandon = False
+        self._dirty = self._stopping = self._abandon = False
         self._thread: threading.Thread | None = None
-
-    # --- from other threads -----------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         """Take a request in. Its listener gets events until `Done` or `Failed`.
@@ -170,7 +86,7 @@ class Engine:
                 raise StoppingError("the engine is being closed and takes no more requests")
             if len(self._inbox) + len(self._waiting) >= self.queue_length:
                 raise QueueFullError(f"{self.queue_length} requests are waiting already")
-            self._inbox.append(_Work(request, deadline))
+            self._inbox.append(Work(request, deadline))
             self._dirty = True
             self._changed.notify_all()
 
@@ -183,7 +99,7 @@ class Engine:
     def idle(self) -> bool:
         """Nothing is waiting or being worked on."""
         with self._changed:
-            return not (self._inbox or len(self._waiting) or self._reading or self._rows)
+            return not (self._stepping or self._inbox or len(self._waiting) or self._reading or self._rows)
 
     @property
     def alive(self) -> bool:
@@ -217,8 +133,6 @@ class Engine:
             self._dirty = True
             self._changed.notify_all()
 
-    # --- the engine's thread ----------------------------------------------------------------------------------------
-
     def _run(self) -> None:
         while not self._abandon:
             with self._changed:
@@ -228,302 +142,3 @@ class Engine:
                     self._changed.wait_for(lambda: self._dirty or self._abandon, 0.05 if not self.idle else 1.0)
         for work in self._all():
             self._fail(work, Failure.stopping, "the server is stopping")
-
-    def step(self) -> bool:
-        """One step. Returns False if there was nothing to do."""
-        started = time.perf_counter()
-        self._take_in()
-        self._drop()
-        self._admit()
-        read = self._read()
-        decoded = self._decode()
-        counters = self.counters
-        counters.waiting, counters.reading = len(self._waiting), len(self._reading)
-        counters.generating = len(self._rows)
-        if read or decoded:
-            counters.steps += 1
-            counters.step_seconds += time.perf_counter() - started
-        return read or decoded
-
-    def _all(self) -> list[_Work]:
-        self._take_in()
-        running = {id(work): work for work in [*self._reading, *self._rows.values()]}
-        return [*self._waiting, *running.values()]
-
-    def _take_in(self) -> None:
-        with self._changed:
-            while self._inbox:
-                work = self._inbox.popleft()
-                self._waiting.append(work.request.owner, work)
-
-    def _drop(self) -> None:
-        now = time.monotonic()
-        for work in self._all():
-            if work.request.cancelled.is_set():
-                self._fail(work, Failure.cancelled, "the request was cancelled")
-            elif now > work.deadline:
-                self._fail(work, Failure.timeout, f"not complete after {work.request.seconds:g} seconds")
-
-    def _admit(self) -> None:
-        while len(self._reading) < 4 * self.slots:
-            free = self.slots - len(self._rows) - sum(work.reserved for work in self._reading)
-            work = self._waiting.pop(self._fitting(free))
-            if work is None:
-                return
-            work.reserved = work.slots_needed
-            self._reading.append(work)
-
-    def _fitting(self, free: int) -> Callable[[_Work], bool]:
-        """Whether work may begin. Once some must wait for slots, only work that needs none passes it by."""
-        blocked = False
-
-        def fits(work: _Work) -> bool:
-            nonlocal blocked
-            needed = self._begin(work)
-            blocked = blocked or needed > free
-            return not blocked or needed == 0
-
-        return fits
-
-    def _begin(self, work: _Work) -> int:
-        """Slots that the work needs."""
-        if work.reader is None:
-            request, cache = work.request, None
-            if self.prefixes is not None:
-                cache = PrefixCache(self.prefixes, "" if self._share_prefixes else request.owner)
-            only = request.generation is None
-            start = request.start or self.empty
-            work.reader = Reader(start, request.feed, self.block, self.piece, cache, only)
-            work.slots_needed = request.generation.choices if request.generation else int(work.reader.replays)
-        return work.slots_needed
-
-    # --- reading ----------------------------------------------------------------------------------------------------
-
-    def _read(self) -> bool:
-        """Read up to one piece's worth of tokens, from the requests in turn."""
-        budget, progressed, passed = self.piece, False, 0
-        while self._reading and budget > 0 and passed < len(self._reading):
-            work = self._reading.popleft()
-            if work.replay_slot is not None:
-                self._reading.append(work)
-                passed += 1
-                continue
-            cost = self._guarded(work, partial(self._read_some, work, budget)) or 0
-            if cost < 0:  # more than what is left of the budget: first in the next step
-                self._reading.appendleft(work)
-                return True
-            passed = 0 if cost else passed + 1
-            progressed = progressed or cost > 0
-            budget -= cost
-        return progressed
-
-    def _read_some(self, work: _Work, budget: int) -> int:
-        """Do the next thing for a reading request and put it back if it goes on reading; its cost in tokens."""
-        reader = work.reader
-        assert reader is not None
-        before = reader.cached
-        upcoming = reader.next(budget)
-        if upcoming is None:
-            return -1
-        self._check_length(work)
-        if reader.cached > before:
-            self.counters.cached_tokens += reader.cached - before
-        match upcoming:
-            case Piece(tokens):
-                self._run_piece(work, reader, tokens)
-                self._reading.append(work)
-                return max(len(tokens), LEAST_COST)
-            case Replay(tokens):
-                self._replay(work, reader, tokens)
-                self._reading.append(work)
-                return 1
-            case Ready(kind, token):
-                self._generate(work, reader, kind, token)
-                return 1
-            case Finished():
-                self._finish_reading(work, reader)
-                return 1
-            case Waiting():
-                self._reading.append(work)
-        return 0
-
-    def _check_length(self, work: _Work) -> None:
-        reader, most = work.reader, work.request.max_prompt_tokens
-        assert reader is not None
-        known = 0 if work.request.start is None else work.request.start.tokens
-        if most is not None and reader.arrived - known > most:
-            raise _Refused(Failure.too_long, f"the text has more than {most} tokens")
-
-    @torch.inference_mode()
-    def _run_piece(self, work: _Work, reader: Reader, tokens: np.ndarray) -> None:
-        ids = torch.from_numpy(tokens)[None].to(self.model.device)
-        output = self.model.model(ids, past_key_values=reader.state, use_cache=True)
-        reader.fed(tokens, output.past_key_values)
-        self.counters.read_tokens += len(tokens)
-        assert reader.state is not None
-        self._emit(work, Progress(reader.position, reader.arrived, reader.cached, reader.state.nbytes))
-
-    def _replay(self, work: _Work, reader: Reader, tokens: tuple[tuple[Kind, int], ...]) -> None:
-        assert reader.state is not None
-        slot = self._free_slot()
-        self.decoder.load(slot, reader.state)
-        reader.state = None
-        work.replay.extend(tokens)
-        work.replay_slot = slot
-        work.reserved -= 1
-        self._rows[slot] = work
-
-    def _finish_reading(self, work: _Work, reader: Reader) -> None:
-        snapshot = reader.snapshot()
-        if snapshot.tokens == 0:
-            raise _Refused(Failure.empty, "the text is empty: give at least one character")
-        usage = Usage(snapshot.tokens, _not_read_again(work), 0)
-        work.request.feed.abandon()
-        self._emit(work, Progress(snapshot.tokens, snapshot.tokens, reader.cached, snapshot.nbytes))
-        self._emit(work, Done(usage, snapshot if work.request.keep else None))
-
-    # --- generating -------------------------------------------------------------------------------------------------
-
-    def _free_slot(self) -> int:
-        return next(slot for slot in range(self.slots) if slot not in self._rows)
-
-    def _generate(self, work: _Work, reader: Reader, kind: Kind, token: int) -> None:
-        """Everything is read: put the sequence into its slots."""
-        generation, request = work.request.generation, work.request
-        assert generation is not None and reader.state is not None
-        work.prompt_tokens = reader.position + 1
-        history = reader.history
-        recent = [*history.recent(), token][-256:]
-        generator = None if request.start is None else request.start.generator
-        for index in range(generation.choices):
-            slot = self._free_slot()
-            self.decoder.load(slot, reader.state)
-            own = history.copy() if request.keep else None
-            work.continuations[slot] = Continuation(
-                index, generation, self.tokenizer, recent, (kind, token), own, generator
-            )
-            self._rows[slot] = work
-        self._emit(work, Progress(work.prompt_tokens, work.prompt_tokens, reader.cached, reader.state.nbytes))
-        work.reserved = 0
-        reader.state = None
-
-    def _decode(self) -> bool:
-        if not self._rows:
-            return False
-        self._close_up()
-        active = sorted(self._rows)
-        fed = [self._next_token(slot) for slot in active]
-        try:
-            logits = self.decoder.step([token for _, token in fed], active)
-        except Exception as error:  # nobody's sequence can be trusted any more
-            _log.exception("a decoding step failed")
-            for work in {id(work): work for work in self._rows.values()}.values():
-                self._fail(work, Failure.internal, f"the decoding step failed: {error}")
-            return True
-        logits = logits.cpu()
-        for row, (slot, (kind, token)) in enumerate(zip(active, fed, strict=True)):
-            work = self._rows.get(slot)
-            if work is not None:
-                self._guarded(work, partial(self._after_step, work, slot, kind, token, logits[row : row + 1]))
-        return True
-
-    def _next_token(self, slot: int) -> tuple[Kind, int]:
-        work = self._rows[slot]
-        return work.replay[0] if work.replay_slot == slot else work.continuations[slot].pending
-
-    def _after_step(self, work: _Work, slot: int, kind: Kind, token: int, logits: torch.Tensor) -> None:
-        if work.replay_slot == slot:
-            self._after_replay(work, slot, kind, token)
-            return
-        continuation = work.continuations[slot]
-        if continuation.history is not None:
-            continuation.history.append(kind, [token])
-            if self.decoder.positions[slot] % self.block == 0:
-                continuation.history.rebase(compact(self.decoder.read(slot)), read_only=False)
-        delta, reason = continuation.choose(logits)
-        work.generated += 1
-        self.counters.generated_tokens += 1
-        if delta is not None:
-            self._emit(work, delta)
-        if reason is None:
-            return
-        snapshot = None
-        if continuation.history is not None:
-            continuation.history.append(*(continuation.pending[0], [continuation.pending[1]]))
-            snapshot = continuation.history.snapshot(continuation.generator_state)
-        del work.continuations[slot], self._rows[slot]
-        self._emit(work, Ended(continuation.index, reason, snapshot))
-        if not work.continuations:
-            self._emit(work, Done(Usage(work.prompt_tokens, _not_read_again(work), work.generated), None))
-
-    def _after_replay(self, work: _Work, slot: int, kind: Kind, token: int) -> None:
-        reader = work.reader
-        assert reader is not None
-        work.replay.popleft()
-        reader.replayed(kind, token)
-        if reader.position % self.block == 0:
-            reader.history.rebase(compact(self.decoder.read(slot)), read_only=False)
-        if not work.replay:
-            reader.state = self.decoder.read(slot)
-            work.replay_slot = None
-            work.reserved += 1
-            del self._rows[slot]
-
-    def _close_up(self) -> None:
-        """Move sequences from high slots to free low ones where that makes the step smaller."""
-        needed = self.decoder.bucket(len(self._rows))
-        for slot in sorted(self._rows, reverse=True):
-            if slot < needed:
-                return
-            target, work = self._free_slot(), self._rows.pop(slot)
-            self.decoder.move(slot, target)
-            self._rows[target] = work
-            if work.replay_slot == slot:
-                work.replay_slot = target
-            else:
-                work.continuations[target] = work.continuations.pop(slot)
-
-    # --- endings ----------------------------------------------------------------------------------------------------
-
-    def _guarded(self, work: _Work, do: Callable[[], int | None]) -> int | None:
-        """Let what goes wrong in one request be that request's failure alone."""
-        try:
-            return do()
-        except _Refused as refused:
-            self._fail(work, refused.failure, str(refused))
-        except Exception as error:
-            _log.exception("a request failed")
-            self._fail(work, Failure.internal, str(error))
-        return 0
-
-    def _fail(self, work: _Work, failure: Failure, message: str) -> None:
-        self._waiting.remove(lambda other: other is work)
-        if work in self._reading:
-            self._reading.remove(work)
-        for slot in [slot for slot, other in self._rows.items() if other is work]:
-            del self._rows[slot]
-        work.continuations.clear()
-        work.reserved = 0
-        work.request.feed.abandon()
-        if failure is not Failure.cancelled:
-            self.counters.failures += 1
-        self._emit(work, Failed(failure, message))
-
-    def _emit(self, work: _Work, event: Event) -> None:
-        try:
-            work.request.listener(event)
-        except Exception:  # a listener's defect must not stop the others
-            _log.exception("a listener failed")
-            work.request.cancelled.set()
-
-
-def _not_read_again(work: _Work) -> int:
-    """Tokens of the sequence whose state was there already: in the snapshot it began with, or in the cache."""
-    assert work.reader is not None
-    return work.reader.cached + (0 if work.request.start is None else work.request.start.position)
-
-
-class _Refused(Exception):
-    def __init__(self, failure: Failure, message: str) -> None:
-        super().__init__(message)
-        self.failure = failure

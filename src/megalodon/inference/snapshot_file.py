@@ -20,6 +20,7 @@ from torch import Tensor
 from megalodon.data.tokenizer import Tokenizer
 from megalodon.files import save_tensors, write_file
 from megalodon.inference.context import model_fingerprint
+from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.snapshot import Segment, Snapshot
 from megalodon.model import MegalodonConfig, MegalodonForCausalLM, MegalodonState
 
@@ -172,9 +173,9 @@ def _check_identity(header: _Header, identity: ModelIdentity) -> None:
 
 
 def _snapshot(header: _Header, tensors: dict[str, Tensor], identity: ModelIdentity) -> Snapshot:
-    state = MegalodonState.from_state_dict(
-        {name.removeprefix("state."): x for name, x in tensors.items() if name.startswith("state.")}, identity.config
-    )
+    parts = {name.removeprefix("state."): x for name, x in tensors.items() if name.startswith("state.")}
+    state = MegalodonState.from_state_dict(parts, identity.config)
+    _check_contents(parts, tensors, header, identity.dtype)
     tokens, kinds = tensors["tail.tokens"].numpy(), tensors["tail.kinds"].numpy()
     snapshot = Snapshot(
         state.to(identity.device),
@@ -191,9 +192,29 @@ def _snapshot(header: _Header, tensors: dict[str, Tensor], identity: ModelIdenti
         raise ValueError(f"the context file is damaged: it has token ids outside 0 to {vocabulary - 1}")
     if state.position.tolist() != [header.position] or header.position % identity.block:
         raise ValueError("the context file is damaged: its position is not that of its state")
+    if tokens.dtype != np.int64 or kinds.max(initial=0) >= len(KINDS):
+        raise ValueError("the context file is damaged: its tail is not made of tokens")
     if len(tokens) != len(kinds) or snapshot.text_fingerprint != header.text or snapshot.tokens != header.tokens:
         raise ValueError("the context file is damaged: its tail is not that of its header")
     return snapshot
+
+
+def _check_contents(parts: dict[str, Tensor], tensors: dict[str, Tensor], header: _Header, dtype: str) -> None:
+    """Refuse what a file with a right checksum may still hold: it may have been made by anybody."""
+    for name, tensor in parts.items():
+        kind = name.rsplit(".", 1)[-1]
+        floating = {"keys": (getattr(torch, dtype),), "values": (getattr(torch, dtype),), "cema": (torch.float32,)}
+        wanted = floating.get(kind, (torch.float64, torch.float32)) if kind != "position" else (torch.int64,)
+        if tensor.dtype not in wanted:
+            raise ValueError(f"the context file is damaged: its {name} is {tensor.dtype}")
+        if kind in ("keys", "values") and tensor.numel():
+            raise ValueError(f"the context file is damaged: its {name} is not empty")
+        if not tensor.isfinite().all() or (kind == "var" and (tensor < 0).any()):
+            raise ValueError(f"the context file is damaged: its {name} has values that no state has")
+    if len(header.recent) > REPETITION_WINDOW:
+        raise ValueError(f"the context file is damaged: it has {len(header.recent)} recent tokens")
+    if header.generator:
+        torch.Generator().set_state(tensors["generator"])
 
 
 def _segments(tokens: np.ndarray, kinds: np.ndarray) -> tuple[Segment, ...]:

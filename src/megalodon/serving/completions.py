@@ -18,14 +18,14 @@ from megalodon.inference.request import Generation, TokenChoice
 from megalodon.inference.snapshot import Snapshot
 from megalodon.serving.calls import Service
 from megalodon.serving.chat import ChatTemplate
-from megalodon.serving.errors import ApiError
+from megalodon.serving.errors import ERRORS, ApiError
 from megalodon.serving.generating import Job, respond
 from megalodon.serving.schemas import ChatRequest, CompletionRequest, SaveContext, StreamOptions
 
 
 def router(service: Service, store: ContextStore, template: ChatTemplate) -> APIRouter:
     """The endpoints."""
-    routes = APIRouter(prefix="/v1")
+    routes = APIRouter(prefix="/v1", responses=ERRORS)
     name, tokenizer = service.settings.model_name, service.engine.tokenizer
     started = int(time.time())
     model = {"id": name, "object": "model", "created": started, "owned_by": "megalodon"}

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request
-from starlette.background import BackgroundTask
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from megalodon.inference.context_store import ContextStore
 from megalodon.inference.request import Progress
 from megalodon.serving.calls import Service
 from megalodon.serving.completions import check_room, load
-from megalodon.serving.errors import ApiError
+from megalodon.serving.errors import ERRORS, ApiError
 from megalodon.serving.generating import describe
+from megalodon.serving.responses import HoldingResponse
 from megalodon.serving.schemas import ContextChange, ContextText, Name, NewContext, Seconds
 from megalodon.serving.uploads import Uploads, save_body
 
@@ -68,7 +70,7 @@ class Followed:
 
 def router(service: Service, store: ContextStore) -> APIRouter:
     """The endpoints."""
-    routes = APIRouter(prefix="/v1/contexts")
+    routes = APIRouter(prefix="/v1/contexts", responses=ERRORS)
     uploads, followed, most = Uploads(service), Followed(), service.settings.max_contexts
 
     def expiry(seconds: float | None) -> float | None:
@@ -176,13 +178,9 @@ def router(service: Service, store: ContextStore) -> APIRouter:
     async def export(context: str, http: Request) -> Response:
         """The context as one safetensors file."""
         record = await to_thread.run_sync(store.get, http.state.owner, context)
-        fetched = store.file(record)
-        path = await to_thread.run_sync(fetched.__enter__)
-        file = path.open("rb")  # held open, so that it may be replaced or deleted meanwhile
-
-        def done() -> None:
-            file.close()
-            fetched.__exit__()
+        held = ExitStack()
+        path = await to_thread.run_sync(held.enter_context, store.file(record))
+        file = held.enter_context(path.open("rb"))  # open, so that it may be replaced or deleted meanwhile
 
         def blocks() -> Iterator[bytes]:
             while block := file.read(BLOCK):
@@ -190,8 +188,8 @@ def router(service: Service, store: ContextStore) -> APIRouter:
 
         headers = {
             "Content-Disposition": f'attachment; filename="{record.id}.safetensors"',
-            "Content-Length": str(path.stat().st_size),
+            "Content-Length": str(os.fstat(file.fileno()).st_size),
         }
-        return StreamingResponse(blocks(), 200, headers, "application/octet-stream", BackgroundTask(done))
+        return HoldingResponse(blocks(), "application/octet-stream", headers, held)
 
     return routes

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -30,6 +31,28 @@ FAILURES = {
     Failure.stopping: (503, "stopping"),
     Failure.internal: (500, "internal_error"),
 }
+
+
+class ErrorObject(BaseModel):
+    """What every refusal and failure answers."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body around it."""
+
+    error: ErrorObject
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "the request is refused"},
+    "5XX": {"model": ErrorBody, "description": "overloaded, stopping, or a defect"},
+}
+"""For OpenAPI."""
 
 
 class ApiError(HTTPException):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,6 +29,7 @@ class Gate:
         headers = Headers(scope=scope)
         try:
             if scope["path"].startswith("/v1"):
+                _refuse_other_sites(headers)
                 scope.setdefault("state", {})["owner"] = self._keys.owner(headers.get("authorization"))
             limit = self._limit(scope, headers)
             announced = headers.get("content-length", "0")
@@ -74,3 +76,10 @@ class Gate:
             await send(message)
 
         return counting
+
+
+def _refuse_other_sites(headers: Headers) -> None:
+    """Raise ApiError 403 for what another site's page sends from a visitor's browser, keys or not."""
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        raise ApiError(403, f"requests from pages of {origin[:80]} are not accepted", "cross_origin")

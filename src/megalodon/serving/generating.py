@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from anyio import to_thread
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from megalodon.inference.context_store import ContextRecord, ContextStore
 from megalodon.inference.feed import TokenFeed
@@ -21,6 +21,7 @@ from megalodon.inference.request import Delta, Done, Ended, Event, Generation, P
 from megalodon.inference.snapshot import Snapshot
 from megalodon.serving.calls import Call, Service, disconnected
 from megalodon.serving.errors import ApiError, from_exception
+from megalodon.serving.responses import HoldingResponse
 from megalodon.serving.schemas import SaveContext, StreamOptions
 
 NOTE_SECONDS = 1.0
@@ -103,8 +104,8 @@ async def respond(service: Service, store: ContextStore, http: HttpRequest, job:
         if job.stream:
             events = _merged(calls, job.generation.choices)
             first = await anext(events)  # what is refused at once has its own status
-            body = _stream(store, job, first, events, stack.pop_all())
-            return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            body = _stream(store, job, first, events)
+            return HoldingResponse(body, "text/event-stream", {"Cache-Control": "no-cache"}, stack.pop_all())
         outcome = await _unless_disconnected(http, _gather(calls, job.generation.choices))
         return JSONResponse(await _whole(store, job, outcome))
     finally:
@@ -176,7 +177,7 @@ async def _whole(store: ContextStore, job: Job, outcome: _Outcome) -> dict[str, 
 
 
 async def _stream(
-    store: ContextStore, job: Job, first: tuple[int, Event], rest: AsyncIterator[tuple[int, Event]], stack: ExitStack
+    store: ContextStore, job: Job, first: tuple[int, Event], rest: AsyncIterator[tuple[int, Event]]
 ) -> AsyncIterator[bytes]:
     outcome, noted = _Outcome(), time.monotonic()
     envelope = job.format.envelope(stream=True)
@@ -185,31 +186,30 @@ async def _stream(
     def chunk(choices: list[dict[str, Any]], **more: Any) -> bytes:
         return f"data: {json.dumps({**envelope, 'choices': choices, **usage, **more})}\n\n".encode()
 
-    with stack:
-        try:
-            for choice in job.format.first_chunks(len(job.prompts) * job.generation.choices):
-                yield chunk([choice])
-            async for index, event in _chained(first, rest):
-                outcome.note(event, index)
-                match event:
-                    case Delta(_, text, tokens):
-                        yield chunk([job.format.chunk(index, text, tokens, None)])
-                    case Ended(_, reason, _):
-                        yield chunk([job.format.chunk(index, "", (), reason.value)])
-                    case Progress(read, arrived, _, _) if time.monotonic() - noted > NOTE_SECONDS:
-                        noted = time.monotonic()
-                        yield f": {read} of {arrived} tokens read\n\n".encode()
-            kept = await _kept(store, job, outcome)
-            if job.options.include_usage:
-                yield chunk([], **{"usage": outcome.usage(), **kept})
-            elif kept:
-                yield chunk([], **kept)
-        except Exception as error:
-            known = from_exception(error)
-            if known is None:
-                raise
-            yield f"data: {json.dumps(known.body())}\n\n".encode()
-            return
+    try:
+        for choice in job.format.first_chunks(len(job.prompts) * job.generation.choices):
+            yield chunk([choice])
+        async for index, event in _chained(first, rest):
+            outcome.note(event, index)
+            match event:
+                case Delta(_, text, tokens):
+                    yield chunk([job.format.chunk(index, text, tokens, None)])
+                case Ended(_, reason, _):
+                    yield chunk([job.format.chunk(index, "", (), reason.value)])
+                case Progress(read, arrived, _, _) if time.monotonic() - noted > NOTE_SECONDS:
+                    noted = time.monotonic()
+                    yield f": {read} of {arrived} tokens read\n\n".encode()
+        kept = await _kept(store, job, outcome)
+        if job.options.include_usage:
+            yield chunk([], **{"usage": outcome.usage(), **kept})
+        elif kept:
+            yield chunk([], **kept)
+    except Exception as error:
+        known = from_exception(error)
+        if known is None:
+            raise
+        yield f"data: {json.dumps(known.body())}\n\n".encode()
+        return
     yield b"data: [DONE]\n\n"
 
 

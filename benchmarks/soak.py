@@ -123,7 +123,7 @@ class User:
 
     def note(self, answer: httpx.Response) -> bool:
         self.statuses[answer.status_code] += 1
-        if answer.status_code == 401:
+        if answer.status_code in (401, 429):
             time.sleep(0.2)
         if answer.status_code not in ALLOWED:
             self.wrong.append(f"{answer.request.method} {answer.request.url}: {answer.status_code}")
@@ -146,7 +146,10 @@ class User:
             if not self.note(answer):
                 return
             parts = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
-        self.compare("".join(part["choices"][0]["text"] for part in parts), expected)
+        if "error" in parts[-1]:
+            self.statuses[int(parts[-1]["error"]["code"] == "timeout" and 408)] += 1
+        else:
+            self.compare("".join(part["choices"][0]["text"] for part in parts), expected)
 
     def several(self) -> None:
         body, expected = self.random.choice(self.expected)
@@ -174,7 +177,9 @@ class User:
                 "/v1/completions", json={**body, "context": context, "prompt": body["prompt"][cut:]}
             )
         else:
-            self.note(self.client.post(f"/v1/contexts/{context}/extend", json={"text": body["prompt"][cut:]}))
+            extended = self.client.post(f"/v1/contexts/{context}/extend", json={"text": body["prompt"][cut:]})
+            if not self.note(extended):
+                return
             answer = self.client.post("/v1/completions", json={**body, "context": context, "prompt": ""})
         if self.note(answer):
             self.compare(answer.json()["choices"][0]["text"], expected)

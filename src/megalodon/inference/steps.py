@@ -41,6 +41,7 @@ from megalodon.inference.request import (
     Request,
     Usage,
 )
+from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.slots import BUCKETS, SlotDecoder, choose_buckets
 from megalodon.inference.snapshot import START, Kind
 from megalodon.inference.snapshot_file import ModelIdentity
@@ -295,7 +296,7 @@ class Steps:
         assert generation is not None and reader.state is not None
         work.prompt_tokens = reader.position + 1
         history = reader.history
-        recent = [*history.recent(), token][-256:]
+        recent = [*history.recent(), token][-REPETITION_WINDOW:]
         generator = None if request.start is None else request.start.generator
         for index in range(generation.choices):
             slot = self._free_slot()

@@ -175,7 +175,7 @@ def concurrency_parts(result: dict[str, Any]) -> list[str]:
         "ratio",
     ]
     parts = [
-        f"The best of {rounds} rounds; {result['slots']} slots, {PROMPT} tokens of prompt and {GENERATED} generated for each.",
+        f"The best of {rounds} rounds; {result['slots']} slots; each stream {PROMPT} tokens of prompt, {GENERATED} new.",
         "",
         markdown_table(header, rows),
         "",

@@ -175,7 +175,7 @@ def concurrency_parts(result: dict[str, Any]) -> list[str]:
         "ratio",
     ]
     parts = [
-        f"The best of {rounds} rounds; {result['slots']} slots; each stream {PROMPT} tokens of prompt, {GENERATED} new.",
+        f"The best of {rounds} rounds; {result['slots']} slots; each stream reads {PROMPT} tokens, writes {GENERATED}.",
         "",
         markdown_table(header, rows),
         "",

@@ -14,6 +14,8 @@ from megalodon import __version__
 COMMANDS = {
     "train": "train a model from a YAML config",
     "generate": "continue a prompt, a file or standard input of any length",
+    "serve": "answer OpenAI-style requests, with contexts that live on disk",
+    "batch": "answer the prompts of a JSONL file",
     "evaluate": "measure a model on held-out text",
     "tokenizer": "train a byte-pair encoding on your text",
     "plan": "choose a mesh for a model on many devices",

@@ -1,0 +1,276 @@
+"""One decoding step for many sequences at once, over slots of preallocated state.
+
+A slot is a row of every buffer. A step runs on the first `rows` slots, a number from a short list of *bucket sizes*,
+and changes the buffers in place, so nothing is allocated, copied or re-arranged when sequences come and go.
+
+**What a row gives depends on that row alone**, to the bit: not on its slot, its neighbours or the bucket. Matrix
+products have one shape per bucket, and only buckets whose rows come out alike are used: `choose_buckets` measures this
+on the model's own matrices, because a product of few rows may add up in another order than one of many. Attention runs
+row by row over exactly the row's own keys. All else is element by element, or a sum inside one row.
+
+For bfloat16 models too the state is kept in float32, its statistics in float64; activations, keys and values are
+bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megalodon import ops
+from megalodon.model import MegalodonForCausalLM, MegalodonState
+from megalodon.model.block import MegalodonBlock
+from megalodon.model.state import Dimensions, LayerState, OpenChunk
+from megalodon.model.timestep_norm import Moments, TimestepNorm
+from megalodon.ops.backend import accumulator_dtype, full_precision, matmul_dtype
+
+BUCKETS = (16, 32, 64, 128, 256, 512)
+"""Numbers of rows that a step may run on; fewer than 16 are padded."""
+
+
+class SlotNorm:
+    """A `TimestepNorm` whose statistics lie in slots."""
+
+    def __init__(self, norm: TimestepNorm, slots: int, dim: int) -> None:
+        device = norm.weight.device
+        self.norm, self.groups, self.size = norm, norm.num_groups, dim // norm.num_groups
+        wide = accumulator_dtype(device)
+        self.mean = torch.zeros(slots, self.groups, dtype=wide, device=device)
+        self.var = torch.ones(slots, self.groups, dtype=wide, device=device)
+        self.scale = norm.weight.detach().to(full_precision(norm.weight.dtype)) + 1
+        self.bias = norm.bias.detach().to(self.scale.dtype)
+
+    def step(self, x: Tensor, share: Tensor) -> Tensor:
+        """x [M, D] and 1 / (tokens seen, this one included) [M, 1] -> the normalised x, in float32 or better."""
+        rows = len(x)
+        mean, var = self.mean[:rows], self.var[:rows]
+        u = x.to(self.scale.dtype).view(rows, self.groups, self.size)
+        m = u.mean(-1)
+        s = (u - m[..., None]).square().mean(-1).to(var.dtype)
+        step = m.to(mean.dtype) - mean
+        mean.addcmul_(share, step)
+        var.addcmul_(share * step, step).mul_(1 - share).addcmul_(share, s)
+        inverse = torch.rsqrt(var + self.norm.eps).to(u.dtype)[..., None]
+        y = ((u - mean.to(u.dtype)[..., None]) * inverse).view(rows, -1)
+        return torch.addcmul(self.bias, y, self.scale)
+
+
+class SlotLayer:
+    """One block's weights in the form a step wants, and its memory in slots."""
+
+    def __init__(self, block: MegalodonBlock, slots: int, sizes: Dimensions, capacity: int, dtype: torch.dtype) -> None:
+        self.block = block
+        self.norm = SlotNorm(block.timestep_norm, slots, sizes.model_dim)
+        device = self.norm.mean.device
+        p, q, gamma = (x.detach() for x in block.cema.coefficients())
+        self.p, self.q = p, q
+        self.read = torch.view_as_real(gamma.conj().resolve_conj()).contiguous()  # Re(g h) = Re(g) Re(h) - Im(g) Im(h)
+        self.omega = block.cema.omega.detach().to(p.dtype).flatten()
+        self.h = torch.zeros(slots, sizes.model_dim, sizes.cema_ndim, dtype=q.dtype, device=device)
+        heads = (slots, sizes.num_heads, capacity)
+        self.keys = torch.zeros(*heads, sizes.head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(*heads, sizes.value_head_dim, dtype=dtype, device=device)
+        attention = block.attention
+        scale = (attention.qk_weight.detach() + 1) / math.sqrt(sizes.head_dim)
+        self.qk_scale = scale.view(2, sizes.num_heads, sizes.head_dim)
+        self.qk_bias = attention.qk_bias.detach().view(2, sizes.num_heads, sizes.head_dim)
+
+    def average(self, n: Tensor) -> Tensor:
+        """CEMA: [M, D] -> [M, D], in float32 or better."""
+        h = self.h[: len(n)]
+        n = n.to(self.p.dtype)
+        h.mul_(self.q).add_(n[..., None] * self.p)
+        return torch.addcmul((torch.view_as_real(h) * self.read).sum((-1, -2)), self.omega, n)
+
+    def queries_and_keys(self, m: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, D], complex [M, d/2] -> rotated [M, H, d] each."""
+        attention = self.block.attention
+        heads, size = self.qk_scale.shape[1:]
+        z = F.rms_norm(attention.z_proj(m).view(-1, heads, size), (size,), None, attention.eps)
+        q, k = (torch.addcmul(self.qk_bias[i], z, self.qk_scale[i]).to(z.dtype)[:, None] for i in (0, 1))
+        return ops.rotate(q, turns[:, None])[:, 0], ops.rotate(k, turns[:, None])[:, 0]
+
+    def attend(self, q: Tensor, keys: int, row: int) -> Tensor:
+        """q [H, d] of one row over its first `keys` keys -> [H, e]."""
+        wide = matmul_dtype(q)
+        k, v = self.keys[row, :, :keys].to(wide), self.values[row, :, :keys].to(wide)
+        scores = torch.matmul(q[:, None].to(wide), k.transpose(-1, -2))
+        weights = torch.softmax(scores.float() if scores.dtype == torch.bfloat16 else scores, dim=-1)
+        return torch.matmul(weights.to(wide), v)[:, 0].to(q.dtype)
+
+
+class SlotDecoder:
+    """The model's step for one token of each of many sequences.
+
+    Attributes:
+        slots: how many rows the buffers have.
+        buckets: the numbers of rows that a step may run on, ascending; the last one is `slots`.
+        positions: tokens that each slot's sequence has read.
+    """
+
+    def __init__(self, model: MegalodonForCausalLM, slots: int, buckets: Sequence[int] = BUCKETS) -> None:
+        """
+        Args:
+            model: in evaluation mode; its weights are used as they are now.
+            slots: sequences that can be decoded at once; rounded up to a bucket.
+            buckets: numbers of rows to choose from.
+
+        Raises:
+            ValueError: for less than one slot, or more than the largest bucket.
+        """
+        if not 1 <= slots <= max(buckets):
+            raise ValueError(f"slots is {slots}; it must be from 1 to {max(buckets)}")
+        self.model, self.sizes = model, Dimensions.of(model.config)
+        self.slots = min(size for size in buckets if size >= slots)
+        self.buckets = tuple(size for size in sorted(buckets) if size <= self.slots)
+        self.positions = [0] * self.slots
+        capacity = -(-self.sizes.chunk_size // 32) * 32  # keeps every row of the buffers on a 64-byte boundary
+        with torch.inference_mode():
+            self.layers = [
+                SlotLayer(block, self.slots, self.sizes, capacity, model.dtype) for block in model.model.layers
+            ]
+            self.final = SlotNorm(model.model.final_norm, self.slots, self.sizes.model_dim)
+            chunk = torch.arange(self.sizes.chunk_size, device=model.device)
+            self.turns = ops.rotations(chunk, self.sizes.head_dim, self.sizes.rope_base)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        norms = [self.final, *(layer.norm for layer in self.layers)]
+        tensors = [x for norm in norms for x in (norm.mean, norm.var)]
+        tensors += [x for layer in self.layers for x in (layer.h, layer.keys, layer.values)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def bucket(self, rows: int) -> int:
+        """The smallest bucket of at least so many rows."""
+        return min(size for size in self.buckets if size >= rows)
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int], active: Sequence[int]) -> Tensor:
+        """Feed one token to each active slot.
+
+        Args:
+            tokens: ids, one for each slot of `active`.
+            active: slots, ascending.
+
+        Returns:
+            logits float32 [len(active), V]: what follows each token.
+        """
+        rows, device = self.bucket(active[-1] + 1), self.model.device
+        ids = torch.zeros(rows, dtype=torch.int64)
+        ids[list(active)] = torch.tensor(tokens)
+        offsets = [position % self.sizes.chunk_size for position in self.positions[:rows]]
+        where = [(slot, offsets[slot]) for slot in active]
+        seen = torch.tensor(self.positions[:rows]) + self.model.config.norm_prior_count + 1
+        share = seen[:, None].to(device=device, dtype=self.final.mean.dtype).reciprocal()
+        turns = self.turns[torch.tensor(offsets, device=device)]
+        x = self.model.model.embed_tokens(ids.to(device)) * self.model.model.embedding_scale
+        for layer in self.layers:
+            x = self._block(layer, x, share, turns, where)
+        x = self.final.step(x, share).to(x.dtype)
+        for slot in active:
+            self.positions[slot] += 1
+        return self.model.lm_head(x)[list(active)].float()
+
+    def _block(
+        self, layer: SlotLayer, x: Tensor, share: Tensor, turns: Tensor, where: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        block, attention = layer.block, layer.block.attention
+        n = layer.norm.step(x, share).to(x.dtype)
+        m = block.memory_norm(layer.average(n).to(x.dtype))
+        q, k = layer.queries_and_keys(m, turns)
+        v = F.silu(attention.v_proj(n)).view(len(x), self.sizes.num_heads, -1)
+        o = torch.zeros_like(v)
+        for slot, offset in where:
+            layer.keys[slot, :, offset], layer.values[slot, :, offset] = k[slot], v[slot]
+            o[slot] = layer.attend(q[slot], offset + 1, slot)
+        gated = o.flatten(1) * F.silu(attention.r_proj(m))
+        y = x + (attention.h_proj(m) + attention.o_proj(gated))
+        return x + block.feed_forward(y)
+
+    # --- sequences in and out ---------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def load(self, slot: int, state: MegalodonState) -> None:
+        """Put a sequence's state (one row) into a slot."""
+        position = self.positions[slot] = int(state.position[0])
+        filled = position % self.sizes.chunk_size
+        for mine, theirs in [(self.final, state.final)] + [
+            (layer.norm, memory.moments) for layer, memory in zip(self.layers, state.layers, strict=True)
+        ]:
+            prior = mine.norm.prior(mine.mean.device)
+            mine.mean[slot] = theirs.mean[0] if position else prior.mean
+            mine.var[slot] = theirs.var[0] if position else prior.var
+        for layer, memory in zip(self.layers, state.layers, strict=True):
+            layer.h[slot] = memory.cema[0]
+            layer.keys[slot, :, :filled] = memory.chunk.keys[0, :filled].transpose(0, 1)
+            layer.values[slot, :, :filled] = memory.chunk.values[0, :filled].transpose(0, 1)
+
+    @torch.inference_mode()
+    def read(self, slot: int) -> MegalodonState:
+        """A copy of a slot's sequence."""
+        filled = self.positions[slot] % self.sizes.chunk_size
+        rows = slice(slot, slot + 1)
+
+        def moments(norm: SlotNorm) -> Moments:
+            return Moments(norm.mean[rows].clone(), norm.var[rows].clone())
+
+        layers = [
+            LayerState(
+                moments(layer.norm),
+                layer.h[rows].clone(),
+                OpenChunk(*(x[rows, :, :filled].transpose(1, 2).clone() for x in (layer.keys, layer.values))),
+            )
+            for layer in self.layers
+        ]
+        return MegalodonState(layers, moments(self.final), torch.tensor([self.positions[slot]]), self.sizes)
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int) -> None:
+        """Copy a slot's sequence to another slot."""
+        filled = self.positions[source] % self.sizes.chunk_size
+        self.positions[target] = self.positions[source]
+        for norm in [self.final, *(layer.norm for layer in self.layers)]:
+            norm.mean[target], norm.var[target] = norm.mean[source], norm.var[source]
+        for layer in self.layers:
+            layer.h[target] = layer.h[source]
+            for buffer in (layer.keys, layer.values):
+                buffer[target, :, :filled] = buffer[source, :, :filled]
+
+
+@torch.inference_mode()
+def choose_buckets(model: MegalodonForCausalLM, candidates: Sequence[int]) -> tuple[int, ...]:
+    """The candidates whose matrix products give each row, wherever it stands, the same bits as the largest candidate.
+
+    Every distinct shape among the model's matrices is multiplied with random rows. The largest candidate always stays;
+    its own rows must not depend on their place.
+
+    Raises:
+        RuntimeError: if they do: results on this machine would depend on who else is being served.
+    """
+    largest = max(candidates)
+    shapes: dict[tuple[int, ...], nn.Linear] = {
+        tuple(module.weight.shape): module for module in model.modules() if isinstance(module, nn.Linear)
+    }
+    alike = set(candidates)
+    generator = torch.Generator().manual_seed(0)
+    for linear in shapes.values():
+        x = torch.randn(largest, linear.in_features, generator=generator).to(model.device, linear.weight.dtype)
+        whole = linear(x)
+        order = torch.randperm(largest, generator=generator).to(model.device)
+        if not torch.equal(linear(x[order]), whole[order]):
+            raise RuntimeError(
+                f"a product of {largest} rows with a matrix of {linear.in_features} x {linear.out_features} gives a "
+                "row other bits in another place: this machine's matrix library cannot serve reproducibly"
+            )
+        for size in candidates:
+            places = [*range(0, largest - size + 1, max(1, size // 2)), largest - size]
+            if not all(
+                torch.equal(linear(x[start : start + size].clone()), whole[start : start + size]) for start in places
+            ):
+                alike.discard(size)
+    return tuple(sorted(alike | {largest}))

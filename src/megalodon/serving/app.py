@@ -1,0 +1,96 @@
+"""The application: endpoints, limits and errors around one engine and one store of contexts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from anyio import to_thread
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import FileResponse, JSONResponse, Response
+
+import megalodon
+from megalodon.inference.context_store import ContextStore
+from megalodon.inference.engine import Engine
+from megalodon.serving import completions, contexts, errors
+from megalodon.serving.auth import ApiKeys
+from megalodon.serving.calls import Service
+from megalodon.serving.chat import ChatTemplate
+from megalodon.serving.gate import Gate
+from megalodon.serving.metrics import Metrics
+from megalodon.serving.settings import Settings
+
+PAGE = Path(__file__).with_name("static") / "index.html"
+SWEEP_SECONDS = 60.0
+_log = logging.getLogger(__name__)
+
+
+def create_app(engine: Engine, settings: Settings) -> FastAPI:
+    """An ASGI application. It starts the engine when it starts, and closes it when it ends.
+
+    Raises:
+        OSError: if the place for contexts cannot be used, or the key file is missing.
+        ValueError: for a chat template or keys that cannot be read.
+    """
+    keys = ApiKeys(settings.key_file)
+    store = ContextStore(settings.contexts, engine.identity)
+    metrics = Metrics(engine)
+    service = Service(engine, settings, metrics)
+    template = ChatTemplate(engine.tokenizer, settings.chat_template)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        sweeping = asyncio.create_task(_sweep(store))
+        app.state.ready = True
+        yield
+        app.state.ready = False
+        sweeping.cancel()
+        await to_thread.run_sync(engine.close, settings.drain_seconds)
+
+    pages = {} if settings.docs else {"docs_url": None, "redoc_url": None}
+    app = FastAPI(title="megalodon", version=megalodon.__version__, lifespan=lifespan, **pages)  # type: ignore[arg-type]
+    app.state.ready = False
+    errors.install(app)
+    app.include_router(completions.router(service, store, template))
+    app.include_router(contexts.router(service, store))
+    _add_operations(app, engine, metrics)
+    app.add_middleware(Gate, keys=keys, settings=settings, metrics=metrics)  # type: ignore[arg-type]
+    return app
+
+
+def _add_operations(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the process lives and the engine's thread runs."""
+        return JSONResponse({"status": "ok"}) if engine.alive else JSONResponse({"status": "engine stopped"}, 503)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether requests are welcome."""
+        ok = app.state.ready and engine.alive
+        return JSONResponse({"status": "ready" if ok else "not ready"}, 200 if ok else 503)
+
+    @app.get("/metrics", response_class=Response)
+    async def scrape() -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        """The playground."""
+        policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+        return FileResponse(PAGE, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
+
+
+async def _sweep(store: ContextStore) -> None:
+    while True:
+        try:
+            await to_thread.run_sync(store.sweep)
+        except OSError:
+            _log.exception("expired contexts could not be removed")
+        await asyncio.sleep(SWEEP_SECONDS)

@@ -1,0 +1,85 @@
+"""What every request passes before it reaches an endpoint: its key, the size and pace of its body, and counting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from megalodon.serving.auth import ApiKeys
+from megalodon.serving.errors import ApiError
+from megalodon.serving.metrics import Metrics
+from megalodon.serving.settings import Settings
+
+
+class Gate:
+    """ASGI middleware. `scope["state"]["owner"]` is the owner of what the request may touch."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, settings: Settings, metrics: Metrics) -> None:
+        self._app, self._keys, self._settings, self._metrics = app, keys, settings, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        send = self._counting(scope, send)
+        headers = Headers(scope=scope)
+        try:
+            if scope["path"].startswith("/v1"):
+                _refuse_other_sites(headers)
+                scope.setdefault("state", {})["owner"] = self._keys.owner(headers.get("authorization"))
+            limit = self._limit(scope, headers)
+            announced = headers.get("content-length", "0")
+            if announced.isdecimal() and int(announced) > limit:
+                raise self._too_large(limit)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, self._bounded(receive, limit), send)
+
+    def _limit(self, scope: Scope, headers: Headers) -> int:
+        json = headers.get("content-type", "").startswith("application/json")
+        upload = scope["path"].startswith("/v1/contexts") and not json
+        return self._settings.max_upload if upload else self._settings.max_body
+
+    def _too_large(self, limit: int) -> ApiError:
+        self._metrics.refused.labels("body").inc()
+        return ApiError(413, f"the body is larger than {limit:,} bytes, the most that is accepted", "body_too_large")
+
+    def _bounded(self, receive: Receive, limit: int) -> Receive:
+        seconds, received, complete = self._settings.body_seconds, 0, False
+
+        async def bounded() -> Message:
+            nonlocal received, complete
+            if complete:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), seconds)
+            except TimeoutError:
+                raise ApiError(408, f"no more of the body arrived for {seconds:g} seconds", "body_timeout") from None
+            received += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if received > limit:
+                raise self._too_large(limit)
+            return message
+
+        return bounded
+
+    def _counting(self, scope: Scope, send: Send) -> Callable[[Message], Awaitable[None]]:
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(route, str(message["status"])).inc()
+            await send(message)
+
+        return counting
+
+
+def _refuse_other_sites(headers: Headers) -> None:
+    """Raise ApiError 403 for what another site's page sends from a visitor's browser, keys or not."""
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        raise ApiError(403, f"requests from pages of {origin[:80]} are not accepted", "cross_origin")

@@ -1,0 +1,137 @@
+"""The store of contexts: owned, named, expiring; in a folder and in an object store; tidy after crashes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from engine_cases import make_engine, run, submit, text_tokens
+from megalodon.inference import context_store
+from megalodon.inference.context_store import ChangedError, ContextStore, NameTakenError, NoContextError
+
+ENGINE = make_engine()
+
+
+def snapshot_of(length: int):
+    return run(ENGINE, submit(ENGINE, text_tokens(1, length), read_only=True, keep=True)).snapshot
+
+
+@pytest.fixture(params=["folder", "object store"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ContextStore:
+    url = str(tmp_path / "contexts") if request.param == "folder" else f"memory://{tmp_path.name}"
+    return ContextStore(url, ENGINE.identity)
+
+
+def test_round_trip_and_listing(store: ContextStore) -> None:
+    records = [store.create("a", snapshot_of(20 + i), f"name {i}", None) for i in range(3)]
+    assert [record.id for record in store.owned("a")] == [record.id for record in reversed(records)]
+    assert store.count("a") == 3 and store.count("b") == 0 and store.owned("b") == []
+    loaded = store.load(store.get("a", "name 1"))
+    assert loaded.tokens == 21 and loaded.text_fingerprint == records[1].text
+    assert store.get("a", records[1].id) == records[1]
+    store.delete("a", records[1].id)
+    for key in (records[1].id, "name 1", "../a", "", "x" * 1000):
+        with pytest.raises(NoContextError):
+            store.get("a", key)
+    with pytest.raises(NoContextError):
+        store.load(records[1])
+    with pytest.raises(NoContextError):
+        store.get("b", records[0].id)
+    with pytest.raises(ValueError, match="no name for a folder"):
+        store.owned("../a")
+
+
+def test_names_are_unique_per_owner(store: ContextStore) -> None:
+    record = store.create("a", snapshot_of(20), "mine", None)
+    with pytest.raises(NameTakenError):
+        store.create("a", snapshot_of(20), "mine", None)
+    store.create("b", snapshot_of(20), "mine", None)
+    assert store.update("a", "mine", name="mine").name == "mine"
+    assert store.update("a", "mine", name=None).name is None
+    for name in ("../x", "a/b", ".hidden", "", record.id):
+        with pytest.raises(ValueError, match="name"):
+            store.update("a", record.id, name=name)
+    assert store.count("a") == 1
+
+
+def test_extending_replaces_and_notices_changes(store: ContextStore) -> None:
+    record = store.create("a", snapshot_of(20), "mine", None)
+    longer = store.extend("a", record.id, snapshot_of(50), record)
+    assert (longer.id, longer.name, longer.tokens) == (record.id, "mine", 50)
+    with pytest.raises(ChangedError):
+        store.extend("a", record.id, snapshot_of(60), record)
+    assert store.load(store.get("a", "mine")).tokens == 50
+    with pytest.raises(NoContextError):
+        store.load(record)
+    store.delete("a", record.id)
+    with pytest.raises(ChangedError):
+        store.extend("a", record.id, snapshot_of(60), longer)
+    assert store.count("a") == 0 and not list(store._entries("a"))
+
+
+def test_expired_contexts_are_gone_and_swept(store: ContextStore) -> None:
+    record = store.create("a", snapshot_of(20), "soon", time.time() + 0.05)
+    store.create("a", snapshot_of(20), "later", time.time() + 1000)
+    time.sleep(0.06)
+    with pytest.raises(NoContextError):
+        store.get("a", record.id)
+    store.sweep()
+    assert len(store._entries("a")) == 2 and [one.name for one in store.owned("a")] == ["later"]
+
+
+def test_what_a_crash_leaves_is_swept(store: ContextStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = store.create("a", snapshot_of(20), "kept", None)
+
+    def fail(_: object) -> None:
+        raise OSError(28, "disk full")
+
+    monkeypatch.setattr(store, "_write_record", fail)
+    with pytest.raises(OSError, match="disk full"):
+        store.create("a", snapshot_of(20), "lost", None)
+    assert len(store._entries("a")) == 2, "a failed write leaves nothing"
+    store._fs.pipe_file(store._path("a", "ctx_0.orphan.safetensors"), b"half a file")
+    store.sweep()
+    assert len(store._entries("a")) == 3, "it may just be being written"
+    monkeypatch.setattr(context_store, "ORPHAN_SECONDS", -1.0)
+    store.sweep()
+    assert len(store._entries("a")) == 2 and store.load(kept).tokens == 20
+
+
+def test_export_and_import(store: ContextStore, tmp_path: Path) -> None:
+    record = store.create("a", snapshot_of(40), None, None)
+    with store.file(record) as path:
+        copy = tmp_path / "copy"
+        copy.write_bytes(path.read_bytes())
+    imported = store.import_file("b", copy, "from a", None)
+    assert imported.text == record.text and store.load(imported).tokens == 40
+    copy.write_bytes(copy.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="damaged"):
+        store.import_file("b", copy, None, None)
+    assert store.count("b") == 1
+
+
+def test_many_at_once(store: ContextStore) -> None:
+    snapshot, refused = snapshot_of(20), []
+
+    def work(i: int) -> None:
+        try:
+            store.create("a", snapshot, "the one", None)
+        except NameTakenError:
+            refused.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 7 and store.count("a") == 1 and len(store._entries("a")) == 2
+
+
+def test_unknown_protocols_are_refused() -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        ContextStore("nonsense://x", ENGINE.identity)
+    assert "memory" in fsspec.available_protocols()

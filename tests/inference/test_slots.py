@@ -1,0 +1,119 @@
+"""Decoding in slots: equal to the model, and each row to the bit independent of slot, neighbours and bucket."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine_cases import CHUNK, make_model
+from megalodon.inference import slots
+from megalodon.inference.slots import SlotDecoder, choose_buckets
+
+TOKENS = torch.randint(1, 256, (1, 4 * CHUNK + 5), generator=torch.Generator().manual_seed(3))
+
+
+@torch.inference_mode()
+def state_after(model, length: int):
+    return model(TOKENS[:, :length], use_cache=True).past_key_values
+
+
+def decode(decoder: SlotDecoder, slot: int, start: int, length: int, others: tuple[int, ...] = ()) -> torch.Tensor:
+    """Logits [length, V] of one slot while others decode something else."""
+    active = sorted((slot, *others))
+    rows = []
+    for i in range(length):
+        tokens = [int(TOKENS[0, start + i]) if one == slot else (7 * i + one) % 256 for one in active]
+        rows.append(decoder.step(tokens, active)[active.index(slot)])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"swiglu": True, "rescale_nffn": True, "scale_emb": True}, {"norm_prior_count": 3}, {"norm_affine": False}],
+)
+@pytest.mark.parametrize("start", [0, 1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
+def test_decoding_equals_the_model(changes: dict[str, object], start: int) -> None:
+    model = make_model(torch.float64, **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    decoder = SlotDecoder(model, 16)
+    decoder.load(5, state_after(model, start))
+    with torch.inference_mode():
+        whole = model(TOKENS).logits[0, start : start + 20]
+    torch.testing.assert_close(decode(decoder, 5, start, 20), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_slot_neighbours_or_bucket(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    state = state_after(model, 11)
+    alone = SlotDecoder(model, 16, choose_buckets(model, (16, 64)))
+    alone.load(0, state)
+    expected = decode(alone, 0, 11, 24)
+    crowded = SlotDecoder(model, 64, choose_buckets(model, (16, 64)))
+    others = (3, 9, 40, 63)
+    for i, slot in enumerate(others):
+        crowded.load(slot, state_after(model, 4 * i))
+    crowded.load(17, state)
+    assert torch.equal(decode(crowded, 17, 11, 24, others), expected)
+    mine, theirs = alone.read(0).state_dict(), crowded.read(17).state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_moved_sequence_goes_on() -> None:
+    model = make_model()
+    decoder = SlotDecoder(model, 16)
+    decoder.load(0, state_after(model, 11))
+    expected = decode(decoder, 0, 11, 12)
+    decoder.load(9, state_after(model, 11))
+    first = decode(decoder, 9, 11, 5)
+    decoder.move(9, 2)
+    assert torch.equal(torch.cat([first, decode(decoder, 2, 16, 7)]), expected)
+
+
+def test_what_was_read_from_a_slot_can_be_loaded_and_run_by_the_model() -> None:
+    model = make_model()
+    decoder = SlotDecoder(model, 16)
+    decoder.load(3, state_after(model, 7))
+    decode(decoder, 3, 7, 15)
+    with torch.inference_mode():
+        continued = model(TOKENS[:, 22:30], past_key_values=decoder.read(3)).logits
+        whole = model(TOKENS[:, :30]).logits[:, 22:]
+    torch.testing.assert_close(continued, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_slot_keeps_nothing_of_its_last_sequence() -> None:
+    model = make_model()
+    decoder = SlotDecoder(model, 16)
+    decoder.load(0, state_after(model, 0))
+    expected = decode(decoder, 0, 0, 20)
+    decode(decoder, 0, 20, 20)
+    decoder.load(0, state_after(model, 0))
+    assert torch.equal(decode(decoder, 0, 0, 20), expected)
+
+
+def test_buckets_that_give_other_bits_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    assert choose_buckets(model, (16, 32)) == (16, 32)
+    product = torch.nn.Linear.forward
+
+    def uneven(self, x):
+        return product(self, x) * (1 + 1e-6 * (len(x) == 16))
+
+    monkeypatch.setattr(slots.nn.Linear, "forward", uneven)
+    assert choose_buckets(model, (16, 32, 64)) == (32, 64)
+
+    def by_place(self, x):
+        return product(self, x) + 1e-6 * torch.arange(len(x))[:, None]
+
+    monkeypatch.setattr(slots.nn.Linear, "forward", by_place)
+    with pytest.raises(RuntimeError, match="another place"):
+        choose_buckets(model, (16, 32))
+
+
+def test_slots_out_of_range() -> None:
+    with pytest.raises(ValueError, match="slots is 0"):
+        SlotDecoder(make_model(), 0)
+    with pytest.raises(ValueError, match="slots is 1000"):
+        SlotDecoder(make_model(), 1000)

@@ -1,0 +1,125 @@
+"""Context files: every kind of damage and every stranger's file is refused, forged ones included."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from engine_cases import make_engine, make_model, run, submit, text_tokens
+from megalodon.inference.snapshot_file import _checksum, load_snapshot, save_snapshot
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    engine = make_engine()
+    snapshot = run(engine, submit(engine, text_tokens(1, 40), max_tokens=5, keep=True)).snapshot
+    save_snapshot(tmp_path / "a.context", snapshot, engine.identity)
+    return tmp_path / "a.context"
+
+
+def test_saved_and_loaded_is_the_same(saved: Path) -> None:
+    snapshot = load_snapshot(saved, make_engine().identity)
+    assert snapshot.tokens == 45 and [(one.kind, len(one.tokens)) for one in snapshot.tail] == [
+        ("read", 8),
+        ("generated", 5),
+    ]
+    save_snapshot(saved.with_name("b.context"), snapshot, make_engine().identity)
+    again = load_snapshot(saved.with_name("b.context"), make_engine().identity)
+    assert again.text_fingerprint == snapshot.text_fingerprint and torch.equal(again.generator, snapshot.generator)
+    mine, theirs = again.state.state_dict(), snapshot.state.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["a.context", "b.context"]
+
+
+def test_every_kind_of_damage_is_noticed(saved: Path) -> None:
+    identity, whole = make_engine().identity, saved.read_bytes()
+    for place in range(8, len(whole), 61):
+        changed = bytearray(whole)
+        changed[place] ^= 4
+        saved.write_bytes(changed)
+        with pytest.raises(ValueError, match="context"):
+            load_snapshot(saved, identity)
+    for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        saved.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="damaged"):
+            load_snapshot(saved, identity)
+
+
+def test_strangers_are_refused_with_the_reason(saved: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_snapshot(saved.with_name("nowhere"), make_engine().identity)
+    other = make_model()
+    with torch.no_grad():
+        other.model.layers[1].attention.o_proj.weight += 1e-3
+    for model in (other, make_model(model_dim=64)):
+        with pytest.raises(ValueError, match="another model"):
+            load_snapshot(saved, make_engine(model).identity)
+    with pytest.raises(ValueError, match="another model"):  # rounding changes the weights
+        load_snapshot(saved, make_engine(make_model(torch.bfloat16)).identity)
+    with pytest.raises(ValueError, match=r"tokenizer 'bytes', not with 'novel'"):
+        load_snapshot(saved, replace(make_engine().identity, tokenizer="0", tokenizer_name="novel"))
+    with pytest.raises(ValueError, match=r"made in float32; this model runs in bfloat16"):
+        load_snapshot(saved, replace(make_engine().identity, dtype="bfloat16"))
+    with pytest.raises(ValueError, match="reading 16 tokens at once; this server reads 8"):
+        load_snapshot(saved, make_engine(piece=8).identity)
+    save_file({"x": torch.zeros(1)}, saved)
+    with pytest.raises(ValueError, match="not a context file"):
+        load_snapshot(saved, make_engine().identity)
+
+
+def forge(path: Path, header: dict | None = None, **tensors: torch.Tensor | None) -> None:
+    """Change a file and give it the checksum that fits."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        contents = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in tensors.items():
+        contents.pop(name, None)
+        if tensor is not None:
+            contents[name] = tensor
+    written = json.dumps({**json.loads(metadata["context"]), **(header or {})}, sort_keys=True)
+    save_file(contents, path, {**metadata, "context": written, "checksum": _checksum(written, contents)})
+
+
+def test_forged_files_are_refused(saved: Path) -> None:
+    identity, whole = make_engine().identity, saved.read_bytes()
+    nan, heads = torch.full((1, 4), torch.nan, dtype=torch.float64), torch.zeros(1, 9, 2, 8)
+    forgeries: list[tuple[dict, dict]] = [
+        ({}, {"state.layers.0.norm.mean": nan}),
+        ({}, {"state.layers.0.norm.var": -torch.ones(1, 4, dtype=torch.float64)}),
+        ({}, {"state.layers.0.norm.mean": torch.zeros(1, 4, dtype=torch.int64)}),
+        ({}, {"state.layers.0.cema": torch.zeros(1, 32, 4, 2, dtype=torch.int32)}),
+        ({}, {"state.layers.0.keys": heads, "state.layers.0.values": heads.new_zeros(1, 9, 2, 16)}),
+        ({}, {"state.layers.1.cema": None}),
+        ({}, {"state.position": torch.tensor([32, 32])}),
+        ({}, {"state.position": torch.tensor([31])}),
+        ({}, {"tail.tokens": torch.full((13,), 256)}),
+        ({}, {"tail.tokens": torch.full((13,), -1)}),
+        ({}, {"tail.tokens": torch.zeros(13)}),
+        ({}, {"tail.kinds": torch.full((13,), 7, dtype=torch.uint8)}),
+        ({}, {"tail.kinds": torch.zeros(12, dtype=torch.uint8)}),
+        ({}, {"tail.tokens": None}),
+        ({}, {"generator": torch.zeros(3, dtype=torch.uint8)}),
+        ({}, {"generator": None}),
+        ({"position": 48}, {}),
+        ({"tokens": 10**9}, {}),
+        ({"recent": [256]}, {}),
+        ({"recent": ["x"]}, {}),
+        ({"recent": [1] * 300}, {}),
+        ({"recent": None}, {}),
+        ({"digest": "zz"}, {}),
+        ({"more": 1}, {}),
+    ]
+    for header, tensors in forgeries:
+        saved.write_bytes(whole)
+        forge(saved, header, **tensors)
+        with pytest.raises(ValueError, match=r"damaged|has shape|lacks|hexadecimal|invalid literal"):
+            load_snapshot(saved, identity)
+    saved.write_bytes(whole)
+    forge(saved)
+    load_snapshot(saved, identity)

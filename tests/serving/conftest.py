@@ -1,0 +1,89 @@
+"""A real server on a free port: uvicorn in a thread, a small model with random weights."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from openai import OpenAI
+
+from engine_cases import make_engine
+from megalodon.inference.engine import Engine
+from megalodon.inference.prefix_cache import PrefixStore
+from megalodon.serving import Settings, create_app
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    url: str
+    engine: Engine
+    settings: Settings
+
+    def http(self, key: str | None = None) -> httpx.Client:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+    def openai(self, key: str = "none") -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Starts servers; `serve(slots=..., setting=...)`."""
+    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(engine_options: dict[str, object] | None = None, **settings: object) -> Server:
+        engine = make_engine(
+            prefixes=lambda identity: PrefixStore(identity, 1 << 24), **{"slots": 16, **(engine_options or {})}
+        )
+        chosen = {"model_name": "tiny", "contexts": str(tmp_path_factory.mktemp("contexts")), "drain_seconds": 5}
+        made = Settings(**{**chosen, **settings})
+        config = uvicorn.Config(create_app(engine, made), port=0, log_level="warning", timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        running.append((server, thread))
+        port = server.servers[0].sockets[0].getsockname()[1]
+        return Server(f"http://127.0.0.1:{port}", engine, made)
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture(scope="session")
+def server(serve: Callable[..., Server]) -> Server:
+    """One server without keys, for tests that leave nothing behind that others would mind."""
+    return serve()
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    """Two keys: alice-secret-1 in plain, bob-secret-22 hashed."""
+    import hashlib
+
+    path = tmp_path / "keys"
+    hashed = hashlib.sha256(b"bob-secret-22").hexdigest()
+    path.write_text(f"# who may\nalice = alice-secret-1\nsha256:{hashed}\n")
+    return path
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether the condition comes true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return condition()

@@ -1,0 +1,317 @@
+"""Keys, limits and their statuses, clients that go away or read slowly, and ends in order."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from conftest import Server, eventually
+from engine_cases import make_model
+from megalodon.data import ByteTokenizer
+from megalodon.serving.auth import ApiKeys
+from megalodon.serving.errors import ApiError
+
+ALICE, BOB = "alice-secret-1", "bob-secret-22"
+BODY = {"model": "tiny", "prompt": "abc", "max_tokens": 3}
+LONG = {"model": "tiny", "prompt": "abc", "max_tokens": 4000, "stream": True, "ignore_end": True}
+TEXT_PLAIN = {"Content-Type": "text/plain"}
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_required_and_separate_owners(serve: Callable[..., Server], key_file: Path) -> None:
+    server = serve(key_file=key_file)
+    with server.http() as nobody, server.http("alice-secret-2") as wrong:
+        for client in (nobody, wrong):
+            for path in ("/v1/models", "/v1/contexts", "/v1/contexts/x", "/v1/nothing"):
+                answer = client.get(path)
+                assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+            assert client.post("/v1/completions", json=BODY).status_code == 401
+        assert nobody.get("/health").status_code == 200
+    with server.http(ALICE) as alice, server.http(BOB) as bob:
+        made = alice.post("/v1/contexts", json={"text": "a secret of Alice's " * 20, "name": "mine"}).json()
+        for key in (made["id"], "mine"):
+            for method, path in (("GET", ""), ("PATCH", ""), ("DELETE", ""), ("GET", "/export"), ("POST", "/fork")):
+                assert bob.request(method, f"/v1/contexts/{key}{path}", json={}).status_code == 404
+            assert bob.post(f"/v1/contexts/{key}/extend", json={"text": "x"}).status_code == 404
+            assert bob.post("/v1/completions", json={**BODY, "context": key}).status_code == 404
+        assert bob.get("/v1/contexts").json()["data"] == []
+        assert bob.post("/v1/contexts", json={"text": "x", "name": "mine"}).status_code == 201, "names are per key"
+        assert alice.get("/v1/contexts/mine").status_code == 200
+        prompt = {**BODY, "prompt": "a shared beginning " * 10}
+        used = [client.post("/v1/completions", json=prompt).json()["usage"] for client in (alice, bob, bob)]
+        assert [one["prompt_tokens_details"]["cached_tokens"] for one in used] == [0, 0, 176]
+
+
+def test_keys_come_from_file_and_environment_and_can_be_withdrawn(
+    key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "MEGALODON_API_KEYS", "from-the-environment, sha256:" + hashlib.sha256(b"hashed-one").hexdigest()
+    )
+    keys = ApiKeys(key_file)
+    owners = {keys.owner(f"Bearer {key}") for key in (ALICE, BOB, "from-the-environment", "hashed-one")}
+    assert len(owners) == 4 and not any(ALICE in owner for owner in owners)
+    for header in (None, "", "Bearer", "Bearer ", f"Basic {ALICE}", f"Bearer {ALICE}x", "Bearer sha256:" + "0" * 64):
+        with pytest.raises(ApiError) as refused:
+            keys.owner(header)
+        assert refused.value.status == 401
+    key_file.write_text(f"bob = {BOB}\n")
+    os.utime(key_file, ns=(1, 1))
+    with pytest.raises(ApiError):
+        keys.owner(f"Bearer {ALICE}")
+    key_file.unlink()
+    with pytest.raises(ApiError):
+        keys.owner(f"Bearer {BOB}")
+    assert keys.owner("Bearer from-the-environment")
+
+
+@pytest.mark.parametrize("line", ["short", "has some spaces", "sha256:0123", ""])
+def test_what_is_no_key_is_refused_at_the_start(tmp_path: Path, line: str) -> None:
+    (tmp_path / "keys").write_text(line)
+    with pytest.raises(ValueError, match="key"):
+        ApiKeys(tmp_path / "keys")
+    with pytest.raises(FileNotFoundError, match="no key file"):
+        ApiKeys(tmp_path / "nowhere")
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def narrow(serve: Callable[..., Server]) -> Server:
+    return serve(
+        {"queue_length": 2},
+        max_body=2000,
+        max_upload=5000,
+        max_prompt_tokens=1000,
+        max_concurrent=3,
+        max_contexts=2,
+        request_seconds=1.5,
+        body_seconds=0.5,
+    )
+
+
+def test_bodies_too_large(narrow: Server) -> None:
+    with narrow.http() as client:
+        for content in (b'{"model": "' + b"x" * 3000, iter([b'{"model": "', b"x" * 3000])):
+            answer = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+        for path in ("/v1/contexts", "/v1/contexts/import"):
+            for content in (b"x" * 6000, iter([b"x" * 3000] * 2)):
+                assert client.post(path, content=content, headers=TEXT_PLAIN).status_code == 413
+        assert client.get("/v1/contexts").json()["data"] == []
+
+
+def test_prompts_too_long(narrow: Server) -> None:
+    with narrow.http() as client:
+        for stream in (False, True):
+            answer = client.post("/v1/completions", json={**BODY, "prompt": "x" * 1001, "stream": stream})
+            assert answer.status_code == 413 and answer.json()["error"]["code"] == "prompt_too_long"
+        assert client.post("/v1/contexts", content=b"x" * 1001, headers=TEXT_PLAIN).status_code == 413
+
+
+def test_too_many_contexts(narrow: Server) -> None:
+    with narrow.http() as client:
+        made = [client.post("/v1/contexts", json={"text": "x"}).json()["id"] for _ in range(2)]
+        for answer in (
+            client.post("/v1/contexts", json={"text": "x"}),
+            client.post(f"/v1/contexts/{made[0]}/fork", json={}),
+            client.post("/v1/completions", json={**BODY, "save_context": True}),
+        ):
+            assert answer.status_code == 403 and answer.json()["error"]["code"] == "too_many_contexts"
+        for one in made:
+            client.delete(f"/v1/contexts/{one}")
+
+
+def test_time_limit_of_a_request(narrow: Server) -> None:
+    with narrow.http() as client:
+        answer = client.post("/v1/completions", json={**LONG, "stream": False})
+        assert answer.status_code == 408 and answer.json()["error"]["code"] == "timeout"
+        with client.stream("POST", "/v1/completions", json=LONG) as stream:
+            lines = [line for line in stream.iter_lines() if line]
+        assert stream.status_code == 200 and '"code": "timeout"' in lines[-1]
+    assert eventually(lambda: narrow.engine.idle)
+
+
+def test_a_body_that_stops_arriving(narrow: Server) -> None:
+    host, port = narrow.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /v1/contexts HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+    assert eventually(lambda: narrow.engine.idle)
+
+
+def test_too_many_requests_of_a_key_and_a_full_queue(serve: Callable[..., Server]) -> None:
+    server = serve({"queue_length": 1}, max_concurrent=18)
+    with server.http() as client:
+        streams = [client.stream("POST", "/v1/completions", json=LONG) for _ in range(16)]
+        for stream in streams:
+            stream.__enter__()
+        assert eventually(lambda: server.engine.counters.generating == 16)
+        waiting = client.stream("POST", "/v1/completions", json=LONG)
+        thread = threading.Thread(target=lambda: waiting.__enter__(), daemon=True)
+        thread.start()
+        assert eventually(lambda: server.engine.waiting == 1)
+        full = client.post("/v1/completions", json=BODY)
+        assert full.status_code == 503 and int(full.headers["retry-after"]) >= 1
+        assert full.json()["error"]["code"] == "overloaded"
+        for stream in streams:
+            stream.__exit__(None, None, None)
+        thread.join(20)
+        waiting.__exit__(None, None, None)
+    assert eventually(lambda: server.engine.idle)
+    server.settings.max_concurrent = 1
+    with server.http() as client, client.stream("POST", "/v1/completions", json=LONG):
+        refused = client.post("/v1/completions", json=BODY)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+    assert eventually(lambda: server.engine.idle)
+
+
+def test_pages_of_other_sites_are_refused(server: Server) -> None:
+    with server.http() as client:
+        own = server.url.removeprefix("http://")
+        for origin, status in ((f"http://{own}", 200), ("http://evil.example", 403), ("null", 403)):
+            assert client.get("/v1/models", headers={"Origin": origin}).status_code == status
+        sent = client.post("/v1/contexts", content=b"x", headers={**TEXT_PLAIN, "Origin": "http://evil.example"})
+        assert sent.status_code == 403 and sent.json()["error"]["code"] == "cross_origin"
+
+
+# --- clients --------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
+    with server.http() as client:
+        with client.stream("POST", "/v1/completions", json=LONG) as stream:
+            next(stream.iter_lines())
+            assert eventually(lambda: server.engine.counters.generating == 1)
+        assert eventually(lambda: server.engine.idle, 5)
+    with server.http() as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/completions", json={**LONG, "stream": False}, timeout=0.3)
+    assert eventually(lambda: server.engine.idle, 5)
+
+
+def test_a_client_that_goes_away_while_sending_leaves_nothing(server: Server) -> None:
+    def parts() -> Iterator[bytes]:
+        yield b"some text " * 100
+        raise ConnectionError
+
+    with server.http() as client:
+        before = client.get("/v1/contexts").json()
+        with pytest.raises(ConnectionError):
+            client.post("/v1/contexts", content=parts(), headers=TEXT_PLAIN)
+        assert eventually(lambda: server.engine.idle, 5)
+        assert client.get("/v1/contexts").json() == before
+
+
+def test_a_slow_reader_blocks_nobody(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    body = b'{"model": "tiny", "prompt": "abc", "max_tokens": 1500, "stream": true, "ignore_end": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect((host, int(port)))
+        slow.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert eventually(lambda: server.engine.counters.generating == 1)
+        with server.http() as client:
+            for _ in range(3):
+                assert client.post("/v1/completions", json=BODY).status_code == 200
+        assert eventually(lambda: server.engine.idle, 60), "the answer is complete though nobody reads it"
+
+
+# --- ends -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make_model().save_pretrained(folder)
+    ByteTokenizer().save(folder)
+    return folder
+
+
+class Process:
+    """`megalodon serve` in a process of its own."""
+
+    def __init__(self, folder: Path, contexts: Path) -> None:
+        command = [sys.executable, "-m", "megalodon", "serve", str(folder), "--port", "0", "--contexts", str(contexts)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [*command, "--slots", "4", "--drain-seconds", "20"], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert " at http://" in line, line
+        self.client = httpx.Client(base_url=line.split(" at ")[1].split("/ ")[0], timeout=60)
+        assert eventually(self._ready, 60)
+
+    def _ready(self) -> bool:
+        try:
+            return self.client.get("/ready").status_code == 200
+        except httpx.ConnectError:
+            return False
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.client.close()
+
+
+def test_sigterm_lets_running_requests_finish(folder: Path, tmp_path: Path) -> None:
+    with Process(folder, tmp_path) as server:
+        body = {**LONG, "max_tokens": 400}
+        with server.client.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
+        assert server.process.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_a_crash_loses_no_saved_context_and_leaves_no_half_one(folder: Path, tmp_path: Path) -> None:
+    with Process(folder, tmp_path) as server:
+        kept = server.client.post("/v1/contexts", json={"text": "to be kept " * 100, "name": "kept"}).json()
+        answer = server.client.post("/v1/completions", json={**BODY, "context": "kept", "seed": 1}).json()
+
+        def keep_saving() -> None:
+            for i in range(1000):
+                try:
+                    server.client.post("/v1/contexts", json={"text": f"{i} " * 50})
+                    server.client.post(
+                        "/v1/completions", json={**BODY, "context": "kept", "save_context": {"replace": False}}
+                    )
+                except httpx.HTTPError:
+                    return
+
+        threads = [threading.Thread(target=keep_saving) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.7)
+        server.process.kill()
+        for thread in threads:
+            thread.join()
+    with Process(folder, tmp_path) as server:
+        listed = server.client.get("/v1/contexts", params={"limit": 1000}).json()["data"]
+        assert len(listed) > 3 and kept["id"] in [one["id"] for one in listed]
+        for one in listed:
+            assert server.client.get(f"/v1/contexts/{one['id']}/export").status_code == 200
+            again = server.client.post("/v1/completions", json={**BODY, "context": one["id"], "seed": 1})
+            assert again.status_code == 200
+        again = server.client.post("/v1/completions", json={**BODY, "context": "kept", "seed": 1}).json()
+        assert again["choices"] == answer["choices"]

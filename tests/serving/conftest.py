@@ -5,34 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 import uvicorn
-from openai import OpenAI
+from serving_cases import Server
 
 from engine_cases import make_engine
-from megalodon.inference.engine import Engine
 from megalodon.inference.prefix_cache import PrefixStore
 from megalodon.serving import Settings, create_app
-
-
-@dataclass
-class Server:
-    """A running server."""
-
-    url: str
-    engine: Engine
-    settings: Settings
-
-    def http(self, key: str | None = None) -> httpx.Client:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
-
-    def openai(self, key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
 
 @pytest.fixture(scope="session")
@@ -77,13 +58,3 @@ def key_file(tmp_path: Path) -> Path:
     hashed = hashlib.sha256(b"bob-secret-22").hexdigest()
     path.write_text(f"# who may\nalice = alice-secret-1\nsha256:{hashed}\n")
     return path
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    """Whether the condition comes true in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()

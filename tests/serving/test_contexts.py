@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
-
-from conftest import Server, eventually
+from serving_cases import Server, eventually
 
 TEXT = "".join(random.Random(0).choice("abcdefghij klmnop\n") for _ in range(3000)) + "naïve €"
 TEXT_PLAIN = {"Content-Type": "text/plain"}

@@ -9,8 +9,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
-
-from conftest import Server, eventually
+from serving_cases import Server, eventually
 
 
 def fuzz(server: Server, examples: int) -> None:

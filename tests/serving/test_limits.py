@@ -15,8 +15,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from serving_cases import Server, eventually
 
-from conftest import Server, eventually
 from engine_cases import make_model
 from megalodon.data import ByteTokenizer
 from megalodon.serving.auth import ApiKeys

@@ -8,8 +8,7 @@ import subprocess
 
 import openai
 import pytest
-
-from conftest import Server
+from serving_cases import Server
 
 PROMPT = "It is a truth universally acknowledged"
 HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]

@@ -12,8 +12,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
-
-from conftest import Server
+from serving_cases import Server
 
 pytestmark = pytest.mark.slow
 SECRET = "page-secret-key"

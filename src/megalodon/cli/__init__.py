@@ -50,6 +50,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(2)
     try:
         importlib.import_module(f"megalodon.cli.{name}").app(rest, prog_name=f"megalodon {name}")
+    except ModuleNotFoundError as error:
+        if name != "serve" or (error.name or "").startswith("megalodon"):
+            raise
+        extra = "ray" if error.name == "ray" else "serve"
+        print(f"megalodon: serve needs {error.name}: pip install 'megalodon-lm[{extra}]'", file=sys.stderr)
+        raise SystemExit(2) from None
     except (ValueError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that one launcher started, one says it
             print(f"megalodon: {error}", file=sys.stderr)

@@ -34,7 +34,7 @@ def serve(rank: int, connection: Connection) -> None:
                 init_method=f"file://{meeting}",
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=20),
+                timeout=timedelta(seconds=120),
             )
             try:
                 connection.send((function(*arguments), None))

@@ -57,6 +57,7 @@ def write(tmp_path: Path, values: dict) -> Path:  # noqa: F811
     return path
 
 
+@pytest.mark.slow
 def test_two_agents_and_a_killed_rank_end_as_one_process(values, tmp_path):  # noqa: F811
     assert train(with_changes(values, steps=40, folder="whole")) == "done"
     config = write(tmp_path, with_changes(values, steps=40, shard=2))

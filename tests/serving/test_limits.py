@@ -192,15 +192,17 @@ def test_pages_of_other_sites_are_refused(server: Server) -> None:
 # --- clients --------------------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
+def test_a_client_that_goes_away_frees_its_slot(serve: Callable[..., Server]) -> None:
+    server = serve(max_tokens=1_000_000)
+    endless = {**LONG, "max_tokens": 1_000_000}  # it cannot end by itself while the test looks
     with server.http() as client:
-        with client.stream("POST", "/v1/completions", json=LONG) as stream:
+        with client.stream("POST", "/v1/completions", json=endless) as stream:
             next(stream.iter_lines())
             assert eventually(lambda: server.engine.counters.generating == 1)
-        assert eventually(lambda: server.engine.idle, 5)
+        assert eventually(lambda: server.engine.idle, 30)
     with server.http() as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/completions", json={**LONG, "stream": False}, timeout=0.3)
-    assert eventually(lambda: server.engine.idle, 5)
+        client.post("/v1/completions", json={**endless, "stream": False}, timeout=0.3)
+    assert eventually(lambda: server.engine.idle, 30)
 
 
 def test_a_client_that_goes_away_while_sending_leaves_nothing(server: Server) -> None:
@@ -212,7 +214,7 @@ def test_a_client_that_goes_away_while_sending_leaves_nothing(server: Server) ->
         before = client.get("/v1/contexts").json()
         with pytest.raises(ConnectionError):
             client.post("/v1/contexts", content=parts(), headers=TEXT_PLAIN)
-        assert eventually(lambda: server.engine.idle, 5)
+        assert eventually(lambda: server.engine.idle, 30)
         assert client.get("/v1/contexts").json() == before
 
 

@@ -192,6 +192,7 @@ def test_pages_of_other_sites_are_refused(server: Server) -> None:
 # --- clients --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_away_frees_its_slot(serve: Callable[..., Server]) -> None:
     server = serve(max_tokens=1_000_000)
     endless = {**LONG, "max_tokens": 1_000_000}  # it cannot end by itself while the test looks

@@ -95,7 +95,7 @@ def test_logits_in_slices_are_the_same(model: MegalodonForCausalLM, monkeypatch:
     whole = evaluate_perplexity(model, ByteTokenizer(), [document(TEXT)])
     monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 256 * 10)
     sliced = evaluate_perplexity(model, ByteTokenizer(), [document(TEXT)])
-    assert sliced["overall"]["loss"] == pytest.approx(whole["overall"]["loss"], rel=1e-7)
+    assert sliced["overall"]["loss"] == pytest.approx(whole["overall"]["loss"], rel=1e-6)
 
 
 def test_progress_counts_up(model: MegalodonForCausalLM) -> None:

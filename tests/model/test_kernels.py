@@ -45,7 +45,7 @@ def test_checkpointing_changes_nothing() -> None:
     expected = gradients(model)
     model.gradient_checkpointing_enable()
     model(ids, labels=ids, use_cache=False).loss.backward()
-    assert gradient_difference(gradients(model), expected) < 1e-6
+    assert gradient_difference(gradients(model), expected) < 5e-6
 
 
 def test_packed_documents_and_autocast_agree_with_the_blocked_forms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def test_a_state_may_be_used_again(pieces: list[int], batch: int) -> None:
         out = MODEL(piece, past_key_values=state, use_cache=True)
         MODEL((piece + 1) % VOCABULARY, past_key_values=state, use_cache=True)  # a fork that must leave no trace
         again = MODEL(piece, past_key_values=state, use_cache=True)
-        assert relative(again.logits, out.logits) < 1e-6
+        assert relative(again.logits, out.logits) < 5e-6
         state = out.past_key_values
         logits.append(out.logits)
     assert relative(torch.cat(logits, 1), whole.logits) < 1e-5

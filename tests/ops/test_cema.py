@@ -66,7 +66,7 @@ def test_bfloat16_input_keeps_float32_coefficients() -> None:
     expected, expected_state = cema(**{**inputs, "x": inputs["x"].bfloat16().float()})
     assert y.dtype == torch.bfloat16 and state.dtype == torch.complex64
     assert relative(y.float(), expected) < 2**-8
-    assert relative(state, expected_state) < 1e-6
+    assert relative(state, expected_state) < 5e-6
 
 
 def test_decay_close_to_one_stays_exact_over_many_blocks() -> None:

@@ -52,7 +52,7 @@ def test_float32(device, batch, length, dim, components, longest, state, program
         inputs,
         wide,
     )
-    assert max(errors.values()) < 3e-6, errors
+    assert max(errors.values()) < 1e-5, errors
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -74,7 +74,7 @@ def test_padding_gives_zeros_and_leaves_the_state_alone(device: str) -> None:
     outputs = cema(**inputs, layout=Layout(3, 40, device, lengths=lengths), backend="triton")
     expected = cema(**wide, layout=Layout(3, 40, lengths=lengths), backend="reference")
     errors = largest_error(outputs, expected, inputs, wide)
-    assert max(errors.values()) < 3e-6, errors
+    assert max(errors.values()) < 1e-5, errors
     assert not outputs[0][1, 17:].any() and not outputs[0][2].any()
 
 
@@ -96,7 +96,7 @@ def test_one_output_alone_has_gradients(device: str) -> None:
         wide = widen(inputs)
         outputs = (cema(**inputs, backend="triton")[which],)
         errors = largest_error(outputs, (cema(**wide, backend="reference")[which],), inputs, wide)
-        assert max(errors.values()) < 3e-6, errors
+        assert max(errors.values()) < 1e-5, errors
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -116,7 +116,7 @@ def test_a_step_without_gradients_is_the_recurrence(device: str) -> None:
     inputs = {k: v.detach() for k, v in inputs_of(device, torch.float32, True, 3, 1, 5, 3).items()}
     outputs = cema(**inputs, backend="triton")
     for actual, expected in zip(outputs, cema(**widen(inputs), backend="reference"), strict=True):
-        assert relative(actual.to("cpu", expected.dtype), expected) < 1e-6
+        assert relative(actual.to("cpu", expected.dtype), expected) < 3e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)

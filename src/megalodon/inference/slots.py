@@ -14,19 +14,18 @@ bfloat16.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megalodon import ops
 from megalodon.model import MegalodonForCausalLM, MegalodonState
 from megalodon.model.block import MegalodonBlock
 from megalodon.model.state import Dimensions, LayerState, OpenChunk
 from megalodon.model.timestep_norm import Moments, TimestepNorm
-from megalodon.ops.backend import accumulator_dtype, full_precision, matmul_dtype
+from megalodon.model.token_step import BlockStep, NormStep
+from megalodon.ops.backend import accumulator_dtype, matmul_dtype
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
 """Numbers of rows that a step may run on; fewer than 16 are padded."""
@@ -35,64 +34,29 @@ BUCKETS = (16, 32, 64, 128, 256, 512)
 class SlotNorm:
     """A `TimestepNorm` whose statistics lie in slots."""
 
-    def __init__(self, norm: TimestepNorm, slots: int, dim: int) -> None:
+    def __init__(self, norm: TimestepNorm, step: NormStep, slots: int) -> None:
         device = norm.weight.device
-        self.norm, self.groups, self.size = norm, norm.num_groups, dim // norm.num_groups
+        self.norm, self._step = norm, step
         wide = accumulator_dtype(device)
-        self.mean = torch.zeros(slots, self.groups, dtype=wide, device=device)
-        self.var = torch.ones(slots, self.groups, dtype=wide, device=device)
-        self.scale = norm.weight.detach().to(full_precision(norm.weight.dtype)) + 1
-        self.bias = norm.bias.detach().to(self.scale.dtype)
+        self.mean = torch.zeros(slots, norm.num_groups, dtype=wide, device=device)
+        self.var = torch.ones(slots, norm.num_groups, dtype=wide, device=device)
 
     def step(self, x: Tensor, share: Tensor) -> Tensor:
-        """x [M, D] and 1 / (tokens seen, this one included) [M, 1] -> the normalised x, in float32 or better."""
-        rows = len(x)
-        mean, var = self.mean[:rows], self.var[:rows]
-        u = x.to(self.scale.dtype).view(rows, self.groups, self.size)
-        m = u.mean(-1)
-        s = (u - m[..., None]).square().mean(-1).to(var.dtype)
-        step = m.to(mean.dtype) - mean
-        mean.addcmul_(share, step)
-        var.addcmul_(share * step, step).mul_(1 - share).addcmul_(share, s)
-        inverse = torch.rsqrt(var + self.norm.eps).to(u.dtype)[..., None]
-        y = ((u - mean.to(u.dtype)[..., None]) * inverse).view(rows, -1)
-        return torch.addcmul(self.bias, y, self.scale)
+        """x [M, D] and 1 / (tokens seen, this one included) [M, 1] -> the normalised x, in the dtype of x."""
+        return self._step(x, share, self.mean[: len(x)], self.var[: len(x)]).to(x.dtype)
 
 
 class SlotLayer:
-    """One block's weights in the form a step wants, and its memory in slots."""
+    """One block's step, and its memory in slots."""
 
     def __init__(self, block: MegalodonBlock, slots: int, sizes: Dimensions, capacity: int, dtype: torch.dtype) -> None:
-        self.block = block
-        self.norm = SlotNorm(block.timestep_norm, slots, sizes.model_dim)
-        device = self.norm.mean.device
-        p, q, gamma = (x.detach() for x in block.cema.coefficients())
-        self.p, self.q = p, q
-        self.read = torch.view_as_real(gamma.conj().resolve_conj()).contiguous()  # Re(g h) = Re(g) Re(h) - Im(g) Im(h)
-        self.omega = block.cema.omega.detach().to(p.dtype).flatten()
-        self.h = torch.zeros(slots, sizes.model_dim, sizes.cema_ndim, dtype=q.dtype, device=device)
+        self.step = BlockStep(block)
+        self.norm = SlotNorm(block.timestep_norm, self.step.norm, slots)
+        device, state = self.norm.mean.device, self.step.q.dtype
+        self.h = torch.zeros(slots, sizes.model_dim, sizes.cema_ndim, dtype=state, device=device)
         heads = (slots, sizes.num_heads, capacity)
         self.keys = torch.zeros(*heads, sizes.head_dim, dtype=dtype, device=device)
         self.values = torch.zeros(*heads, sizes.value_head_dim, dtype=dtype, device=device)
-        attention = block.attention
-        scale = (attention.qk_weight.detach() + 1) / math.sqrt(sizes.head_dim)
-        self.qk_scale = scale.view(2, sizes.num_heads, sizes.head_dim)
-        self.qk_bias = attention.qk_bias.detach().view(2, sizes.num_heads, sizes.head_dim)
-
-    def average(self, n: Tensor) -> Tensor:
-        """CEMA: [M, D] -> [M, D], in float32 or better."""
-        h = self.h[: len(n)]
-        n = n.to(self.p.dtype)
-        h.mul_(self.q).add_(n[..., None] * self.p)
-        return torch.addcmul((torch.view_as_real(h) * self.read).sum((-1, -2)), self.omega, n)
-
-    def queries_and_keys(self, m: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-        """[M, D], complex [M, d/2] -> rotated [M, H, d] each."""
-        attention = self.block.attention
-        heads, size = self.qk_scale.shape[1:]
-        z = F.rms_norm(attention.z_proj(m).view(-1, heads, size), (size,), None, attention.eps)
-        q, k = (torch.addcmul(self.qk_bias[i], z, self.qk_scale[i]).to(z.dtype)[:, None] for i in (0, 1))
-        return ops.rotate(q, turns[:, None])[:, 0], ops.rotate(k, turns[:, None])[:, 0]
 
     def attend(self, q: Tensor, keys: int, row: int) -> Tensor:
         """q [H, d] of one row over its first `keys` keys -> [H, e]."""
@@ -133,7 +97,8 @@ class SlotDecoder:
             self.layers = [
                 SlotLayer(block, self.slots, self.sizes, capacity, model.dtype) for block in model.model.layers
             ]
-            self.final = SlotNorm(model.model.final_norm, self.slots, self.sizes.model_dim)
+            final = model.model.final_norm
+            self.final = SlotNorm(final, NormStep(final), self.slots)
             chunk = torch.arange(self.sizes.chunk_size, device=model.device)
             self.turns = ops.rotations(chunk, self.sizes.head_dim, self.sizes.rope_base)
 
@@ -171,7 +136,7 @@ class SlotDecoder:
         x = self.model.model.embed_tokens(ids.to(device)) * self.model.model.embedding_scale
         for layer in self.layers:
             x = self._block(layer, x, share, turns, where)
-        x = self.final.step(x, share).to(x.dtype)
+        x = self.final.step(x, share)
         for slot in active:
             self.positions[slot] += 1
         return self.model.lm_head(x)[list(active)].float()
@@ -179,18 +144,16 @@ class SlotDecoder:
     def _block(
         self, layer: SlotLayer, x: Tensor, share: Tensor, turns: Tensor, where: Sequence[tuple[int, int]]
     ) -> Tensor:
-        block, attention = layer.block, layer.block.attention
-        n = layer.norm.step(x, share).to(x.dtype)
-        m = block.memory_norm(layer.average(n).to(x.dtype))
-        q, k = layer.queries_and_keys(m, turns)
-        v = F.silu(attention.v_proj(n)).view(len(x), self.sizes.num_heads, -1)
+        step = layer.step
+        n = layer.norm.step(x, share)
+        m = step.average(n, layer.h[: len(x)])
+        q, k = step.queries_and_keys(m, turns)
+        v = step.values(n)
         o = torch.zeros_like(v)
         for slot, offset in where:
             layer.keys[slot, :, offset], layer.values[slot, :, offset] = k[slot], v[slot]
             o[slot] = layer.attend(q[slot], offset + 1, slot)
-        gated = o.flatten(1) * F.silu(attention.r_proj(m))
-        y = x + (attention.h_proj(m) + attention.o_proj(gated))
-        return x + block.feed_forward(y)
+        return step.finish(x, m, o)
 
     # --- sequences in and out ---------------------------------------------------------------------------------------
 

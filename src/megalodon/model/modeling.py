@@ -27,6 +27,7 @@ from megalodon.model.generation import MegalodonGenerationMixin
 from megalodon.model.norms import LayerNorm, RMSNorm
 from megalodon.model.state import Dimensions, MegalodonState
 from megalodon.model.timestep_norm import TimestepNorm
+from megalodon.model.token_step import TokenStep
 from megalodon.ops.layout import Layout, move_rows
 
 LOGITS_AT_ONCE = 1 << 25
@@ -184,6 +185,12 @@ class MegalodonModel(MegalodonPreTrainedModel):
         x = self._embed(input_ids, inputs_embeds)
         batch, length = x.shape[:2]
         self._check(x, attention_mask, past_key_values, segment_ids)
+        if attention_mask is None and segment_ids is None and use_cache and not output_hidden_states:
+            step = TokenStep.of(self, x, past_key_values)
+            if step is not None:
+                x, state = step.advance(x[:, 0], past_key_values)
+                output = BaseModelOutputWithPast(x[:, None], state)
+                return output if return_dict is not False else output.to_tuple()
         rows = None if attention_mask is None else _Rows.of(attention_mask[:, -length:] if length else attention_mask)
         if rows is not None:
             x = rows.pack(x)

@@ -48,8 +48,8 @@ class OpenChunk:
             chunk = OpenChunk(k[:, :0], v[:, :0])
         differentiable = torch.is_grad_enabled() and (k.requires_grad or chunk.keys.requires_grad)
         begun = bool((layout.offsets == 0).any())  # a chunk begins: its places hold what earlier holders still see
+        capacity = needed if differentiable else _capacity(needed, layout.chunk_size)
         if begun or differentiable or not chunk._writable(needed, k, v):
-            capacity = needed if differentiable else min(layout.chunk_size or needed, max(2 * needed, 16))
             chunk = chunk._grown(int(layout.offsets.max(initial=0)), capacity, k, v)
         chunk._appends[0] += 1
         offset = layout.uniform_offset
@@ -62,6 +62,15 @@ class OpenChunk:
             rows, tokens = torch.from_numpy(rows).to(k.device), torch.from_numpy(tokens).to(k.device)
             chunk.keys[rows, places] = k[rows, tokens].to(chunk.keys.dtype)
             chunk.values[rows, places] = v[rows, tokens].to(chunk.values.dtype)
+        return OpenChunk(chunk.keys, chunk.values, chunk._appends)
+
+    def with_token(self, k: Tensor, v: Tensor, offset: int, chunk_size: int) -> OpenChunk:
+        """`append` without gradients of one token, k [B, H, d] and v [B, H, e], to rows that all hold `offset`."""
+        chunk, needed = self, offset + 1
+        if offset == 0 or not self._writable(needed, k, v):
+            chunk = self._grown(offset, _capacity(needed, chunk_size), k, v)
+        chunk._appends[0] += 1
+        chunk.keys[:, offset], chunk.values[:, offset] = k, v
         return OpenChunk(chunk.keys, chunk.values, chunk._appends)
 
     @staticmethod
@@ -115,6 +124,7 @@ class OpenChunk:
             self._number == self._appends[0]
             and self.keys.shape[1] >= needed
             and (self.keys.dtype, self.values.dtype) == (k.dtype, v.dtype)
+            and not self.keys.requires_grad
             and not (self.keys.is_inference() and not torch.is_inference_mode_enabled())
         )
 
@@ -122,10 +132,15 @@ class OpenChunk:
         """A copy in new buffers; empty places are zero, so that hidden keys have finite scores."""
 
         def grow(old: Tensor, new: Tensor) -> Tensor:
-            empty = new.new_zeros(new.shape[0], capacity - used, *new.shape[2:])
+            empty = new.new_zeros(len(new), capacity - used, *old.shape[2:])
             return torch.cat([old[:, :used].to(new.dtype), empty], dim=1)
 
         return OpenChunk(grow(self.keys, k), grow(self.values, v))
+
+
+def _capacity(needed: int, chunk_size: int | None) -> int:
+    """Places of a new buffer: room to grow in, at most a chunk."""
+    return min(chunk_size or needed, max(2 * needed, 16))
 
 
 class LayerState(NamedTuple):

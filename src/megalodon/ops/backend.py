@@ -47,6 +47,13 @@ def default_backend(device: torch.device, dtype: torch.dtype = torch.bfloat16) -
     return "blocked"
 
 
+def backend_for(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(the back end where a caller names none, what decided it: the environment variable or "default")."""
+    if name := os.environ.get(ENVIRONMENT_VARIABLE):
+        return name, ENVIRONMENT_VARIABLE
+    return default_backend(device, dtype), "default"
+
+
 def choose(
     implementations: Implementations, backend: str | None, device: torch.device, dtype: torch.dtype
 ) -> Callable[..., Any]:
@@ -61,9 +68,7 @@ def choose(
         ValueError: `backend` or the environment variable names none of the operator's implementations, or one that
             does not run on this device or in this dtype.
     """
-    source, name = "backend", backend
-    if name is None:
-        source, name = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or default_backend(device, dtype)
+    name, source = (backend, "backend") if backend is not None else backend_for(device, dtype)
     if name not in implementations:
         raise ValueError(
             f"{source}={name!r} is not a back end of this operator: choose from {', '.join(implementations)}"

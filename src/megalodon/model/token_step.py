@@ -1,0 +1,201 @@
+"""One token of each of several sequences, without gradients: what decoding runs, in as few operations as it needs.
+
+`MegalodonModel.forward` is written for any number of tokens, padding, packing and gradients; for a single token nearly
+all its time goes into preparing. Here weights are brought into the form that a step wants once, and kept while they
+stand still. `advance` is the model's own short way; the batching engine builds on the same `BlockStep` and `NormStep`.
+
+A module whose forward pass is not ours alone (hooks, a subclass, a replaced `forward`, weights under a transform) is
+never bypassed: `TokenStep.of` says None, and the caller takes the long way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megalodon import ops
+from megalodon.model.block import MegalodonBlock
+from megalodon.model.cema import CEMA
+from megalodon.model.chunk_attention import GatedChunkAttention
+from megalodon.model.state import LayerState, MegalodonState
+from megalodon.model.timestep_norm import Moments, TimestepNorm
+from megalodon.ops.backend import backend_for, full_precision
+
+if TYPE_CHECKING:
+    from megalodon.model.modeling import MegalodonModel
+
+
+class NormStep:
+    """A `TimestepNorm` for one token a row."""
+
+    def __init__(self, norm: TimestepNorm) -> None:
+        self.groups, self.eps = norm.num_groups, norm.eps
+        self.scale = norm.weight.detach().to(full_precision(norm.weight.dtype)) + 1
+        self.bias = norm.bias.detach().to(self.scale.dtype)
+
+    def __call__(self, x: Tensor, share: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """Normalise.
+
+        Args:
+            x: [M, D].
+            share: [M, 1] in the dtype of the statistics; 1 / (tokens seen, this one and the prior's included).
+            mean, var: [M, G]; the statistics, moved on in place.
+
+        Returns:
+            [M, D] in float32 or better.
+        """
+        u = x.to(self.scale.dtype).view(len(x), self.groups, -1)
+        s, m = torch.var_mean(u, -1, correction=0)
+        step = m.to(mean.dtype) - mean
+        mean.addcmul_(share, step)
+        var.addcmul_(share * step, step).lerp_(s.to(var.dtype), share)
+        inverse = torch.rsqrt(var + self.eps).to(u.dtype)[..., None]
+        y = ((u - mean.to(u.dtype)[..., None]) * inverse).view(len(x), -1)
+        return torch.addcmul(self.bias, y, self.scale)
+
+
+class BlockStep:
+    """A block for one token a row; its memory belongs to the caller."""
+
+    def __init__(self, block: MegalodonBlock) -> None:
+        attention = block.attention
+        self.block, self.attention = block, attention
+        self.norm = NormStep(block.timestep_norm)
+        p, q, gamma = (x.detach() for x in block.cema.coefficients())
+        self.p, self.q = p, q
+        self.read = torch.view_as_real(gamma.conj().resolve_conj()).flatten(1)  # Re(g h) = Re(g) Re(h) - Im(g) Im(h)
+        self.omega = block.cema.omega.detach().to(p.dtype).flatten()
+        heads = attention.num_heads
+        scale = (attention.qk_weight.detach() + 1) / math.sqrt(attention.qk_weight.shape[1] // heads)
+        self.qk_scale = scale.view(2, heads, -1)
+        self.qk_bias = attention.qk_bias.detach().view(2, heads, -1)
+
+    def average(self, n: Tensor, h: Tensor) -> Tensor:
+        """CEMA and its norm: n [M, D] -> [M, D]; h complex [M, D, N] is moved on in place."""
+        wide = n.to(self.p.dtype)
+        pairs = torch.view_as_real(h.mul_(self.q))
+        pairs[..., 0].addcmul_(wide[..., None], self.p)
+        m = torch.addcmul((pairs.flatten(-2) * self.read).sum(-1), self.omega, wide)
+        return self.block.memory_norm(m.to(n.dtype))
+
+    def queries_and_keys(self, m: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """m [M, D] and turns complex [1 or M, d/2] -> queries and keys, rotated, [M, H, d] each."""
+        _, heads, size = self.qk_scale.shape
+        z = F.rms_norm(self.attention.z_proj(m).view(-1, 1, heads, size), (size,), None, self.attention.eps)
+        both = torch.addcmul(self.qk_bias, z, self.qk_scale).to(z.dtype)
+        return ops.rotate(both.flatten(1, 2)[:, None], turns[:, None]).view(both.shape).unbind(1)
+
+    def values(self, n: Tensor) -> Tensor:
+        """[M, D] -> [M, H, e]."""
+        return F.silu(self.attention.v_proj(n)).view(len(n), self.attention.num_heads, -1)
+
+    def finish(self, x: Tensor, m: Tensor, o: Tensor) -> Tensor:
+        """The rest of the block, given what attention found: x, m [M, D], o [M, H, e] -> [M, D]."""
+        r = self.attention.r_proj(m)
+        branch = self.attention.h_proj(m) + self.attention.o_proj(ops.silu_product(r, o.flatten(1).to(r.dtype)))
+        return x + self.block.feed_forward(x + branch)
+
+
+class TokenStep:
+    """A model's blocks and final norm for one token a row; made anew when a weight has changed."""
+
+    def __init__(self, model: MegalodonModel) -> None:
+        self.weights = [
+            (module._parameters, name, parameter, *_version(parameter))
+            for module in _prepared(model)
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self.blocks = [BlockStep(block) for block in model.layers]
+        self.final = NormStep(model.final_norm)
+
+    @staticmethod
+    def of(model: MegalodonModel, x: Tensor, state: MegalodonState | None) -> TokenStep | None:
+        """The step of the model's weights as they are now, for embeddings x [B, L, D]; None where it is not for them.
+
+        It is for one token of rows that stand at the same place of their chunks and not at the start of a document,
+        without gradients, autocast or a compiler at work. Any other pass makes it forget what it has prepared, because
+        weights written through `.data` change without a trace.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        if x.shape[1] != 1 or state is None or torch.is_grad_enabled() or model.training:
+            _STEPS.pop(model, None)
+            return None
+        if torch.is_autocast_enabled(x.device.type) or backend_for(x.device, x.dtype)[0] != "blocked":
+            return None
+        positions = state.position.tolist()
+        chunk = state.dimensions.chunk_size
+        if min(positions) == 0 or len({position % chunk for position in positions}) > 1:
+            return None
+        if any(map(_is_not_ours_alone, _bypassed(model))):
+            return None
+        step = _STEPS.get(model)
+        if step is None or not step._is_current():
+            step = _STEPS[model] = TokenStep(model)
+        return step
+
+    def _is_current(self) -> bool:
+        return all(
+            owner.get(name) is parameter and (pointer, version) == _version(parameter)
+            for owner, name, parameter, pointer, version in self.weights
+        )
+
+    def advance(self, x: Tensor, state: MegalodonState) -> tuple[Tensor, MegalodonState]:
+        """Embeddings x [M, D] and the state before them, which `of` has looked at.
+
+        Returns:
+            (the final hidden states [M, D], the state after them).
+        """
+        sizes = state.dimensions
+        offset = int(state.position[0]) % sizes.chunk_size
+        seen = state.position + (sizes.norm_prior_count + 1)
+        share = seen[:, None].to(device=x.device, dtype=state.final.mean.dtype).reciprocal()
+        place = torch.tensor([offset], device=x.device)
+        turns = ops.rotations(place, sizes.head_dim, sizes.rope_base)
+        layers = []
+        for step, memory in zip(self.blocks, state.layers, strict=True):
+            moments, h = Moments(*(value.clone() for value in memory.moments)), memory.cema.clone()
+            n = step.norm(x, share, *moments).to(x.dtype)
+            m = step.average(n, h)
+            q, k = step.queries_and_keys(m, turns)
+            chunk = memory.chunk.with_token(k, step.values(n), offset, sizes.chunk_size)
+            keys, values = (buffer[:, : offset + 1] for buffer in chunk)
+            x = step.finish(x, m, ops.causal_attention(q[:, None], keys, values, offset)[:, 0])
+            layers.append(LayerState(moments, h, chunk))
+        final = Moments(*(value.clone() for value in state.final))
+        x = self.final(x, share, *final).to(x.dtype)
+        return x, MegalodonState(layers, final, state.position + 1, sizes)
+
+
+_STEPS: WeakKeyDictionary[nn.Module, TokenStep] = WeakKeyDictionary()
+_OURS = (MegalodonBlock, TimestepNorm, CEMA, GatedChunkAttention)
+
+
+def _prepared(model: MegalodonModel) -> Iterator[nn.Module]:
+    """The modules whose own weights a step keeps in another form."""
+    yield model.final_norm
+    for block in model.layers:
+        yield from (block.timestep_norm, block.cema, block.attention)
+
+
+def _bypassed(model: MegalodonModel) -> Iterator[nn.Module]:
+    yield from model.layers
+    yield from _prepared(model)
+
+
+def _is_not_ours_alone(module: nn.Module) -> bool:
+    return type(module) not in _OURS or bool(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    )
+
+
+def _version(parameter: Tensor) -> tuple[int, int]:
+    """What changes with a tensor's storage or, unless it was made in inference mode, its values."""
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version

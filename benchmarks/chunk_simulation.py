@@ -43,7 +43,7 @@ def memory_seconds(config: MegalodonConfig, tokens: float) -> float:
 def gather(config: MegalodonConfig, length: int, ranks: int, flops: float, latency: float, bandwidth: float) -> float:
     """Seconds of a layer."""
     step = Step(rows=1, parts=1, length=length, bytes_=2, checkpointing=False)
-    sent = chunk_traffic(config, MeshSizes(chunk=ranks), step, 1, 0).bytes_ / 2  # forward only
+    sent = chunk_traffic(config, MeshSizes(chunk=ranks), step, 1, False).bytes_ / 2  # forward only
     wire = 2 * math.ceil(math.log2(ranks)) * latency + sent / bandwidth
     response = 2 * (length / ranks) * config.model_dim * 2 * config.cema_ndim / flops
     return layer_seconds(config, length / ranks, flops) + memory_seconds(config, length / ranks) + response + wire
@@ -85,7 +85,7 @@ def table(arguments: argparse.Namespace) -> list[str]:
         ideal = layer_seconds(config, span, arguments.flops) + memory_seconds(config, span)
         times = [scheme(config, arguments.length, ranks, *given) for scheme in (gather, turn, ring)]
         step = Step(rows=1, parts=1, length=arguments.length, bytes_=2, checkpointing=False)
-        sent = chunk_traffic(config, MeshSizes(chunk=ranks), step, 1, 0).bytes_ / 2
+        sent = chunk_traffic(config, MeshSizes(chunk=ranks), step, 1, False).bytes_ / 2
         passed = (ranks - 1) * 2 * arguments.length / ranks * config.model_dim * 2
         cells = [f"{1e3 * t:.3f}" for t in (ideal, *times)]
         lines.append(f"| {ranks} | " + " | ".join(cells) + f" | {sent / 1e6:.2f} MB | {passed / 1e6:.2f} MB |")

@@ -132,7 +132,8 @@ def test_one_process_goes_on_without_a_launcher(ranks, values, tmp_path):
         ({"mesh": {"shard": 2}, "data": {"batch_size": 2}}, "data.batch_size 2 must be a multiple of"),
         ({"mesh": {"chunk": 2}, "data": {"sequence_length": 1}}, "need at least as many tokens"),
         ({"mesh": {"pipeline": 2}, "model": {"num_layers": 1}}, "model.num_layers is 1"),
-        ({"mesh": {"pipeline": 2}, "model": {"share_emb": True}}, "share_emb"),
+        ({"mesh": {"pipeline": 2}, "run": {"accumulation_steps": 1}}, "they must be a multiple of the 2 stages"),
+        ({"mesh": {"pipeline": 2, "virtual_stages": 2}}, "4 stages need at least as many layers"),
         ({"mesh": {"shard": 2}, "sampling": {"every": 2}}, "does not sample"),
     ],
 )

@@ -21,7 +21,7 @@ from megalodon.model.modeling import LOGITS_AT_ONCE, MegalodonForCausalLM
 from megalodon.parallel.block import Axes
 from megalodon.parallel.mesh import MeshSizes
 from megalodon.parallel.stage import Rows, Stage
-from megalodon.parallel.traffic import Step, block_parameters, end_parameters
+from megalodon.parallel.traffic import Step, block_parameters, stage_parameters
 
 CALIBRATION_LENGTH = 512
 FEATURES = ("model_dim", "z_dim", "value_dim", "ffn_hidden_dim", "norm_num_groups", "cema_ndim")
@@ -136,10 +136,8 @@ def stage_memory(
     """What a rank of a stage of `layers` layers holds at the height of a step."""
     ranks = sizes.shard * sizes.chunk
     linear, other = block_parameters(config)
-    table, head = end_parameters(config)
-    block = (linear + other) / sizes.tensor
-    ends = (table * first + head * last) / sizes.tensor
-    parameters = block * layers + ends
+    blocks, ends = (count / sizes.tensor for count in stage_parameters(config, layers, first, last))
+    block, parameters = blocks / layers, blocks + ends
     own = 4 * parameters / ranks
     wrapped = ranks * sizes.replicate > 1
     gathered = gradients = 0.0
@@ -155,7 +153,7 @@ def stage_memory(
     activations = flying * layers * (stream if step.checkpointing else kept)
     working = kept if step.checkpointing else _backward_working(config, sizes, step)
     if sizes.pipeline > 1:  # a buffer for what each micro-batch brings from either side, and what has been sent
-        message = tokens * config.model_dim / sizes.tensor * step.bytes_
+        message = tokens * config.model_dim / sizes.tensor * 4
         working += message * (step.parts * (2 - first - last) + flying)
     if last:
         vocabulary = (config.output_size or config.vocab_size) / sizes.tensor

@@ -129,9 +129,10 @@ def make_plan(job: Job, hardware: Hardware, sizes: MeshSizes, parts: int, checkp
         key=lambda memory: memory.total,
     )
     layers = max(map(len, ranges))
-    traffic = weights_traffic(config, sizes, step, layers) | {
-        "tensor": tensor_traffic(config, sizes, step, layers, 1),
-        "chunk": chunk_traffic(config, sizes, step, layers, 1),
+    one = sizes.pipeline == 1  # else a stage with one of the two ends
+    traffic = weights_traffic(config, sizes, step, layers, one, True) | {
+        "tensor": tensor_traffic(config, sizes, step, layers, one, True),
+        "chunk": chunk_traffic(config, sizes, step, layers, True),
         "pipeline": pipeline_traffic(config, sizes, step),
     }
     flops = model_flops(config, job.context) * job.batch_size * job.context

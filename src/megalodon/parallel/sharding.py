@@ -50,3 +50,11 @@ def reshard(stage: nn.Module) -> None:
 def whole(x: Tensor) -> Tensor:
     """A tensor as one process would have it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def own_part(value: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank holds of a whole value that is cut as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    (chunk,) = parameter.__create_chunk_list__()  # where a checkpoint would put it
+    return value[tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))]

@@ -78,7 +78,10 @@ def predicted(sizes: MeshSizes, case: Case, place: int) -> dict[str, float]:
 def test_bytes_on_the_wire_are_as_counted(ranks, sizes, options, precision):
     case = Case(**{"length": 64, "changes": DEEP, "precision": precision, **options})
     for counted in ranks.run(sizes.world_size, bytes_sent, sizes, case):
-        assert predicted(sizes, case, counted.pop("place")) == pytest.approx(counted, rel=0.02)
+        expected = predicted(sizes, case, counted.pop("place"))
+        if sizes == MeshSizes(chunk=2):  # its ranks shard the weights too, over one group
+            expected = {"shard": expected["shard"] + expected["chunk"]}
+        assert expected == pytest.approx(counted, rel=0.002)
 
 
 def test_bytes_of_chunks_do_not_grow_with_the_length(ranks):

@@ -142,8 +142,9 @@ def stage_memory(
     wrapped = ranks * sizes.replicate > 1
     gathered = gradients = 0.0
     if wrapped:
-        # Two blocks are whole at a time, as they arrive and as they are used, and the outermost weights throughout.
-        gathered = 4 * (linear * step.bytes_ + other * 4) / sizes.tensor + 4 * ends
+        # Two blocks are whole at a time, as they arrive and as they are used, in a pipeline all; and the outermost.
+        at_once = layers if sizes.pipeline > 1 else 4
+        gathered = at_once * (linear * step.bytes_ + other * 4) / sizes.tensor + 4 * ends
         # A block's gradients are whole while they are scattered; micro-batches but the last add up all of them whole.
         gradients = 2 * 4 * max(block, ends) + (4 * parameters if step.parts > 1 else 0)
     tokens = step.tokens(sizes)

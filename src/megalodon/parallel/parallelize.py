@@ -63,7 +63,7 @@ class ParallelModel(nn.Module):
         for stage, layers in zip(self.stages, own, strict=True):
             stage.first_memory = self.layers.index(layers.start)
             if mesh.weights is not None:
-                shard_weights(stage, mesh.weights, precision)
+                shard_weights(stage, mesh.weights, precision, sizes.pipeline > 1)
             empty = any(parameter.is_meta for parameter in stage.parameters())
             stage.to_empty(device=device) if empty else stage.to(device)
         self.pipeline = None

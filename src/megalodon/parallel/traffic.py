@@ -68,7 +68,8 @@ def stage_parameters(config: MegalodonConfig, layers: int, first: bool, last: bo
 def weights_traffic(
     config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool
 ) -> dict[str, Traffic]:
-    """FSDP2: weights gathered for each pass of a micro-batch, gradients scattered once, shards summed over copies."""
+    """FSDP2: weights gathered for each pass of a micro-batch (in a pipeline once a step), gradients scattered once, shards
+    summed over copies."""
     ranks = sizes.shard * sizes.chunk
     linear, other = block_parameters(config)
     block = (linear * step.bytes_ + other * 4) * layers / sizes.tensor
@@ -76,9 +77,10 @@ def weights_traffic(
     parameters = (blocks + ends) / sizes.tensor
     part = (ranks - 1) / ranks
     # The outermost weights stay whole from the forward to the backward pass.
-    gathered = (2 * block + 4 * ends / sizes.tensor) * step.parts if ranks > 1 else 0.0
+    passes, parts = (1, 1) if sizes.pipeline > 1 else (2, step.parts)
+    gathered = (passes * block + 4 * ends / sizes.tensor) * parts if ranks > 1 else 0.0
     groups = 1 + layers * (2 if step.bytes_ == 2 else 1)
-    shard = Traffic(part * (gathered + parameters * 4), (ranks > 1) * groups * (2 * step.parts + 1))
+    shard = Traffic(part * (gathered + parameters * 4), (ranks > 1) * groups * (passes * parts + 1))
     copies = sizes.replicate
     replicate = Traffic(2 * (copies - 1) / copies * parameters * 4 / ranks, (copies > 1) * groups)
     return {"shard": shard, "replicate": replicate}

@@ -40,8 +40,7 @@ def planned(sizes: MeshSizes, case: Case) -> float:
     step = Step(case.batch // sizes.data // case.parts, case.parts, case.length, bytes_, case.checkpointing)
     ranges = stage_layers(config.num_layers, sizes.pipeline)
     return max(
-        stage_memory(config, sizes, step, len(layers), i == 0, i == len(ranges) - 1, False).total
-        for i, layers in enumerate(ranges)
+        stage_memory(config, sizes, step, len(layers), place, False).total for place, layers in enumerate(ranges)
     )
 
 

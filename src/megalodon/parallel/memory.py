@@ -131,9 +131,10 @@ def block_activations(config: MegalodonConfig, sizes: MeshSizes, step: Step) -> 
 
 
 def stage_memory(
-    config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool, streamed: bool
+    config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, place: int, streamed: bool
 ) -> Memory:
-    """What a rank of a stage of `layers` layers holds at the height of a step."""
+    """What a rank of a stage of `layers` layers holds at the height of a step; `place`: the stage's in the pipeline."""
+    first, last = place == 0, place == sizes.pipeline - 1
     ranks = sizes.shard * sizes.chunk
     linear, other = block_parameters(config)
     blocks, ends = (count / sizes.tensor for count in stage_parameters(config, layers, first, last))
@@ -150,7 +151,7 @@ def stage_memory(
     tokens = step.tokens(sizes)
     kept = block_activations(config, sizes, step)
     stream = tokens * config.model_dim / sizes.tensor * 4
-    flying = min(sizes.pipeline, step.parts)
+    flying = min(sizes.pipeline - place, step.parts)  # the last stage goes back with each part at once
     activations = flying * layers * (stream if step.checkpointing else kept)
     working = kept if step.checkpointing else _backward_working(config, sizes, step)
     if sizes.pipeline > 1:  # a buffer for what each micro-batch brings from either side, and what has been sent
@@ -158,7 +159,7 @@ def stage_memory(
         working += message * (step.parts * (2 - first - last) + flying)
     if last:
         vocabulary = (config.output_size or config.vocab_size) / sizes.tensor
-        logits = min(tokens * vocabulary, LOGITS_AT_ONCE) * (step.bytes_ + 8)
+        logits = min(tokens * vocabulary, LOGITS_AT_ONCE) * 12  # log-probabilities, and two of their gradients
         working = max(working, logits) + 2 * tokens * config.model_dim * step.bytes_
     return Memory(
         weights=own,

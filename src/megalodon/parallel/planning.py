@@ -122,10 +122,7 @@ def make_plan(job: Job, hardware: Hardware, sizes: MeshSizes, parts: int, checkp
     step = Step(job.batch_size // sizes.data // parts, parts, job.context, bytes_, checkpointing)
     ranges = stage_layers(config.num_layers, sizes.pipeline)
     memory = max(
-        (
-            stage_memory(config, sizes, step, len(layers), i == 0, i == len(ranges) - 1, job.streamed)
-            for i, layers in enumerate(ranges)
-        ),
+        (stage_memory(config, sizes, step, len(layers), place, job.streamed) for place, layers in enumerate(ranges)),
         key=lambda memory: memory.total,
     )
     layers = max(map(len, ranges))

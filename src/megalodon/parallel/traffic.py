@@ -68,8 +68,8 @@ def stage_parameters(config: MegalodonConfig, layers: int, first: bool, last: bo
 def weights_traffic(
     config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool
 ) -> dict[str, Traffic]:
-    """FSDP2: weights gathered for each pass of a micro-batch (in a pipeline once a step), gradients scattered once, shards
-    summed over copies."""
+    """FSDP2: weights gathered for each pass of a micro-batch (in a pipeline once a step), gradients scattered once,
+    shards summed over copies."""
     ranks = sizes.shard * sizes.chunk
     linear, other = block_parameters(config)
     block = (linear * step.bytes_ + other * 4) * layers / sizes.tensor

@@ -151,13 +151,14 @@ def stage_memory(
     block, parameters = blocks / layers, blocks + ends
     own = 4 * parameters / ranks
     wrapped = ranks * sizes.replicate > 1
-    gathered = gradients = 0.0
+    gathered = travelling = added_up = 0.0
     if wrapped:
         # Two blocks are whole at a time, as they arrive and as they are used, in a pipeline all; and the outermost.
         at_once = layers if sizes.pipeline > 1 else 4
         gathered = at_once * (linear * step.bytes_ + other * 4) / sizes.tensor + 4 * ends
         # A block's gradients are whole while they are scattered; micro-batches but the last add up all of them whole.
-        gradients = 2 * 4 * max(block, ends) + (4 * parameters if step.parts > 1 else 0)
+        travelling = 2 * 4 * max(block, ends)
+        added_up = 4 * parameters if step.parts > 1 else 0.0
     tokens = step.tokens(sizes)
     kept = block_activations(config, sizes, step) + block_constants(config, sizes, step)
     stream = tokens * config.model_dim / sizes.tensor * 4
@@ -167,14 +168,14 @@ def stage_memory(
     if sizes.pipeline > 1:  # a buffer for what each micro-batch brings from either side, and what has been sent
         message = tokens * config.model_dim / sizes.tensor * 4
         working += message * (step.parts * (2 - first - last) + flying)
-    if last:
+    if last:  # the loss is before any gradient travels
         vocabulary = (config.output_size or config.vocab_size) / sizes.tensor
         logits = min(tokens * vocabulary, LOGITS_AT_ONCE) * 12  # log-probabilities, and two of their gradients
-        working = max(working, logits) + 2 * tokens * config.model_dim * step.bytes_
+        working = max(working, logits - travelling) + 2 * tokens * config.model_dim * step.bytes_
     return Memory(
         weights=own,
         gathered=gathered,
-        gradients=own + gradients,
+        gradients=own + travelling + added_up,
         optimizer=2 * own,
         activations=activations,
         working=working,

@@ -1,9 +1,10 @@
 """Chunk parallelism over 2 to 64 ranks on a simulated network, beside handing states on in turn and ring attention.
 
 A forward pass of one layer over a row of `--length` tokens. Every rank computes at a given rate; a message takes
-latency + bytes / bandwidth. Three ways to cut the sequence:
+latency + bytes / bandwidth. Four ways to cut the sequence:
 
 - gather: ours. All ranks compute their spans at once; two all-gathers of summaries, of log2(R) steps each.
+- scan: the same, were CEMA's states combined in log2(R) steps; not written, because it matters past 16 ranks only.
 - turn: the authors' scheme. Each rank waits for the state of the one before: norm, then CEMA, layer by layer.
 - ring: exact attention of a Transformer of the same width and layers, keys and values passed around a ring while the
   blocks that have come are computed; causal halves balanced.
@@ -40,13 +41,27 @@ def memory_seconds(config: MegalodonConfig, tokens: float) -> float:
     return tokens * config.model_dim * 2 * 16 / MEMORY_BANDWIDTH
 
 
+def computing(config: MegalodonConfig, tokens: float, flops: float) -> float:
+    """A span's layer, and what the state before it adds to its tokens."""
+    response = 2 * tokens * config.model_dim * 2 * config.cema_ndim / flops
+    return layer_seconds(config, tokens, flops) + memory_seconds(config, tokens) + response
+
+
 def gather(config: MegalodonConfig, length: int, ranks: int, flops: float, latency: float, bandwidth: float) -> float:
     """Seconds of a layer."""
     step = Step(rows=1, parts=1, length=length, bytes_=2, checkpointing=False)
-    sent = chunk_traffic(config, MeshSizes(chunk=ranks), step, 1, 0).bytes_ / 2  # forward only
+    sent = chunk_traffic(config, MeshSizes(chunk=ranks), step, 1, False).bytes_ / 2  # forward only
     wire = 2 * math.ceil(math.log2(ranks)) * latency + sent / bandwidth
-    response = 2 * (length / ranks) * config.model_dim * 2 * config.cema_ndim / flops
-    return layer_seconds(config, length / ranks, flops) + memory_seconds(config, length / ranks) + response + wire
+    return computing(config, length / ranks, flops) + wire
+
+
+def scan(config: MegalodonConfig, length: int, ranks: int, flops: float, latency: float, bandwidth: float) -> float:
+    """Seconds of a layer if CEMA's states were combined in log2(R) steps of one state each, forward; not written."""
+    steps = math.ceil(math.log2(ranks))
+    state = config.model_dim * config.cema_ndim * 8
+    norms = (ranks - 1) * 2 * config.norm_num_groups * 8
+    wire = 2 * steps * latency + (steps * state + norms) / bandwidth
+    return computing(config, length / ranks, flops) + wire
 
 
 def turn(config: MegalodonConfig, length: int, ranks: int, flops: float, latency: float, bandwidth: float) -> float:
@@ -76,16 +91,16 @@ def table(arguments: argparse.Namespace) -> list[str]:
         f"{arguments.flops / 1e12:.0f} TFLOP/s, {arguments.latency * 1e6:.0f} us a message, "
         f"{arguments.bandwidth / 1e9:.0f} GB/s. Simulated.",
         "",
-        "| ranks | one rank / R, ms | gather, ms | in turn, ms | ring attention, ms | bytes sent: gather | "
-        "bytes sent: ring |",
-        "| --: | --: | --: | --: | --: | --: | --: |",
+        "| ranks | one rank / R, ms | gather, ms | scan (not written), ms | in turn, ms | ring attention, ms | "
+        "bytes sent: gather | bytes sent: ring |",
+        "| --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for ranks in (2, 4, 8, 16, 32, 64):
         span = arguments.length / ranks
         ideal = layer_seconds(config, span, arguments.flops) + memory_seconds(config, span)
-        times = [scheme(config, arguments.length, ranks, *given) for scheme in (gather, turn, ring)]
+        times = [scheme(config, arguments.length, ranks, *given) for scheme in (gather, scan, turn, ring)]
         step = Step(rows=1, parts=1, length=arguments.length, bytes_=2, checkpointing=False)
-        sent = chunk_traffic(config, MeshSizes(chunk=ranks), step, 1, 0).bytes_ / 2
+        sent = chunk_traffic(config, MeshSizes(chunk=ranks), step, 1, False).bytes_ / 2
         passed = (ranks - 1) * 2 * arguments.length / ranks * config.model_dim * 2
         cells = [f"{1e3 * t:.3f}" for t in (ideal, *times)]
         lines.append(f"| {ranks} | " + " | ".join(cells) + f" | {sent / 1e6:.2f} MB | {passed / 1e6:.2f} MB |")

@@ -11,3 +11,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory):
     together = Ranks(tmp_path_factory.mktemp("ranks"))
     yield together
     together.close()
+
+
+@pytest.fixture(scope="module")
+def fresh_ranks(tmp_path_factory: pytest.TempPathFactory):
+    """Processes that have been in no other group."""
+    together = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield together
+    together.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import traceback
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
 
 
 def serve(rank: int, connection: Connection) -> None:
@@ -40,8 +42,16 @@ def serve(rank: int, connection: Connection) -> None:
                 connection.send((function(*arguments), None))
             finally:
                 dist.destroy_process_group()
+                forget_groups()
         except BaseException:
             connection.send((None, traceback.format_exc()))
+
+
+def forget_groups() -> None:
+    """DTensor keeps plans by mesh, and a later job's mesh may equal one whose groups are gone."""
+    gc.collect()
+    clear_redistribute_planner_cache()
+    _gen_transform_infos.cache_clear()
 
 
 class Ranks:

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
-import weakref
 
 import pytest
-import torch
-import torch.distributed as dist
-from parallel_cases import Case, build, own_parts
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megalodon import PRESETS, MegalodonConfig
 from megalodon.cli import main
-from megalodon.parallel import MeshSizes, collectives
+from megalodon.parallel import MeshSizes
 from megalodon.parallel.hardware import HARDWARE
-from megalodon.parallel.memory import block_activations, saved_bytes, stage_memory
+from megalodon.parallel.memory import block_activations, saved_bytes
 from megalodon.parallel.mesh import tensor_problems
 from megalodon.parallel.planning import Job, candidates, make_plan, model_flops, plans
 from megalodon.parallel.report import report
-from megalodon.parallel.stage import stage_layers
 from megalodon.parallel.traffic import (
     Step,
     block_parameters,
-    chunk_traffic,
     end_parameters,
-    pipeline_traffic,
-    tensor_traffic,
 )
 from megalodon.training import count_parameters
 
@@ -61,64 +49,6 @@ def test_saved_activations_of_another_shape_are_predicted(precision, swiglu):
     predicted = block_activations(config, MeshSizes(), step)
     counted = saved_bytes(config, 3072, precision) - saved_bytes(config, 1024, precision)
     assert predicted == pytest.approx(counted, rel=0.1)
-
-
-class Sent:
-    """Counts what each collective of our own sends on this rank, as a ring would."""
-
-    def __init__(self) -> None:
-        self.bytes_ = 0.0
-        self.saved = {}
-
-    def __enter__(self) -> Sent:
-        def counting(function, whole):
-            def call(out, x, *arguments, **options):
-                ranks = dist.get_world_size(options["group"])
-                self.bytes_ += (ranks - 1) / ranks * whole(out, x).nbytes
-                return function(out, x, *arguments, **options)
-
-            return call
-
-        self.saved = {name: getattr(collectives, name) for name in ("all_gather", "reduce_scatter")}
-        collectives.all_gather = counting(self.saved["all_gather"], lambda out, x: out)
-        collectives.reduce_scatter = counting(self.saved["reduce_scatter"], lambda out, x: x)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for name, function in self.saved.items():
-            setattr(collectives, name, function)
-
-
-def bytes_sent(sizes: MeshSizes, case: Case) -> float:
-    mesh, model = build(sizes, case)
-    batch = next(iter(case.batches()))
-    with Sent() as sent:
-        model.accumulate_gradients(own_parts(mesh, case, batch, [None] * case.parts), 1.0)
-    return sent.bytes_
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("axis", "formula"), [("chunk", chunk_traffic), ("tensor", tensor_traffic)])
-def test_bytes_on_the_wire_are_as_counted(ranks, axis, formula, checkpointing):
-    sizes = MeshSizes(**{axis: 2})
-    case = Case(length=64, checkpointing=checkpointing)
-    counted = ranks.run(2, bytes_sent, sizes, case)
-    config = case.model().config
-    step = Step(case.batch, 1, case.length, 4, checkpointing)
-    for number in counted:
-        assert formula(config, sizes, step, 2, 1).bytes_ == pytest.approx(number, rel=0.02)
-
-
-def test_bytes_of_chunks_do_not_grow_with_the_length(ranks):
-    short, long = (ranks.run(2, bytes_sent, MeshSizes(chunk=2), Case(length=length)) for length in (64, 256))
-    assert short == long
-
-
-def test_pipeline_sends_activations_and_their_gradients():
-    config = MegalodonConfig.from_preset("paper-7b")
-    step = Step(rows=1, parts=8, length=32768, bytes_=2, checkpointing=False)
-    sent = pipeline_traffic(config, MeshSizes(pipeline=2, chunk=4), step)
-    assert sent.bytes_ == 2 * 8 * 8192 * 4096 * 2
 
 
 def test_plans_fit_and_are_ordered():
@@ -201,91 +131,3 @@ def test_the_7b_on_256_ranks_is_built_as_planned():
 def test_the_7b_on_256_ranks_computes_gradients_of_fake_tensors():
     own, _, gradients = built("77", "step")
     assert gradients == own
-
-
-class Living(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, and the most there ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: dict[int, weakref.ref] = {}
-
-    def see(self, tensor: torch.Tensor) -> None:
-        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-
-        def gone(_, key=key, size=size) -> None:
-            self.now -= size
-            self.known.pop(key, None)
-
-        self.known[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
-            if type(value) in (torch.Tensor, torch.nn.Parameter):
-                self.see(value)
-        return out
-
-
-def peak_of_step(sizes: MeshSizes, case: Case) -> int:
-    """Bytes of tensors at the height of a step on this rank, weights and optimiser included."""
-    mesh, model = build(sizes, case)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    batch = next(iter(case.batches()))
-    parts = own_parts(mesh, case, batch, [None] * case.parts)
-    model.accumulate_gradients(parts, 1.0)  # FSDP2 makes what it keeps at its first step
-    optimizer.step()
-    optimizer.zero_grad()
-    gc.collect()
-    living = Living()
-    for tensor in [*model.parameters(), *(x for kept in optimizer.state.values() for x in kept.values())]:
-        living.see(tensor.detach())
-    with living:
-        model.accumulate_gradients(parts, 1.0)
-    return living.peak
-
-
-LARGER = (
-    ("model_dim", 256),
-    ("z_dim", 64),
-    ("value_dim", 512),
-    ("ffn_hidden_dim", 512),
-    ("num_layers", 4),
-    ("chunk_size", 256),
-    ("norm_num_groups", 16),
-    ("vocab_size", 512),
-    ("cema_ndim", 16),
-)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "parts", "checkpointing"),
-    [
-        (MeshSizes(), 1, False),
-        (MeshSizes(), 1, True),
-        (MeshSizes(shard=2), 1, False),
-        (MeshSizes(shard=2), 2, False),
-        (MeshSizes(tensor=2), 1, False),
-        (MeshSizes(chunk=2), 1, False),
-        (MeshSizes(pipeline=2), 4, False),
-    ],
-    ids=str,
-)
-def test_memory_is_as_measured(ranks, sizes, parts, checkpointing):
-    case = Case(length=1024, parts=parts, checkpointing=checkpointing, changes=LARGER)
-    measured = max(ranks.run(sizes.world_size, peak_of_step, sizes, case))
-    config = case.model().config
-    step = Step(case.batch // sizes.data // parts, parts, case.length, 4, checkpointing)
-    ranges = stage_layers(config.num_layers, sizes.pipeline)
-    planned = max(
-        stage_memory(config, sizes, step, len(layers), i == 0, i == len(ranges) - 1, False).total
-        for i, layers in enumerate(ranges)
-    )
-    assert planned == pytest.approx(measured, rel=0.1)

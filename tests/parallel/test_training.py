@@ -117,6 +117,22 @@ def test_saved_on_four_resumed_elsewhere_equals_one_process(ranks, values, tmp_p
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_pipeline_with_tied_embeddings_is_saved_and_resumed_elsewhere(ranks, values, tmp_path):
+    values["model"]["share_emb"] = True
+    assert train(with_changes(values, folder="whole")) == "done"
+    assert set(ranks.launch(4, train, with_changes(values, steps=5, pipeline=2, shard=2))) == {"done"}
+    assert set(ranks.launch(4, train, with_changes(values, pipeline=2, tensor=2))) == {"done"}
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_fine_tuning_starts_from_the_same_weights(ranks, values, tmp_path):
+    assert train(with_changes(values, steps=2, folder="first")) == "done"
+    values["model"] = {"init_from": str(tmp_path / "first")}
+    assert train(with_changes(values, steps=3, folder="whole")) == "done"
+    assert set(ranks.launch(2, train, with_changes(values, steps=3, shard=2))) == {"done"}
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_one_process_goes_on_without_a_launcher(ranks, values, tmp_path):
     assert train(with_changes(values, folder="whole")) == "done"
     assert set(ranks.launch(2, train, with_changes(values, steps=5, shard=2))) == {"done"}
@@ -132,7 +148,8 @@ def test_one_process_goes_on_without_a_launcher(ranks, values, tmp_path):
         ({"mesh": {"shard": 2}, "data": {"batch_size": 2}}, "data.batch_size 2 must be a multiple of"),
         ({"mesh": {"chunk": 2}, "data": {"sequence_length": 1}}, "need at least as many tokens"),
         ({"mesh": {"pipeline": 2}, "model": {"num_layers": 1}}, "model.num_layers is 1"),
-        ({"mesh": {"pipeline": 2}, "model": {"share_emb": True}}, "share_emb"),
+        ({"mesh": {"pipeline": 2}, "run": {"accumulation_steps": 1}}, "they must be a multiple of the 2 stages"),
+        ({"mesh": {"pipeline": 2, "virtual_stages": 2}}, "2 x virtual_stages 2 stages need at least as many layers"),
         ({"mesh": {"shard": 2}, "sampling": {"every": 2}}, "does not sample"),
     ],
 )

@@ -130,10 +130,16 @@ class _ScatterLast(torch.autograd.Function):
 def gather_last(x: Tensor, group: Group | None) -> Tensor:
     """The ranks' x side by side in the last dimension; each rank's gradient of the whole is summed back to the parts.
 
+    Under autocast they travel in its dtype: linear layers, which read them, would round them to it anyway.
+
     Args:
         x: [..., d] on each rank. group: None for one rank.
     """
-    return x if group is None else _GatherLast.apply(x, group)
+    if group is None:
+        return x
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _GatherLast.apply(x, group)
 
 
 def scatter_last(x: Tensor, group: Group | None) -> Tensor:

@@ -21,7 +21,7 @@ from megalodon.model.modeling import LOGITS_AT_ONCE, MegalodonForCausalLM
 from megalodon.parallel.block import Axes
 from megalodon.parallel.mesh import MeshSizes
 from megalodon.parallel.stage import Rows, Stage
-from megalodon.parallel.traffic import Step, block_parameters, end_parameters
+from megalodon.parallel.traffic import Step, block_parameters, stage_parameters
 
 CALIBRATION_LENGTH = 512
 FEATURES = ("model_dim", "z_dim", "value_dim", "ffn_hidden_dim", "norm_num_groups", "cema_ndim")
@@ -88,8 +88,8 @@ def saved_bytes(config: MegalodonConfig, length: int, precision: str) -> int:
 
 
 @cache
-def saved_bytes_fit(precision: str, swiglu: bool) -> tuple[float, ...]:
-    """Bytes a token that a block keeps, for each unit of `FEATURES`, and for each unit of model_dim x cema_ndim."""
+def saved_bytes_fit(precision: str, swiglu: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes that a block keeps, for each unit of `FEATURES` and of model_dim x cema_ndim: (a token, besides)."""
     base = {
         "vocab_size": 64,
         "num_heads": 1,
@@ -103,17 +103,19 @@ def saved_bytes_fit(precision: str, swiglu: bool) -> tuple[float, ...]:
         "swiglu": swiglu,
     }
     changes = [{}, *({name: 2 * base[name]} for name in FEATURES), {"model_dim": 192, "cema_ndim": 12}]
-    rows, counted = [], []
+    rows, growing, constant = [], [], []
     with torch.random.fork_rng(devices=[]):
         for change in changes:
             config = MegalodonConfig(**{**base, **change})
-            # Two lengths: what does not grow with the length (matrices made of coefficients) falls out.
+            # Two lengths, to tell what grows with them from what does not: CEMA's matrices made of coefficients.
             longer, shorter = (
                 saved_bytes(config, length, precision) for length in (2 * CALIBRATION_LENGTH, CALIBRATION_LENGTH)
             )
-            counted.append((longer - shorter) / CALIBRATION_LENGTH)
+            growing.append((longer - shorter) / CALIBRATION_LENGTH)
+            constant.append(2 * shorter - longer)
             rows.append(_features(config))
-    return tuple(np.linalg.lstsq(np.array(rows, dtype=float), np.array(counted), rcond=None)[0])
+    features = np.array(rows, dtype=float)
+    return tuple(np.linalg.lstsq(features, np.array(bytes_), rcond=None)[0] for bytes_ in (growing, constant))
 
 
 def _features(config: MegalodonConfig) -> list[float]:
@@ -121,50 +123,59 @@ def _features(config: MegalodonConfig) -> list[float]:
 
 
 def block_activations(config: MegalodonConfig, sizes: MeshSizes, step: Step) -> float:
-    """Bytes that a block keeps of one micro-batch on one rank."""
-    fit = saved_bytes_fit("bfloat16" if step.bytes_ == 2 else "float32", config.swiglu)
-    per_token = float(np.dot(fit, _features(config))) / sizes.tensor
+    """Bytes that a block keeps of the tokens of one micro-batch on one rank."""
+    per_token = float(np.dot(_fit(config, step)[0], _features(config))) / sizes.tensor
     if sizes.tensor > 1:  # three gathered vectors are whole on every rank; norms over ranks keep four of their steps
         per_token += 3 * config.model_dim * step.bytes_ * (1 - 1 / sizes.tensor)
         per_token += 4 * 4 * config.model_dim / sizes.tensor
     return per_token * step.tokens(sizes)
 
 
+def block_constants(config: MegalodonConfig, sizes: MeshSizes, step: Step) -> float:
+    """Bytes that a block keeps of one micro-batch, however long its rows."""
+    return float(np.dot(_fit(config, step)[1], _features(config))) / sizes.tensor
+
+
+def _fit(config: MegalodonConfig, step: Step) -> tuple[np.ndarray, np.ndarray]:
+    return saved_bytes_fit("bfloat16" if step.bytes_ == 2 else "float32", config.swiglu)
+
+
 def stage_memory(
-    config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool, streamed: bool
+    config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, place: int, streamed: bool
 ) -> Memory:
-    """What a rank of a stage of `layers` layers holds at the height of a step."""
+    """What a rank of a stage of `layers` layers holds at the height of a step; `place`: the stage's in the pipeline."""
+    first, last = place == 0, place == sizes.pipeline - 1
     ranks = sizes.shard * sizes.chunk
     linear, other = block_parameters(config)
-    table, head = end_parameters(config)
-    block = (linear + other) / sizes.tensor
-    ends = (table * first + head * last) / sizes.tensor
-    parameters = block * layers + ends
+    blocks, ends = (count / sizes.tensor for count in stage_parameters(config, layers, first, last))
+    block, parameters = blocks / layers, blocks + ends
     own = 4 * parameters / ranks
     wrapped = ranks * sizes.replicate > 1
-    gathered = gradients = 0.0
+    gathered = travelling = added_up = 0.0
     if wrapped:
-        # Two blocks are whole at a time, as they arrive and as they are used, and the outermost weights throughout.
-        gathered = 4 * (linear * step.bytes_ + other * 4) / sizes.tensor + 4 * ends
+        # Two blocks are whole at a time, as they arrive and as they are used, in a pipeline all; and the outermost.
+        at_once = layers if sizes.pipeline > 1 else 4
+        gathered = at_once * (linear * step.bytes_ + other * 4) / sizes.tensor + 4 * ends
         # A block's gradients are whole while they are scattered; micro-batches but the last add up all of them whole.
-        gradients = 2 * 4 * max(block, ends) + (4 * parameters if step.parts > 1 else 0)
+        travelling = 2 * 4 * max(block, ends)
+        added_up = 4 * parameters if step.parts > 1 else 0.0
     tokens = step.tokens(sizes)
-    kept = block_activations(config, sizes, step)
+    kept = block_activations(config, sizes, step) + block_constants(config, sizes, step)
     stream = tokens * config.model_dim / sizes.tensor * 4
-    flying = min(sizes.pipeline, step.parts)
+    flying = min(sizes.pipeline - place, step.parts)  # the last stage goes back with each part at once
     activations = flying * layers * (stream if step.checkpointing else kept)
     working = kept if step.checkpointing else _backward_working(config, sizes, step)
     if sizes.pipeline > 1:  # a buffer for what each micro-batch brings from either side, and what has been sent
-        message = tokens * config.model_dim / sizes.tensor * step.bytes_
+        message = tokens * config.model_dim / sizes.tensor * 4
         working += message * (step.parts * (2 - first - last) + flying)
-    if last:
+    if last:  # the loss is before any gradient travels
         vocabulary = (config.output_size or config.vocab_size) / sizes.tensor
-        logits = min(tokens * vocabulary, LOGITS_AT_ONCE) * (step.bytes_ + 8)
-        working = max(working, logits) + 2 * tokens * config.model_dim * step.bytes_
+        logits = min(tokens * vocabulary, LOGITS_AT_ONCE) * 12  # log-probabilities, and two of their gradients
+        working = max(working, logits - travelling) + 2 * tokens * config.model_dim * step.bytes_
     return Memory(
         weights=own,
         gathered=gathered,
-        gradients=own + gradients,
+        gradients=own + travelling + added_up,
         optimizer=2 * own,
         activations=activations,
         working=working,

@@ -113,11 +113,6 @@ def pipeline_problems(size: int, virtual_stages: int, accumulation_steps: int, c
             f"mesh.pipeline: {size} x virtual_stages {virtual_stages} stages need at least as many layers: "
             f"model.num_layers is {config.num_layers}"
         )
-    if size > 1 and config.share_emb:
-        problems.append(
-            "mesh.pipeline: a model with model.share_emb has one matrix in its first and its last stage; "
-            "cut it along other axes"
-        )
     if size > 1 and accumulation_steps % size:
         problems.append(
             f"mesh.pipeline: run.accumulation_steps {accumulation_steps} are its micro-batches: "

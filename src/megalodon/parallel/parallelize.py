@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from megalodon.model.state import MegalodonState
 from megalodon.parallel.block import Axes, parallelize_blocks
 from megalodon.parallel.mesh import Mesh
 from megalodon.parallel.pipeline import Pipeline, PipelinedStage
-from megalodon.parallel.sharding import reshard, shard_weights, synchronize_gradients, whole
+from megalodon.parallel.sharding import own_part, reshard, shard_weights, synchronize_gradients, whole
 from megalodon.parallel.spans import default_borders
 from megalodon.parallel.stage import Rows, Stage, stage_layers
-from megalodon.parallel.tensor import distribute_parameters
+from megalodon.parallel.tensor import distribute_parameters, local
 
 States = list[MegalodonState | None]
 
@@ -29,7 +29,8 @@ class ParallelModel(nn.Module):
         layers: the indices of this rank's layers, in the order of its states.
 
     Args:
-        model: the whole model, the same values on every rank; its parts are taken over. On the CPU, or on `device`.
+        model: the whole model, the same values on every rank; its parts are taken over. On the CPU, on `device`, or
+            without values on the meta device: then `fill` gives them.
         mesh: the mesh.
         device: where this rank computes.
         precision: "float32", or "bfloat16" for autocast.
@@ -62,12 +63,21 @@ class ParallelModel(nn.Module):
         for stage, layers in zip(self.stages, own, strict=True):
             stage.first_memory = self.layers.index(layers.start)
             if mesh.weights is not None:
-                shard_weights(stage, mesh.weights, precision)
-            stage.to(device)
+                shard_weights(stage, mesh.weights, precision, sizes.pipeline > 1)
+            empty = any(parameter.is_meta for parameter in stage.parameters())
+            stage.to_empty(device=device) if empty else stage.to(device)
         self.pipeline = None
         if sizes.pipeline > 1:
-            dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-            self.pipeline = Pipeline(list(self.stages), mesh.group("pipeline"), device, dtype)
+            self.pipeline = Pipeline(list(self.stages), mesh.group("pipeline"), device)
+
+    @property
+    def _tied(self) -> nn.Parameter | None:
+        """This rank's copy of the matrix that a pipeline's first and last stage share; None where there is none."""
+        if self.pipeline is None or not self.config.share_emb:
+            return None
+        if self.mesh.rank("pipeline") == 0:
+            return self.stages[0].model.embed_tokens.weight
+        return self.stages[-1].lm_head.weight if self.has_last else None
 
     @property
     def has_last(self) -> bool:
@@ -78,13 +88,34 @@ class ParallelModel(nn.Module):
 
     def named_parameters(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under the names that they have in the whole model."""
+        tied = self._tied
         for name, parameter in super().named_parameters(*arguments, **options):
-            yield name.split(".", 2)[2], parameter  # without "stages.0."
+            yield "model.embed_tokens.weight" if parameter is tied else name.split(".", 2)[2], parameter
+
+    @torch.no_grad()
+    def fill(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Take this rank's parts of whole parameters, given one by one under their names in the whole model.
+
+        Raises:
+            ValueError: one is missing, or has another shape.
+        """
+        missing = dict(self.named_parameters())
+        for name, value in parameters:
+            parameter = missing.pop(name, None)
+            if parameter is None:
+                continue
+            if parameter.shape != value.shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, the model's is {tuple(parameter.shape)}")
+            local(parameter).copy_(own_part(value, parameter))
+        if missing:
+            raise ValueError(f"weights are missing, such as {min(missing)}")
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """Scale all ranks' gradients down to `max_norm` together. Returns the norm before, a scalar."""
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        copy = self._tied if self.mesh.rank("pipeline") else None
+        once = [parameter for parameter in parameters if parameter is not copy]
+        norm = whole(nn.utils.get_total_norm([p.grad for p in once if p.grad is not None]))
         if self.pipeline is not None:
             square = norm.square()
             dist.all_reduce(square, group=self.mesh.group("pipeline"))
@@ -114,6 +145,8 @@ class ParallelModel(nn.Module):
     def _run(self, parts: Sequence[Rows], divisor: float, backward: bool) -> tuple[Tensor, States]:
         if self.pipeline is not None:
             loss = self.pipeline.run(parts, divisor, self._shape(parts[0]), backward)
+            if backward and self._tied is not None:
+                self._add_tied_gradients(self._tied)
             states = self._join(len(parts))
         else:
             loss, states = self._run_stage(parts, divisor, backward)
@@ -134,6 +167,19 @@ class ParallelModel(nn.Module):
             total += loss.detach()
             states.append(None if state is None else state.detach())
         return total, states
+
+    def _add_tied_gradients(self, matrix: nn.Parameter) -> None:
+        """Give both ends of the pipeline the sum of their gradients of the one matrix; both cut it alike."""
+        assert matrix.grad is not None
+        own, group = local(matrix.grad), self.mesh.group("pipeline")
+        other, peer = torch.empty_like(own), group.size() - 1 - group.rank()
+        messages = [
+            dist.P2POp(dist.isend, own, group=group, group_peer=peer),
+            dist.P2POp(dist.irecv, other, group=group, group_peer=peer),
+        ]
+        for work in dist.batch_isend_irecv(messages):
+            work.wait()
+        own.add_(other)
 
     def _shape(self, rows: Rows) -> tuple[int, int, int]:
         """Of the activations between stages on this rank."""

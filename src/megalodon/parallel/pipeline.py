@@ -39,13 +39,10 @@ class Pipeline:
     Args:
         stages: this rank's; stage number i * ranks + rank each, i = 0, 1, ...
         group: the pipeline's ranks.
-        dtype: of what travels between stages.
     """
 
-    def __init__(
-        self, stages: Sequence[PipelinedStage], group: Group, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.stages, self.group, self.device, self.dtype = stages, group, device, dtype
+    def __init__(self, stages: Sequence[PipelinedStage], group: Group, device: torch.device) -> None:
+        self.stages, self.group, self.device = stages, group, device
         self._schedules: dict[tuple[int, ...], Any] = {}
 
     def run(self, rows: Sequence[Rows], divisor: float, shape: tuple[int, int, int], backward: bool) -> Tensor:
@@ -73,7 +70,8 @@ class Pipeline:
     def _build(self, count: int, shape: tuple[int, int, int]) -> Any:
         ranks, rank = self.group.size(), self.group.rank()
         total = ranks * len(self.stages)
-        between = torch.empty(shape, device="meta", dtype=self.dtype, requires_grad=True)
+        # The residual stream is float32 under autocast too.
+        between = torch.empty(shape, device="meta", dtype=torch.float32, requires_grad=True)
         parts = [
             PipelineStage(
                 stage,

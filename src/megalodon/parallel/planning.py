@@ -122,16 +122,14 @@ def make_plan(job: Job, hardware: Hardware, sizes: MeshSizes, parts: int, checkp
     step = Step(job.batch_size // sizes.data // parts, parts, job.context, bytes_, checkpointing)
     ranges = stage_layers(config.num_layers, sizes.pipeline)
     memory = max(
-        (
-            stage_memory(config, sizes, step, len(layers), i == 0, i == len(ranges) - 1, job.streamed)
-            for i, layers in enumerate(ranges)
-        ),
+        (stage_memory(config, sizes, step, len(layers), place, job.streamed) for place, layers in enumerate(ranges)),
         key=lambda memory: memory.total,
     )
     layers = max(map(len, ranges))
-    traffic = weights_traffic(config, sizes, step, layers) | {
-        "tensor": tensor_traffic(config, sizes, step, layers, 1),
-        "chunk": chunk_traffic(config, sizes, step, layers, 1),
+    one = sizes.pipeline == 1  # else a stage with one of the two ends
+    traffic = weights_traffic(config, sizes, step, layers, one, True) | {
+        "tensor": tensor_traffic(config, sizes, step, layers, one, True),
+        "chunk": chunk_traffic(config, sizes, step, layers, True),
         "pipeline": pipeline_traffic(config, sizes, step),
     }
     flops = model_flops(config, job.context) * job.batch_size * job.context

@@ -15,19 +15,23 @@ from torch.distributed.tensor import DTensor
 from megalodon.parallel.stage import Stage
 
 
-def shard_weights(stage: Stage, mesh: DeviceMesh, precision: str) -> None:
+def shard_weights(stage: Stage, mesh: DeviceMesh, precision: str, pipelined: bool = False) -> None:
     """Cut a stage's weights over a mesh of one dimension, or copy and cut them over one of two, in place.
 
     With `precision` "bfloat16", matrices travel and multiply in bfloat16, as autocast would have it; everything else,
     and the sums of gradients, stay in float32.
+
+    Weights are gathered for each pass of each micro-batch; with `pipelined` once a step: a schedule keeps a stage's
+    weights whole from its first backward pass on, so that gathering them anew would save no memory.
     """
+    again = False if pipelined else None
     for block in stage.model.layers.values():
         if precision == "bfloat16":
             half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
             linear = [module for module in block.modules() if isinstance(module, nn.Linear)]
-            fully_shard(linear, mesh=mesh, mp_policy=half)
-        fully_shard(block, mesh=mesh)
-    fully_shard(stage, mesh=mesh)
+            fully_shard(linear, mesh=mesh, mp_policy=half, reshard_after_forward=again)
+        fully_shard(block, mesh=mesh, reshard_after_forward=again)
+    fully_shard(stage, mesh=mesh, reshard_after_forward=again)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -50,3 +54,11 @@ def reshard(stage: nn.Module) -> None:
 def whole(x: Tensor) -> Tensor:
     """A tensor as one process would have it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def own_part(value: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank holds of a whole value that is cut as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    (chunk,) = parameter.__create_chunk_list__()  # where a checkpoint would put it
+    return value[tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))]

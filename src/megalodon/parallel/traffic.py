@@ -58,24 +58,37 @@ def end_parameters(config: MegalodonConfig) -> tuple[int, int]:
     return table, norm + (0 if config.share_emb else out)
 
 
-def weights_traffic(config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int) -> dict[str, Traffic]:
-    """FSDP2: weights gathered for each pass of a micro-batch, gradients scattered once, shards summed over copies."""
+def stage_parameters(config: MegalodonConfig, layers: int, first: bool, last: bool) -> tuple[int, int]:
+    """Parameters of a stage: (in its blocks, in the embedding, final norm and head that it has)."""
+    table, end = end_parameters(config)
+    copy = table if config.share_emb and last and not first else 0  # a pipeline's two ends each have the one matrix
+    return layers * sum(block_parameters(config)), table * first + end * last + copy
+
+
+def weights_traffic(
+    config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool
+) -> dict[str, Traffic]:
+    """FSDP2: weights gathered for each pass of a micro-batch (in a pipeline once a step), gradients scattered once,
+    shards summed over copies."""
     ranks = sizes.shard * sizes.chunk
     linear, other = block_parameters(config)
     block = (linear * step.bytes_ + other * 4) * layers / sizes.tensor
-    ends = sum(end_parameters(config)) * 4 / sizes.tensor
-    parameters = ((linear + other) * layers + sum(end_parameters(config))) / sizes.tensor
+    blocks, ends = stage_parameters(config, layers, first, last)
+    parameters = (blocks + ends) / sizes.tensor
     part = (ranks - 1) / ranks
     # The outermost weights stay whole from the forward to the backward pass.
-    gathered = (2 * block + ends) * step.parts if ranks > 1 else 0.0
+    passes, parts = (1, 1) if sizes.pipeline > 1 else (2, step.parts)
+    gathered = (passes * block + 4 * ends / sizes.tensor) * parts if ranks > 1 else 0.0
     groups = 1 + layers * (2 if step.bytes_ == 2 else 1)
-    shard = Traffic(part * (gathered + parameters * 4), (ranks > 1) * groups * (2 * step.parts + 1))
+    shard = Traffic(part * (gathered + parameters * 4), (ranks > 1) * groups * (passes * parts + 1))
     copies = sizes.replicate
     replicate = Traffic(2 * (copies - 1) / copies * parameters * 4 / ranks, (copies > 1) * groups)
     return {"shard": shard, "replicate": replicate}
 
 
-def tensor_traffic(config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, ends: int) -> Traffic:
+def tensor_traffic(
+    config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool
+) -> Traffic:
     """Vectors gathered before projections and scattered after; two numbers a token for norms; the split loss."""
     ranks = sizes.tensor
     if ranks == 1:
@@ -83,15 +96,15 @@ def tensor_traffic(config: MegalodonConfig, sizes: MeshSizes, step: Step, layers
     part = (ranks - 1) / ranks
     tokens = step.tokens(sizes)
     passes = 3 if step.checkpointing else 2
-    vectors = 5 * layers * passes + 2 * ends * 2
+    vectors = (5 * layers * passes + 2 * last) * step.bytes_ + 2 * first * 4  # embeddings are float32
     # An all-gather of one or two float32 a token from each rank, and its adjoint.
     norms = (4 + 8) * layers * passes * ranks
-    loss = 2 * (4 + 8) * ends
-    sent = part * tokens * (vectors * config.model_dim * step.bytes_ + norms + loss)
-    return Traffic(sent * step.parts, step.parts * (7 * layers * passes + 7 * ends))
+    loss = 2 * (4 + 8) * last
+    sent = part * tokens * (vectors * config.model_dim + norms + loss)
+    return Traffic(sent * step.parts, step.parts * (7 * layers * passes + 2 * first + 4 * last))
 
 
-def chunk_traffic(config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, final: int) -> Traffic:
+def chunk_traffic(config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, last: bool) -> Traffic:
     """The summaries of two memories a layer, whatever the length; none for attention where spans are whole chunks."""
     ranks = sizes.chunk
     if ranks == 1:
@@ -99,13 +112,19 @@ def chunk_traffic(config: MegalodonConfig, sizes: MeshSizes, step: Step, layers:
     passes = 3 if step.checkpointing else 2
     norm = step.rows * 2 * config.norm_num_groups / sizes.tensor * 8
     cema = step.rows * config.model_dim / sizes.tensor * config.cema_ndim * 8
-    sent = (ranks - 1) * (layers * passes * (norm + cema) + final * 2 * norm)
-    return Traffic(sent * step.parts, step.parts * (2 * layers * passes + 2 * final))
+    sent = (ranks - 1) * (layers * passes * (norm + cema) + last * 2 * norm)
+    return Traffic(sent * step.parts, step.parts * (2 * layers * passes + 2 * last))
 
 
-def pipeline_traffic(config: MegalodonConfig, sizes: MeshSizes, step: Step, virtual_stages: int = 1) -> Traffic:
-    """Activations to the next stage and gradients to the one before, of a rank in the middle."""
+def pipeline_traffic(
+    config: MegalodonConfig, sizes: MeshSizes, step: Step, first: bool = False, last: bool = False
+) -> Traffic:
+    """The residual stream, in float32, to the next stage and its gradients to the one before, of a rank with one stage;
+    and between the ends the gradient of a matrix that both have."""
     if sizes.pipeline == 1:
         return Traffic()
-    message = step.tokens(sizes) * config.model_dim / sizes.tensor * step.bytes_
-    return Traffic(2 * message * step.parts * virtual_stages, 2 * step.parts * virtual_stages)
+    message = step.tokens(sizes) * config.model_dim / sizes.tensor * 4
+    ways = (not first) + (not last)
+    tied = end_parameters(config)[0] * 4 / sizes.tensor / sizes.shard / sizes.chunk
+    shared = config.share_emb and (first or last)
+    return Traffic(ways * message * step.parts + shared * tied, ways * step.parts + shared)

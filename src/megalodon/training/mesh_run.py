@@ -11,13 +11,14 @@ import torch
 
 from megalodon.files import write_text
 from megalodon.inference import choose_device
+from megalodon.inference.loading import model_folder
 from megalodon.parallel import Mesh, ParallelModel, mesh_problems
+from megalodon.parallel.initial import empty_model, initial_parameters, stored_parameters
 from megalodon.training import launch
 from megalodon.training.checkpoint import CheckpointError
 from megalodon.training.config_file import config_text
 from megalodon.training.interrupt import StopRequest
 from megalodon.training.mesh_trainer import AgreedStop, MeshTrainer, on_rank_0
-from megalodon.training.model_section import build_model
 from megalodon.training.optimizer import build_optimizer
 from megalodon.training.processes import Processes, QuietExit, versions
 from megalodon.training.progress import Display, LineDisplay, make_display
@@ -119,6 +120,8 @@ def _run(resolved: launch.Resolved, processes: Processes, device: torch.device, 
         checkpoint = _from_rank_0(checkpoint)
         documents = processes.together(lambda: launch.prepare(config, resolved.tokenizer, display))
         parts, model = _build(resolved, documents, device, processes)
+        if checkpoint is None:
+            processes.together(lambda: _fill(model, resolved))
         records: Any = partial(Records, folder) if processes.rank == 0 else lambda step: NoRecords()
         trainer = MeshTrainer(processes, model, config, folder, parts, display, records)
         display.say(f"mesh: {config.mesh.sizes}, {processes.world_size} processes")
@@ -157,8 +160,7 @@ def _build(
     mesh = Mesh(config.mesh.sizes, device.type)
     rank, world_size = mesh.data_rank, mesh.sizes.data
     loader = processes.together(lambda: launch.build_loader(config, documents[0], rank, world_size))
-    seed_everything(config.run.seed)
-    whole = build_model(config.model, resolved.model_config)
+    whole = empty_model(resolved.model_config)
     flops = training_flops_per_token(whole, resolved.model_config, data.sequence_length)
     if config.run.gradient_checkpointing:
         launch.checkpoint_activations(whole)
@@ -175,6 +177,16 @@ def _build(
         device=device,
     )
     return parts, model
+
+
+def _fill(model: ParallelModel, resolved: launch.Resolved) -> None:
+    """Give the model the values that one process would give it, without holding them all."""
+    section = resolved.config.model
+    seed_everything(resolved.config.run.seed)
+    if section.init_from is None:
+        model.fill(initial_parameters(resolved.model_config))
+    else:
+        model.fill(stored_parameters(model_folder(Path(section.init_from))))
 
 
 __all__ = ["CheckpointError", "QuietExit", "train_on_mesh"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import re
@@ -112,8 +113,8 @@ def from_exception(error: Exception) -> ApiError | None:
             return ApiError(503, "the server is stopping", "stopping", retry_after=5)
         case ValueError():
             return ApiError(400, str(error), "invalid_value")
-        case OSError() if error.errno == 28:
-            return ApiError(507, "the server's disk is full", "disk_full")
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return ApiError(507, "the server's disk is full: delete contexts, or ask the operator", "disk_full")
     return None
 
 
@@ -130,10 +131,12 @@ def install(app: FastAPI) -> None:
 
     async def known(_: Request, error: Exception) -> JSONResponse:
         found = from_exception(error)
-        assert found is not None
+        if found is None:  # a disk's defect, say
+            raise error
         return found.response()
 
-    for kind in (ApiError, NoContextError, NameTakenError, ChangedError, QueueFullError, StoppingError, ValueError):
+    of_inference = (NoContextError, NameTakenError, ChangedError, QueueFullError, StoppingError)
+    for kind in (ApiError, *of_inference, ValueError, OSError):
         app.add_exception_handler(kind, known)
 
     @app.exception_handler(RequestValidationError)

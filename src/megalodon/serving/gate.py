@@ -81,5 +81,11 @@ class Gate:
 def _refuse_other_sites(headers: Headers) -> None:
     """Raise ApiError 403 for what another site's page sends from a visitor's browser, keys or not."""
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+    if origin is None:
+        return
+    try:
+        own = urlsplit(origin).netloc == headers.get("host")
+    except ValueError:  # such as http://[
+        own = False
+    if not own:
         raise ApiError(403, f"requests from pages of {origin[:80]} are not accepted", "cross_origin")

@@ -118,6 +118,15 @@ def from_exception(error: Exception) -> ApiError | None:
     return None
 
 
+def answer_for(error: Exception, request: str) -> ApiError:
+    """The error for whatever was raised; a defect is logged, and tells the client nothing."""
+    known = from_exception(error)
+    if known is None:
+        _log.error("%s failed", request, exc_info=error)
+        known = ApiError(500, "internal error", "internal_error")
+    return known
+
+
 def invalid_value(errors: Sequence[Any]) -> ApiError:
     """The error for what Pydantic found: of several (a value may fit none of some types) the most specific one."""
     error = max(errors, key=lambda error: len(error["loc"]))
@@ -127,11 +136,11 @@ def invalid_value(errors: Sequence[Any]) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Have every error answered in this form."""
+    """Have every error but defects answered in this form; the gate answers those."""
 
     async def known(_: Request, error: Exception) -> JSONResponse:
         found = from_exception(error)
-        if found is None:  # a disk's defect, say
+        if found is None:  # a broken disk, say: a defect, which the gate answers
             raise error
         return found.response()
 
@@ -148,11 +157,3 @@ def install(app: FastAPI) -> None:
         response = ApiError(error.status_code, str(error.detail), None).response()
         response.headers.update(error.headers or {})
         return response
-
-    @app.exception_handler(Exception)
-    async def defect(request: Request, error: Exception) -> JSONResponse:
-        found = from_exception(error)
-        if found is None:
-            _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-            found = ApiError(500, "internal error", "internal_error")
-        return found.response()

@@ -1,4 +1,4 @@
-"""Context files: resumed to the bit, and refused when they are another model's or damaged."""
+"""Context files of a `Session`: resumed to the bit, gone on from by the engine and back, refused when another's."""
 
 from __future__ import annotations
 
@@ -7,18 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalodon import MegalodonConfig, MegalodonForCausalLM
+from engine_cases import CHUNK, make_engine, make_model, run, submit, text_tokens
 from megalodon.data import ByteTokenizer
-from megalodon.inference import Context, Sampling, Session, model_fingerprint
+from megalodon.inference import Context, Sampling, Session, load_snapshot, save_snapshot
 
 PROMPT = list(b"Call me Ishmael. Some years ago")
-
-
-def make_model(**changes: object) -> MegalodonForCausalLM:
-    torch.manual_seed(0)
-    fields = {"num_layers": 2, "model_dim": 32, "z_dim": 16, "value_dim": 32, "num_heads": 2, "ffn_hidden_dim": 32}
-    rest = {"vocab_size": 256, "cema_ndim": 4, "chunk_size": 16, "norm_num_groups": 4}
-    return MegalodonForCausalLM(MegalodonConfig(**{**fields, **rest, **changes})).eval()
 
 
 @pytest.fixture
@@ -47,28 +40,89 @@ def test_resumed_from_a_file_equals_never_stopping(tmp_path: Path, sampling: Sam
     assert [file.name for file in tmp_path.iterdir()] == ["a.context"]
 
 
+# --- the engine's files -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_dim": 64}, "model_dim 32"),
-        ({"chunk_size": 32}, "chunk_size 16"),
-        ({"swiglu": True}, "other weights"),
-        ({"norm_eps": 1e-6}, "other weights"),
-    ],
+    ("length", "generated"), [(1, 0), (1, 3), (CHUNK, 0), (CHUNK + 1, 0), (37, 0), (37, 6), (37, 12)]
 )
-def test_another_config_is_refused(saved: Path, changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_an_engine_goes_on_where_a_session_stopped(
+    tmp_path: Path, dtype: torch.dtype, length: int, generated: int
+) -> None:
+    """To the bit from the session's state on: the same from its file, from memory, and in two goes."""
+    model, path = make_model(dtype), tmp_path / "context"
+    session = Session(model, seed=4)
+    session.read(text_tokens(1, length))
+    list(session.generate(generated))
+    session.context.save(path, model, ByteTokenizer())
+    engine = make_engine(model)
+    start = load_snapshot(path, engine.identity)
+    assert start.tokens == length + generated and start.text_fingerprint is None and not start.read_only
+    whole = run(engine, submit(engine, text_tokens(2, 5), start, max_tokens=40, keep=True))
+    assert whole.usage.prompt_tokens == length + generated + 5
+    if dtype == torch.float32:
+        likeliest = run(engine, submit(engine, text_tokens(2, 5), start, max_tokens=30, sampling=Sampling(0)))
+        session.read(text_tokens(2, 5))
+        assert [token for token, _ in likeliest.tokens()] == list(session.generate(30, Sampling(0)))
+    for cut in (1, 13, 39):
+        first = run(engine, submit(engine, text_tokens(2, 5), start, max_tokens=cut, keep=True))
+        save_snapshot(path, first.snapshot, engine.identity)
+        other = make_engine(make_model(dtype))
+        options = {"seed": None, "resume_generator": True, "max_tokens": 40 - cut}
+        second = run(other, submit(other, start=load_snapshot(path, other.identity), **options))
+        assert first.tokens() + second.tokens() == whole.tokens()
+
+
+@pytest.mark.parametrize(("length", "generated"), [(1, 0), (CHUNK, 0), (CHUNK + 1, 0), (37, 0), (37, 9), (37, 40)])
+def test_a_session_goes_on_where_an_engine_stopped(tmp_path: Path, length: int, generated: int) -> None:
+    model, path, greedy = make_model(), tmp_path / "context", Sampling(0)
+    engine = make_engine(model)
+    options = {"max_tokens": generated, "sampling": greedy} if generated else {"read_only": True}
+    first = run(engine, submit(engine, text_tokens(1, length), keep=True, **options)).snapshot
+    save_snapshot(path, first, engine.identity)
+    expected = run(engine, submit(engine, text_tokens(2, 5), first, max_tokens=30, sampling=greedy)).tokens()
+    session = Session(model, Context.load(path, model, ByteTokenizer()))
+    assert session.tokens == length + generated
+    session.read(text_tokens(2, 5))
+    assert list(session.generate(30, greedy)) == [token for token, _ in expected]
+
+
+def test_a_session_draws_on_as_the_engine_would_have(tmp_path: Path) -> None:
+    model, path, sampling = make_model(), tmp_path / "context", Sampling(0.9, repetition_penalty=1.2)
+    engine = make_engine(model)
+    first = run(engine, submit(engine, text_tokens(1, 300), max_tokens=20, seed=3, sampling=sampling, keep=True))
+    options = {"seed": None, "resume_generator": True, "sampling": sampling, "max_tokens": 30}
+    expected = run(engine, submit(engine, start=first.snapshot, **options)).tokens()
+    save_snapshot(path, first.snapshot, engine.identity)
+    session = Session(model, Context.load(path, model, ByteTokenizer()))
+    assert list(session.generate(30, sampling)) == [token for token, _ in expected]
+
+
+def test_a_file_that_holds_no_token_is_refused(tmp_path: Path) -> None:
+    engine = make_engine()
+    save_snapshot(tmp_path / "a.context", engine.empty, engine.identity)
+    with pytest.raises(ValueError, match="no token to go on from"):
+        Context.load(tmp_path / "a.context", engine.model, ByteTokenizer())
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"model_dim": 64}, {"chunk_size": 32}, {"swiglu": True}, {"norm_eps": 1e-6}])
+def test_another_config_is_refused(saved: Path, changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"a\.context.*another model"):
         Context.load(saved, make_model(**changes), ByteTokenizer())
 
 
-def test_other_weights_and_dtypes_are_refused(saved: Path) -> None:
+def test_other_weights_and_dtype_are_refused(saved: Path) -> None:
     model = make_model()
     with torch.no_grad():
         model.model.layers[1].attention.o_proj.weight += 1e-3
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(ValueError, match="another model"):
         Context.load(saved, model, ByteTokenizer())
     with pytest.raises(ValueError, match=r"float32.*bfloat16"):
-        Context.load(saved, make_model().bfloat16(), ByteTokenizer())
+        Context.load(saved, make_model(torch.bfloat16), ByteTokenizer())
 
 
 def test_another_tokenizer_is_refused(saved: Path) -> None:
@@ -87,8 +141,8 @@ def test_every_kind_of_damage_is_noticed(saved: Path, tmp_path: Path) -> None:
         damaged.write_bytes(changed)
         with pytest.raises(ValueError, match=r"damaged\.context"):
             Context.load(damaged, make_model(), ByteTokenizer())
-    for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
-        damaged.write_bytes(whole[:length])
+    for tenth in range(10):
+        damaged.write_bytes(whole[: len(whole) * tenth // 10])
         with pytest.raises(ValueError, match=r"damaged\.context"):
             Context.load(damaged, make_model(), ByteTokenizer())
 
@@ -98,11 +152,5 @@ def test_what_is_no_context_is_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Context.load(tmp_path / "nowhere", model, ByteTokenizer())
     Context.load(saved, model, ByteTokenizer()).state.save(tmp_path / "state")
-    with pytest.raises(ValueError, match="no context file"):
+    with pytest.raises(ValueError, match="not a context file"):
         Context.load(tmp_path / "state", model, ByteTokenizer())
-
-
-def test_fingerprint_is_of_config_and_weights() -> None:
-    assert model_fingerprint(make_model()) == model_fingerprint(make_model())
-    assert model_fingerprint(make_model(dropout=0.1)) == model_fingerprint(make_model()), "dropout changes no output"
-    assert model_fingerprint(make_model(rope_base=1e5)) != model_fingerprint(make_model())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from engine_cases import make_engine, run, submit, text_tokens
-from megalodon.inference import context_store
+from megalodon.inference import PrefixStore, context_store, save_snapshot
 from megalodon.inference.context_store import ChangedError, ContextStore, NameTakenError, NoContextError
 
 ENGINE = make_engine()
@@ -112,6 +114,44 @@ def test_export_and_import(store: ContextStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged"):
         store.import_file("b", copy, None, None)
     assert store.count("b") == 1
+
+
+def test_an_imported_state_is_no_proof_of_its_text() -> None:
+    """A forged file that names a text it never read must not get into the cache of those who read that text."""
+    engine = make_engine(prefixes=lambda identity: PrefixStore(identity, 1 << 24), share_prefixes=True)
+    store = ContextStore("memory://forged", engine.identity)
+    text = text_tokens(1, 60)
+    honest, other = (
+        run(engine, submit(engine, tokens[:17], read_only=True, keep=True, owner=owner)).snapshot
+        for owner, tokens in (("a", text), ("b", text_tokens(2, 60)))
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        forged = Path(folder) / "forged"
+        save_snapshot(forged, replace(honest, state=other.state), engine.identity)
+        record = store.import_file("b", forged, None, None)
+    engine.prefixes = PrefixStore(engine.identity, 1 << 24)
+    start = store.load(record)
+    run(engine, submit(engine, text[17:], start, read_only=True, keep=True, owner="b"))
+    victim = run(engine, submit(engine, text, max_tokens=10, owner="a"))
+    plain = make_engine()
+    assert victim.tokens() == run(plain, submit(plain, text, max_tokens=10)).tokens()
+
+
+def test_a_damaged_record_is_passed_over_and_its_data_kept(
+    store: ContextStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, damaged = (store.create("a", snapshot_of(20), name, None) for name in ("kept", "damaged"))
+    path = store._path("a", f"{damaged.id}.json")
+    whole = store._fs.cat_file(path)
+    monkeypatch.setattr(context_store, "ORPHAN_SECONDS", -1.0)
+    for spoilt in (b"", b"{", b"[]", b"{}", b'{"id": 1}', b"\xff"):
+        store._fs.pipe_file(path, spoilt)
+        store.sweep()
+        assert store.owned("a") == [kept]
+        with pytest.raises(NoContextError):
+            store.get("a", damaged.id)
+    store._fs.pipe_file(path, whole)
+    assert store.load(store.get("a", "damaged")).tokens == 20
 
 
 def test_many_at_once(store: ContextStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from megalodon.inference.request import (
     QueueFullError,
     StoppingError,
 )
+from megalodon.inference.schedule import READERS_PER_SLOT
 from megalodon.inference.snapshot_file import load_snapshot, save_snapshot
 
 SAMPLINGS = [Sampling(0), Sampling(0.9), Sampling(1.1, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)]
@@ -250,6 +252,17 @@ def test_a_long_text_does_not_hold_up_others() -> None:
     assert steps <= 14 and not long.done
 
 
+def test_texts_that_never_arrive_hold_up_no_answers() -> None:
+    engine = make_engine(slots=16, queue_length=200)
+    stalled = [submit(engine, TokenFeed(), owner="slow", read_only=True) for _ in range(READERS_PER_SLOT * 16 + 3)]
+    engine.step()
+    assert engine.waiting == 3, "so many may read, and no more"
+    assert run(engine, submit(engine, text_tokens(1, 20), owner="quick", max_tokens=5), steps=20).tokens()
+    stalled[0].request.cancel()
+    engine.step()
+    assert engine.waiting == 2
+
+
 def test_owners_take_turns() -> None:
     engine = make_engine(slots=16)
     greedy = [submit(engine, text_tokens(i, 5), owner="greedy", max_tokens=20) for i in range(64)]
@@ -297,6 +310,9 @@ def test_time_limit_and_length_limit() -> None:
     assert late.failed is not None and late.failed.failure is Failure.timeout
     long = run(engine, submit(engine, text_tokens(1, 200), max_prompt_tokens=100, max_tokens=1))
     assert long.failed is not None and long.failed.failure is Failure.too_long
+    unread = replace(run(engine, submit(engine, text_tokens(1, 20), read_only=True, keep=True)).snapshot, tail=())
+    nothing = run(engine, submit(engine, start=unread, max_tokens=1))
+    assert nothing.failed is not None and nothing.failed.failure is Failure.empty, "there is no token to go on from"
     empty = run(engine, submit(engine, max_tokens=1))
     assert empty.failed is not None and empty.failed.failure is Failure.empty
     assert engine.idle

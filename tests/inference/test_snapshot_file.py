@@ -60,12 +60,10 @@ def test_strangers_are_refused_with_the_reason(saved: Path) -> None:
     for model in (other, make_model(model_dim=64)):
         with pytest.raises(ValueError, match="another model"):
             load_snapshot(saved, make_engine(model).identity)
-    with pytest.raises(ValueError, match="another model"):  # rounding changes the weights
+    with pytest.raises(ValueError, match=r"made in float32; this model runs in bfloat16"):
         load_snapshot(saved, make_engine(make_model(torch.bfloat16)).identity)
     with pytest.raises(ValueError, match=r"tokenizer 'bytes', not with 'novel'"):
         load_snapshot(saved, replace(make_engine().identity, tokenizer="0", tokenizer_name="novel"))
-    with pytest.raises(ValueError, match=r"made in float32; this model runs in bfloat16"):
-        load_snapshot(saved, replace(make_engine().identity, dtype="bfloat16"))
     with pytest.raises(ValueError, match="reading 16 tokens at once; this server reads 8"):
         load_snapshot(saved, make_engine(piece=8).identity)
     save_file({"x": torch.zeros(1)}, saved)
@@ -101,25 +99,43 @@ def test_forged_files_are_refused(saved: Path) -> None:
         ({}, {"tail.tokens": torch.full((13,), 256)}),
         ({}, {"tail.tokens": torch.full((13,), -1)}),
         ({}, {"tail.tokens": torch.zeros(13)}),
+        ({}, {"tail.tokens": torch.ones(13, 1, dtype=torch.int64)}),
+        ({}, {"tail.tokens": torch.ones(17, dtype=torch.int64), "tail.kinds": torch.zeros(17, dtype=torch.uint8)}),
         ({}, {"tail.kinds": torch.full((13,), 7, dtype=torch.uint8)}),
         ({}, {"tail.kinds": torch.zeros(12, dtype=torch.uint8)}),
         ({}, {"tail.tokens": None}),
         ({}, {"generator": torch.zeros(3, dtype=torch.uint8)}),
         ({}, {"generator": None}),
         ({"position": 48}, {}),
+        ({"position": -16}, {"state.position": torch.tensor([-16])}),
+        ({"position": 31}, {"state.position": torch.tensor([31])}),
+        ({"position": 1e300}, {}),
+        ({"block": None, "piece": None}, {}),
+        ({"read_only": True, "digest": None, "text": None}, {}),
         ({"tokens": 10**9}, {}),
         ({"recent": [256]}, {}),
         ({"recent": ["x"]}, {}),
         ({"recent": [1] * 300}, {}),
         ({"recent": None}, {}),
+        ({"recent": [2**70]}, {}),
+        ({"recent": [1.5]}, {}),
+        ({"recent": [[1]]}, {}),
         ({"digest": "zz"}, {}),
         ({"more": 1}, {}),
     ]
     for header, tensors in forgeries:
         saved.write_bytes(whole)
         forge(saved, header, **tensors)
-        with pytest.raises(ValueError, match=r"damaged|has shape|lacks|hexadecimal|invalid literal"):
+        with pytest.raises(ValueError, match=r"damaged|has shape|lacks"):
             load_snapshot(saved, identity)
+    for dtype in (torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float16, torch.uint16):
+        for name in ("state.layers.0.cema", "state.position", "tail.tokens", "tail.kinds", "generator"):
+            saved.write_bytes(whole)
+            with safe_open(saved, "pt") as file:
+                shape = file.get_tensor(name).shape
+            forge(saved, **{name: torch.zeros(shape).to(dtype)})
+            with pytest.raises(ValueError, match="damaged"):
+                load_snapshot(saved, identity)
     saved.write_bytes(whole)
     forge(saved)
     load_snapshot(saved, identity)

@@ -6,13 +6,17 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from serving_cases import Server, eventually
 
-TEXT = "".join(random.Random(0).choice("abcdefghij klmnop\n") for _ in range(3000)) + "naïve €"
+from megalodon.inference import Context, Sampling, Session
+
+TEXT = "".join(random.Random(0).choices("abcdefghij klmnop\n", k=3000)) + "naïve €"
 TEXT_PLAIN = {"Content-Type": "text/plain"}
+BODY = {"model": "tiny", "max_tokens": 12, "seed": 1, "logprobs": 0, "ignore_end": True}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def make(client: httpx.Client, text: str = TEXT, **parameters: object) -> dict:
 
 
 def complete(client: httpx.Client, **body: object) -> dict:
-    answer = client.post("/v1/completions", json={"model": "tiny", "max_tokens": 12, "seed": 1, "logprobs": 0, **body})
+    answer = client.post("/v1/completions", json={**BODY, **body})
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -135,6 +139,37 @@ def test_export_and_import(client: httpx.Client, serve: Callable[..., Server]) -
             refused = elsewhere.post("/v1/contexts/import", content=damaged)
             assert refused.status_code == 400 and "damaged" in refused.json()["error"]["message"]
         assert len(elsewhere.get("/v1/contexts").json()["data"]) == 1
+
+
+def test_files_pass_between_the_command_line_and_the_server(
+    client: httpx.Client, server: Server, tmp_path: Path
+) -> None:
+    """What `megalodon generate --save-context` writes is imported, and what the server exports is gone on from."""
+    model, path = server.engine.model, tmp_path / "saved.context"
+    session = Session(model, seed=1)
+    session.read(list(TEXT.encode()))
+    spoken = bytes(session.generate(21, Sampling(0))).decode(errors="replace")
+    session.context.save(path, model, server.engine.tokenizer)
+    imported = client.post("/v1/contexts/import", content=path.read_bytes(), params={"name": "from a file"})
+    assert imported.status_code == 201 and imported.json()["text"] is None
+    assert imported.json()["tokens"] == len(TEXT.encode()) + 21
+    greedy = {"temperature": 0, "max_tokens": 30}
+    answer = complete(client, context="from a file", prompt=" and so", **greedy)
+    session.read(list(b" and so"))
+    expected = bytes(session.generate(30, Sampling(0))).decode(errors="replace")
+    assert answer["choices"][0]["text"] == expected != spoken
+    saved = complete(client, context="from a file", prompt=" and so", save_context={"name": "back"}, **greedy)
+    path.write_bytes(client.get("/v1/contexts/back/export").content)
+    resumed = Session(model, Context.load(path, model, server.engine.tokenizer))
+    assert resumed.tokens == session.tokens == saved["context"]["tokens"]
+    assert list(resumed.generate(20, Sampling(0))) == list(session.generate(20, Sampling(0)))
+
+
+def test_a_context_may_be_called_progress(client: httpx.Client) -> None:
+    context = make(client, "some text", name="progress")
+    assert len(client.get("/v1/contexts/progress/export").content) == context["bytes"]
+    client.delete("/v1/contexts/progress")
+    assert client.get("/v1/contexts/progress/export").status_code == 404
 
 
 def test_progress_is_told_while_a_text_is_read(client: httpx.Client) -> None:

@@ -1,8 +1,9 @@
 """Running a trained model: loading, sampling, generation from prompts of any length, saved contexts, the engine."""
 
-from megalodon.inference.context import Context, model_fingerprint
+from megalodon.inference.context import Context
 from megalodon.inference.engine import Engine
 from megalodon.inference.feed import TokenFeed
+from megalodon.inference.fingerprint import model_fingerprint
 from megalodon.inference.generation import Session, generate_stream, generate_text
 from megalodon.inference.loading import choose_device, load_model, load_tokenizer_for
 from megalodon.inference.prefix_cache import PrefixStore

@@ -8,9 +8,9 @@ and replaces the record. Files are named by owner and id alone, both checked; wh
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
-import shutil
 import tempfile
 import threading
 import time
@@ -22,13 +22,14 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from megalodon.files import write_file, write_text
+from megalodon.files import write_text
 from megalodon.inference.snapshot import Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity, load_snapshot, save_snapshot
 
 ID = re.compile(r"ctx_[0-9a-f]{24}")
 OWNER = re.compile(r"[0-9a-z-]{1,64}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
+_log = logging.getLogger(__name__)
 ORPHAN_SECONDS = 3600.0
 """A data file without a record is removed after so long: it may just be being written."""
 
@@ -53,7 +54,7 @@ class ContextRecord:
         id, owner: where it is kept. name: the owner's own, or None.
         created, changed: seconds since 1970. expires: likewise; None for never.
         tokens: length of its text. bytes: size of its file, which does not grow with the text.
-        model, tokenizer, text: fingerprints.
+        model, tokenizer, text: fingerprints; text is None where a part of it was read by the command line.
         parent: the context it was forked from.
         data: its data file.
     """
@@ -68,7 +69,7 @@ class ContextRecord:
     bytes: int
     model: str
     tokenizer: str
-    text: str
+    text: str | None
     parent: str | None
     data: str
 
@@ -150,11 +151,7 @@ class ContextStore:
             NameTakenError: if the owner has a context of this name.
             OSError: if it cannot be written; nothing is left behind.
         """
-        record = self._new_record(owner, name, expires, parent)
-        with tempfile.TemporaryDirectory(prefix="context-") as folder:
-            path = Path(folder) / "data"
-            save_snapshot(path, snapshot, self.identity)
-            return self._publish(record, path, snapshot)
+        return self._publish(self._new_record(owner, name, expires, parent), snapshot)
 
     def extend(self, owner: str, key: str, snapshot: Snapshot, since: ContextRecord) -> ContextRecord:
         """Replace what a context holds.
@@ -162,10 +159,7 @@ class ContextStore:
         Raises:
             ChangedError: if it is no longer as `since`, which the snapshot was made from.
         """
-        with tempfile.TemporaryDirectory(prefix="context-") as folder:
-            path = Path(folder) / "data"
-            save_snapshot(path, snapshot, self.identity)
-            return self._publish(replace(since, changed=time.time(), data=_data_name(since.id)), path, snapshot, since)
+        return self._publish(replace(since, changed=time.time(), data=_data_name(since.id)), snapshot, since)
 
     def load(self, record: ContextRecord) -> Snapshot:
         """The contents.
@@ -184,14 +178,17 @@ class ContextStore:
     def import_file(
         self, owner: str, path: Path, name: str | None, expires: float | None, parent: str | None = None
     ) -> ContextRecord:
-        """Make a context of an exported file.
+        """Make a context of an exported file, or of one that the command line saved.
 
         Raises:
             ValueError: if the file is damaged or belongs to another model, dtype or tokenizer.
             NameTakenError: if the owner has a context of this name.
         """
         snapshot = load_snapshot(path, self.identity)
-        return self._publish(self._new_record(owner, name, expires, parent), path, snapshot)
+        if not snapshot.tail:
+            raise ValueError("the context file is damaged: it holds no token to go on from")
+        # Anybody may have made the file, so its state is no proof of what reading the text in its digest gives.
+        return self._publish(self._new_record(owner, name, expires, parent), replace(snapshot, read_only=False))
 
     def sweep(self) -> None:
         """Remove expired contexts, and data files that a crash left without a record."""
@@ -199,10 +196,13 @@ class ContextStore:
             for record in self._records(folder):
                 if record.expires is not None and record.expires <= time.time():
                     self._remove(record)
-            known = {record.data for record in self._records(folder)}
-            for path in self._entries(folder):
-                name = path.rsplit("/", 1)[-1]
-                if not name.endswith(".json") and name not in known and self._age(path) > ORPHAN_SECONDS:
+            records, paths = list(self._records(folder)), self._entries(folder)
+            names = [path.rsplit("/", 1)[-1] for path in paths]
+            spared = {record.data for record in records}
+            unreadable = {name.removesuffix(".json") for name in names} - {record.id for record in records}
+            for path, name in zip(paths, names, strict=True):
+                orphan = name not in spared and name.split(".")[0] not in unreadable
+                if orphan and not name.endswith(".json") and self._age(path) > ORPHAN_SECONDS:
                     with suppress(FileNotFoundError):
                         self._fs.rm_file(path)
 
@@ -212,26 +212,19 @@ class ContextStore:
         self._check_name(owner, name, None)
         context_id, now = f"ctx_{secrets.token_hex(12)}", time.time()
         return ContextRecord(
-            context_id, owner, name, now, now, expires, 0, 0, "", "", "", parent, _data_name(context_id)
+            context_id, owner, name, now, now, expires, 0, 0, "", "", None, parent, _data_name(context_id)
         )
 
-    def _publish(
-        self, record: ContextRecord, path: Path, snapshot: Snapshot, since: ContextRecord | None = None
-    ) -> ContextRecord:
+    def _publish(self, record: ContextRecord, snapshot: Snapshot, since: ContextRecord | None = None) -> ContextRecord:
+        target = self._path(record.owner, record.data)
         record = replace(
             record,
             tokens=snapshot.tokens,
-            bytes=path.stat().st_size,
+            bytes=self._write_data(target, snapshot),
             model=self.identity.model,
             tokenizer=self.identity.tokenizer,
             text=snapshot.text_fingerprint,
         )
-        target = self._path(record.owner, record.data)
-        self._fs.makedirs(self._path(record.owner), exist_ok=True)
-        if self._local:  # on a disk a file must not be seen half written; an object store never shows one
-            write_file(Path(target), lambda temporary: shutil.copyfile(path, temporary))
-        else:
-            self._fs.put_file(str(path), target)
         try:
             with self._lock:
                 if since is None:
@@ -247,6 +240,18 @@ class ContextStore:
                 self._fs.rm_file(self._path(since.owner, since.data))
         return record
 
+    def _write_data(self, target: str, snapshot: Snapshot) -> int:
+        """Write a data file; its size. On a disk it is renamed when whole; an object store never shows half of one."""
+        self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+        if self._local:
+            save_snapshot(Path(target), snapshot, self.identity)
+            return Path(target).stat().st_size
+        with tempfile.TemporaryDirectory(prefix="context-") as folder:
+            path = Path(folder) / "data"
+            save_snapshot(path, snapshot, self.identity)
+            self._fs.put_file(str(path), target)
+            return path.stat().st_size
+
     def _write_record(self, record: ContextRecord) -> None:
         path, text = self._path(record.owner, f"{record.id}.json"), json.dumps(asdict(record))
         if self._local:
@@ -255,9 +260,13 @@ class ContextStore:
             self._fs.pipe_file(path, text.encode())
 
     def _record(self, owner: str, context_id: str) -> ContextRecord | None:
+        path = self._path(owner, f"{context_id}.json")
         try:
-            return ContextRecord(**json.loads(self._fs.cat_file(self._path(owner, f"{context_id}.json"))))
+            return ContextRecord(**json.loads(self._fs.cat_file(path)))
         except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):  # somebody else's doing: the owner's other contexts are not to suffer
+            _log.exception("the record %s is damaged: its context is passed over", path)
             return None
 
     def _records(self, owner: str) -> Iterator[ContextRecord]:

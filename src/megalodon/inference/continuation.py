@@ -95,7 +95,7 @@ class Continuation:
         if self.generation.logprobs is None:
             return TokenChoice(token)
         logprobs = logits.cpu().log_softmax(-1)
-        values, ids = logprobs.topk(min(self.generation.logprobs, len(logprobs)))
+        values, ids = logprobs.topk(min(self.generation.logprobs, self._tokenizer.vocab_size))
         likeliest = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return TokenChoice(token, float(logprobs[token]), likeliest)
 

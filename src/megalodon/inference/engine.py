@@ -24,7 +24,8 @@ from megalodon.inference.request import (
     StoppingError,
 )
 from megalodon.inference.snapshot_file import ModelIdentity
-from megalodon.inference.steps import PIECE, Steps, Work
+from megalodon.inference.steps import PIECE, Steps
+from megalodon.inference.work import Work
 from megalodon.model import MegalodonForCausalLM
 
 

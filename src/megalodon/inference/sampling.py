@@ -18,6 +18,8 @@ from transformers import (
 
 REPETITION_WINDOW = 256
 """The repetition penalty looks at the last so many tokens, prompt included: what is remembered must not grow."""
+LEAST, MOST = 1e-5, 1e5
+"""Logits are divided and multiplied by no less and no more, so that they stay finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        usable = f"{LEAST:g} to {MOST:g}"
         for name, right, good in (
-            ("temperature", "0 (greedy) or more", 0 <= self.temperature < float("inf")),
+            ("temperature", f"0 (greedy), or {usable}", self.temperature == 0 or LEAST <= self.temperature <= MOST),
             ("top_k", "0 (off) or more", self.top_k >= 0),
             ("top_p", "more than 0 and at most 1 (off)", 0 < self.top_p <= 1),
             ("min_p", "0 (off) or more and less than 1", 0 <= self.min_p < 1),
-            ("repetition_penalty", "more than 0; 1 is off", 0 < self.repetition_penalty < float("inf")),
+            ("repetition_penalty", f"{usable}; 1 is off", LEAST <= self.repetition_penalty <= MOST),
         ):
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {right}")

@@ -1,9 +1,10 @@
-"""Where a sequence can be taken up again: the state at a block boundary, and all tokens since.
+"""Where a sequence can be taken up again: a state, and all tokens since.
 
-At a multiple of the *block* (a multiple of the chunk size) no chunk is open, so the state is small whatever was read.
-The few tokens since are read again when the sequence goes on. They are kept as segments, because a token that was read
-as part of a text and one that was generated took different ways through the arithmetic (many at once, one at a time),
-which differ in the last bits. Each goes the same way again, so that going on equals never having stopped, to the bit.
+The engine takes states at multiples of the *block* (a multiple of the chunk size), where no chunk is open, so that they
+are small whatever was read. The few tokens since are read again when the sequence goes on. They are kept as segments,
+because a token that was read as part of a text and one that was generated took different ways through the arithmetic
+(many at once, one at a time), which differ in the last bits. Each goes the same way again, so that going on equals
+never having stopped, to the bit.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ class Snapshot:
     """A sequence that can be continued, any number of times.
 
     Attributes:
-        state: after `position` tokens; one row, no open chunk. It is never changed.
-        position: tokens before the tail; a multiple of the block.
-        digest: chained SHA-256 of the tokens before the tail (`extend_digest`).
-        read_only: everything before the tail was read in pieces and nothing was generated, so that the state is what
-            reading that text gives.
+        state: after `position` tokens; one row. It is never changed.
+        position: tokens before the tail; a multiple of the block, unless a `Session` saved it.
+        digest: chained SHA-256 of the tokens before the tail (`extend_digest`); None where they are not known.
+        read_only: everything before the tail was read in pieces by an engine and nothing was generated, so that the
+            state is what reading that text gives, and may serve others who read it. The digest is known then.
         recent: the last tokens before the tail, at most `REPETITION_WINDOW`.
         tail: the tokens since.
         generator: state of the random generator, uint8 [n], where something was generated.
@@ -49,7 +50,7 @@ class Snapshot:
 
     state: MegalodonState
     position: int
-    digest: bytes
+    digest: bytes | None
     read_only: bool
     recent: tuple[int, ...]
     tail: tuple[Segment, ...]
@@ -61,8 +62,10 @@ class Snapshot:
         return self.position + sum(len(segment.tokens) for segment in self.tail)
 
     @property
-    def text_fingerprint(self) -> str:
-        """SHA-256 in hexadecimal that depends on every token."""
+    def text_fingerprint(self) -> str | None:
+        """SHA-256 in hexadecimal that depends on every token; None where not all are known."""
+        if self.digest is None:
+            return None
         tail = [segment.tokens for segment in self.tail]
         return extend_digest(self.digest, np.concatenate(tail) if tail else np.array([], np.int64)).hex()
 
@@ -111,9 +114,10 @@ class History:
     def rebase(self, state: MegalodonState, read_only: bool) -> None:
         """Note the state after all tokens noted so far, which end at a block's end; `read_only` tells of this block."""
         tokens = np.concatenate([part for _, parts in self._tail for part in parts])
-        self.jump(state, tokens, extend_digest(self._base.digest, tokens), read_only)
+        digest = None if self._base.digest is None else extend_digest(self._base.digest, tokens)
+        self.jump(state, tokens, digest, read_only)
 
-    def jump(self, state: MegalodonState, tokens: np.ndarray, digest: bytes, read_only: bool) -> None:
+    def jump(self, state: MegalodonState, tokens: np.ndarray, digest: bytes | None, read_only: bool) -> None:
         """Note the state after `tokens` more than the last boundary, blocks whose chained digest is known."""
         recent = (*self._base.recent, *tokens[-REPETITION_WINDOW:].tolist())[-REPETITION_WINDOW:]
         position = self._base.position + len(tokens)

@@ -1,30 +1,31 @@
 """A snapshot as one safetensors file: state, tail and fingerprints, with a checksum over all of it.
 
 The file is complete in itself. It names the model (architecture and weights), the dtype, the tokenizer and the text it
-belongs to, and is refused by any other. Nothing in it is executed: tensors, and JSON of known fields.
+belongs to, and is refused by any other. Nothing in it is executed: tensors, and JSON of known fields. The command line
+and the server write the same files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalodon.data.tokenizer import Tokenizer
 from megalodon.files import save_tensors, write_file
-from megalodon.inference.context import model_fingerprint
+from megalodon.inference.fingerprint import hash_tensor, model_fingerprint
 from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.snapshot import Segment, Snapshot
 from megalodon.model import MegalodonConfig, MegalodonForCausalLM, MegalodonState
 
-FORMAT = "megalodon-context-2"
+FORMAT = "megalodon-context-1"
 KINDS = ("read", "generated")
 
 
@@ -36,7 +37,8 @@ class ModelIdentity:
         model: `model_fingerprint`.
         dtype: such as `float32`.
         tokenizer: its fingerprint; tokenizer_name: for people.
-        block: tokens between two boundaries, and piece: tokens read at once; both shape the last bits.
+        block: tokens between two boundaries, and piece: tokens read at once; both shape the last bits. None for a
+            `Session`, which takes up anybody's snapshots, and whose snapshots, with a tail of one token, anybody can.
         config: the model's.
         device: where states are loaded to.
     """
@@ -45,13 +47,15 @@ class ModelIdentity:
     dtype: str
     tokenizer: str
     tokenizer_name: str
-    block: int
-    piece: int
+    block: int | None
+    piece: int | None
     config: MegalodonConfig
     device: torch.device
 
     @staticmethod
-    def of(model: MegalodonForCausalLM, tokenizer: Tokenizer, block: int, piece: int) -> ModelIdentity:
+    def of(
+        model: MegalodonForCausalLM, tokenizer: Tokenizer, block: int | None = None, piece: int | None = None
+    ) -> ModelIdentity:
         """That of a model and a tokenizer."""
         return ModelIdentity(
             model_fingerprint(model),
@@ -65,22 +69,27 @@ class ModelIdentity:
         )
 
 
-@dataclass(frozen=True)
-class _Header:
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Header(BaseModel):
     """What a file says about its tensors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     model: str
     dtype: str
     tokenizer: str
     tokenizer_name: str
-    block: int
-    piece: int
-    position: int
-    tokens: int
-    digest: str
-    text: str
+    block: Annotated[int, Field(ge=1)] | None
+    piece: Annotated[int, Field(ge=1)] | None
+    position: Count
+    tokens: Count
+    digest: Digest | None
+    text: Digest | None
     read_only: bool
-    recent: list[int]
+    recent: Annotated[list[Count], Field(max_length=REPETITION_WINDOW)]
     generator: bool
 
 
@@ -98,21 +107,21 @@ def save_snapshot(path: Path, snapshot: Snapshot, identity: ModelIdentity) -> No
     if snapshot.generator is not None:
         tensors["generator"] = snapshot.generator
     header = _Header(
-        identity.model,
-        identity.dtype,
-        identity.tokenizer,
-        identity.tokenizer_name,
-        identity.block,
-        identity.piece,
-        snapshot.position,
-        snapshot.tokens,
-        snapshot.digest.hex(),
-        snapshot.text_fingerprint,
-        snapshot.read_only,
-        list(snapshot.recent),
-        snapshot.generator is not None,
+        model=identity.model,
+        dtype=identity.dtype,
+        tokenizer=identity.tokenizer,
+        tokenizer_name=identity.tokenizer_name,
+        block=identity.block,
+        piece=identity.piece,
+        position=snapshot.position,
+        tokens=snapshot.tokens,
+        digest=None if snapshot.digest is None else snapshot.digest.hex(),
+        text=snapshot.text_fingerprint,
+        read_only=snapshot.read_only,
+        recent=list(snapshot.recent),
+        generator=snapshot.generator is not None,
     )
-    written = json.dumps(asdict(header), sort_keys=True)
+    written = header.model_dump_json()
     metadata = {"format": FORMAT, "context": written, "checksum": _checksum(written, tensors)}
     write_file(path, lambda temporary: save_tensors(temporary, tensors, metadata))
 
@@ -132,11 +141,16 @@ def load_snapshot(path: Path, identity: ModelIdentity) -> Snapshot:
     written = metadata.get("context", "")
     if metadata.get("checksum") != _checksum(written, tensors):
         raise ValueError("the context file is damaged: its contents do not have the checksum in its header")
-    header = _parse(written)
+    try:
+        header = _Header.model_validate_json(written)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "JSON"
+        raise ValueError(f"the context file is damaged: its header's {where}: {first['msg']}") from None
     _check_identity(header, identity)
     try:
         return _snapshot(header, tensors, identity)
-    except (KeyError, TypeError, RuntimeError, IndexError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"the context file is damaged: {error}") from None
 
 
@@ -148,24 +162,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"the context file is damaged, or no context file: {error}") from None
 
 
-def _parse(written: str) -> _Header:
-    try:
-        values: dict[str, Any] = json.loads(written)
-        return _Header(**values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"the context file is damaged: its header cannot be read ({error})") from None
-
-
 def _check_identity(header: _Header, identity: ModelIdentity) -> None:
-    if header.model != identity.model:
-        raise ValueError("the context was made by another model (other sizes or weights): use the model that made it")
     if header.dtype != identity.dtype:
         raise ValueError(f"the context was made in {header.dtype}; this model runs in {identity.dtype}")
+    if header.model != identity.model:
+        raise ValueError("the context was made by another model (other sizes or weights): use the model that made it")
     if header.tokenizer != identity.tokenizer:
         raise ValueError(
             f"the context was made with tokenizer {header.tokenizer_name!r}, not with {identity.tokenizer_name!r}"
         )
-    if (header.block, header.piece) != (identity.block, identity.piece):
+    ways = (header.block, header.piece), (identity.block, identity.piece)
+    if (None, None) not in ways and ways[0] != ways[1]:
         raise ValueError(
             f"the context was made reading {header.piece} tokens at once; this server reads {identity.piece}: "
             "start it with the same number"
@@ -175,46 +182,52 @@ def _check_identity(header: _Header, identity: ModelIdentity) -> None:
 def _snapshot(header: _Header, tensors: dict[str, Tensor], identity: ModelIdentity) -> Snapshot:
     parts = {name.removeprefix("state."): x for name, x in tensors.items() if name.startswith("state.")}
     state = MegalodonState.from_state_dict(parts, identity.config)
-    _check_contents(parts, tensors, header, identity.dtype)
+    _check_state(parts, header, identity)
     tokens, kinds = tensors["tail.tokens"].numpy(), tensors["tail.kinds"].numpy()
+    _check_tail(tokens, kinds, header, identity.config.vocab_size)
+    if header.generator:
+        torch.Generator().set_state(tensors["generator"])
     snapshot = Snapshot(
         state.to(identity.device),
         header.position,
-        bytes.fromhex(header.digest),
+        None if header.digest is None else bytes.fromhex(header.digest),
         header.read_only,
         tuple(header.recent),
         _segments(tokens, kinds),
         tensors["generator"] if header.generator else None,
     )
-    vocabulary = identity.config.vocab_size
-    ids = np.concatenate([tokens, np.asarray(header.recent, dtype=np.int64)])
-    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
-        raise ValueError(f"the context file is damaged: it has token ids outside 0 to {vocabulary - 1}")
-    if state.position.tolist() != [header.position] or header.position % identity.block:
-        raise ValueError("the context file is damaged: its position is not that of its state")
-    if tokens.dtype != np.int64 or kinds.max(initial=0) >= len(KINDS):
-        raise ValueError("the context file is damaged: its tail is not made of tokens")
-    if len(tokens) != len(kinds) or snapshot.text_fingerprint != header.text or snapshot.tokens != header.tokens:
+    if snapshot.text_fingerprint != header.text or snapshot.tokens != header.tokens:
         raise ValueError("the context file is damaged: its tail is not that of its header")
     return snapshot
 
 
-def _check_contents(parts: dict[str, Tensor], tensors: dict[str, Tensor], header: _Header, dtype: str) -> None:
+def _check_state(parts: dict[str, Tensor], header: _Header, identity: ModelIdentity) -> None:
     """Refuse what a file with a right checksum may still hold: it may have been made by anybody."""
+    if parts["position"].tolist() != [header.position]:
+        raise ValueError("the context file is damaged: its position is not that of its state")
+    if header.read_only and (header.digest is None or header.block is None or header.position % header.block):
+        raise ValueError("the context file is damaged: its state is not one that reading a known text leaves")
+    filled = header.position % identity.config.chunk_size
     for name, tensor in parts.items():
         kind = name.rsplit(".", 1)[-1]
-        floating = {"keys": (getattr(torch, dtype),), "values": (getattr(torch, dtype),), "cema": (torch.float32,)}
-        wanted = floating.get(kind, (torch.float64, torch.float32)) if kind != "position" else (torch.int64,)
-        if tensor.dtype not in wanted:
+        own = getattr(torch, identity.dtype)
+        floating = {"keys": (own,), "values": (own,), "cema": (torch.float32,), "position": (torch.int64,)}
+        if tensor.dtype not in floating.get(kind, (torch.float64, torch.float32)):
             raise ValueError(f"the context file is damaged: its {name} is {tensor.dtype}")
-        if kind in ("keys", "values") and tensor.numel():
-            raise ValueError(f"the context file is damaged: its {name} is not empty")
+        if kind in ("keys", "values") and tensor.shape[1] != filled:
+            raise ValueError(f"the context file is damaged: its {name} is not that of {filled} tokens")
         if not tensor.isfinite().all() or (kind == "var" and (tensor < 0).any()):
             raise ValueError(f"the context file is damaged: its {name} has values that no state has")
-    if len(header.recent) > REPETITION_WINDOW:
-        raise ValueError(f"the context file is damaged: it has {len(header.recent)} recent tokens")
-    if header.generator:
-        torch.Generator().set_state(tensors["generator"])
+
+
+def _check_tail(tokens: np.ndarray, kinds: np.ndarray, header: _Header, vocabulary: int) -> None:
+    if tokens.dtype != np.int64 or tokens.ndim != 1 or kinds.shape != tokens.shape or kinds.dtype != np.uint8:
+        raise ValueError("the context file is damaged: its tail is not made of tokens")
+    if len(tokens) > (header.block or 1) or kinds.max(initial=0) >= len(KINDS):
+        raise ValueError(f"the context file is damaged: its tail of {len(tokens)} tokens is none that is ever written")
+    ids = np.concatenate([tokens, np.array(header.recent, dtype=np.int64)])
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise ValueError(f"the context file is damaged: it has token ids outside 0 to {vocabulary - 1}")
 
 
 def _segments(tokens: np.ndarray, kinds: np.ndarray) -> tuple[Segment, ...]:
@@ -226,9 +239,7 @@ def _segments(tokens: np.ndarray, kinds: np.ndarray) -> tuple[Segment, ...]:
 
 
 def _checksum(header: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(header.encode())
+    digest = hashlib.sha256(f"{header}\n".encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
-        digest.update(flat.view(torch.uint8).numpy().data)
+        hash_tensor(digest, name, tensor)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What one step of the engine does: take requests in, read a piece, decode a token for everybody, let requests go.
+"""What one step of the engine does: let requests in and out, read a piece, decode a token for everybody.
 
 Everything here runs in the engine's thread. `engine` is what other threads see.
 """
@@ -6,11 +6,8 @@ Everything here runs in the engine's thread. `engine` is what other threads see.
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -18,8 +15,7 @@ import torch
 
 from megalodon.data.tokenizer import Tokenizer
 from megalodon.inference.continuation import Continuation
-from megalodon.inference.prefix_cache import PrefixCache, PrefixStore
-from megalodon.inference.queueing import FairQueue
+from megalodon.inference.prefix_cache import PrefixStore
 from megalodon.inference.reading import (
     Finished,
     Piece,
@@ -31,20 +27,13 @@ from megalodon.inference.reading import (
     compact,
     empty_snapshot,
 )
-from megalodon.inference.request import (
-    Done,
-    Ended,
-    Event,
-    Failed,
-    Failure,
-    Progress,
-    Request,
-    Usage,
-)
+from megalodon.inference.request import Done, Ended, Failure, Progress, Usage
 from megalodon.inference.sampling import REPETITION_WINDOW
+from megalodon.inference.schedule import Schedule
 from megalodon.inference.slots import BUCKETS, SlotDecoder, choose_buckets
 from megalodon.inference.snapshot import START, Kind
 from megalodon.inference.snapshot_file import ModelIdentity
+from megalodon.inference.work import RefusedError, Work
 from megalodon.model import MegalodonForCausalLM
 
 PIECE = 512
@@ -54,45 +43,12 @@ LEAST_COST = 32
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class Counters:
-    """What the engine has done, for metrics. Written by its thread alone."""
-
-    steps: int = 0
-    read_tokens: int = 0
-    generated_tokens: int = 0
-    cached_tokens: int = 0
-    waiting: int = 0
-    reading: int = 0
-    generating: int = 0
-    failures: int = 0
-    step_seconds: float = 0.0
-
-
-@dataclass(eq=False)
-class Work:
-    """A request in the engine."""
-
-    request: Request
-    deadline: float
-    reader: Reader | None = None
-    slots_needed: int = 0
-    replay: deque[tuple[Kind, int]] = field(default_factory=deque)
-    replay_slot: int | None = None
-    continuations: dict[int, Continuation] = field(default_factory=dict)  # by slot
-    prompt_tokens: int = 0
-    generated: int = 0
-    reserved: int = 0  # slots that it may still take
-
-
-class Steps:
+class Steps(Schedule):
     """The engine's work; see `engine.Engine`, which adds how requests arrive.
 
     Attributes:
-        counters: for metrics.
         identity: what snapshots belong to.
-        slots: sequences that can generate at once.
-        block, piece: tokens between two places where a sequence can be taken up, and tokens read at once.
+        decoder: the slots.
     """
 
     def __init__(
@@ -109,20 +65,13 @@ class Steps:
         largest = [size for size in BUCKETS if size >= slots][:1] or [max(BUCKETS)]
         buckets = choose_buckets(model, [size for size in BUCKETS if size <= largest[0]])
         self.decoder = SlotDecoder(model, slots, buckets)
-        self.slots = self.decoder.slots
-        self.block, self.piece = block_and_piece(self.decoder.sizes, piece)
-        self.identity = ModelIdentity.of(model, tokenizer, self.block, self.piece)
-        self.counters = Counters()
-        self.prefixes = None if prefixes is None else prefixes(self.identity)
-        self._share_prefixes = share_prefixes
+        block, piece = block_and_piece(self.decoder.sizes, piece)
+        self.identity = ModelIdentity.of(model, tokenizer, block, piece)
         with torch.inference_mode():
             output = model.model(torch.zeros(1, 0, dtype=torch.int64, device=model.device), use_cache=True)
-        self.empty = empty_snapshot(output.past_key_values, START)
-        self._inbox: deque[Work] = deque()
-        self._waiting: FairQueue[Work] = FairQueue()
-        self._reading: deque[Work] = deque()
-        self._rows: dict[int, Work] = {}
-        self._changed = threading.Condition()
+        empty = empty_snapshot(output.past_key_values, START)
+        store = None if prefixes is None else prefixes(self.identity)
+        super().__init__(self.decoder.slots, empty, block, piece, store, share_prefixes)
         self._stepping = False
 
     def step(self) -> bool:
@@ -147,58 +96,6 @@ class Steps:
             counters.steps += 1
             counters.step_seconds += time.perf_counter() - started
         return read or decoded
-
-    def _all(self) -> list[Work]:
-        self._take_in()
-        running = {id(work): work for work in [*self._reading, *self._rows.values()]}
-        return [*self._waiting, *running.values()]
-
-    def _take_in(self) -> None:
-        with self._changed:
-            while self._inbox:
-                work = self._inbox.popleft()
-                self._waiting.append(work.request.owner, work)
-
-    def _drop(self) -> None:
-        now = time.monotonic()
-        for work in self._all():
-            if work.request.cancelled.is_set():
-                self._fail(work, Failure.cancelled, "the request was cancelled")
-            elif now > work.deadline:
-                self._fail(work, Failure.timeout, f"not complete after {work.request.seconds:g} seconds")
-
-    def _admit(self) -> None:
-        while len(self._reading) < 4 * self.slots:
-            free = self.slots - len(self._rows) - sum(work.reserved for work in self._reading)
-            work = self._waiting.pop(self._fitting(free))
-            if work is None:
-                return
-            work.reserved = work.slots_needed
-            self._reading.append(work)
-
-    def _fitting(self, free: int) -> Callable[[Work], bool]:
-        """Whether work may begin. Once some must wait for slots, only work that needs none passes it by."""
-        blocked = False
-
-        def fits(work: Work) -> bool:
-            nonlocal blocked
-            needed = self._begin(work)
-            blocked = blocked or needed > free
-            return not blocked or needed == 0
-
-        return fits
-
-    def _begin(self, work: Work) -> int:
-        """Slots that the work needs."""
-        if work.reader is None:
-            request, cache = work.request, None
-            if self.prefixes is not None:
-                cache = PrefixCache(self.prefixes, "" if self._share_prefixes else request.owner)
-            only = request.generation is None
-            start = request.start or self.empty
-            work.reader = Reader(start, request.feed, self.block, self.piece, cache, only)
-            work.slots_needed = request.generation.choices if request.generation else int(work.reader.replays)
-        return work.slots_needed
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -255,7 +152,7 @@ class Steps:
         assert reader is not None
         known = 0 if work.request.start is None else work.request.start.tokens
         if most is not None and reader.arrived - known > most:
-            raise _Refused(Failure.too_long, f"the text has more than {most} tokens")
+            raise RefusedError(Failure.too_long, f"the text has more than {most} tokens")
 
     @torch.inference_mode()
     def _run_piece(self, work: Work, reader: Reader, tokens: np.ndarray) -> None:
@@ -278,9 +175,9 @@ class Steps:
 
     def _finish_reading(self, work: Work, reader: Reader) -> None:
         snapshot = reader.snapshot()
-        if snapshot.tokens == 0:
-            raise _Refused(Failure.empty, "the text is empty: give at least one character")
-        usage = Usage(snapshot.tokens, _not_read_again(work), 0)
+        if snapshot.tokens == 0 or work.request.generation is not None:
+            raise RefusedError(Failure.empty, "the text is empty: give at least one character")
+        usage = Usage(snapshot.tokens, work.not_read_again, 0)
         work.request.feed.abandon()
         self._emit(work, Progress(snapshot.tokens, snapshot.tokens, reader.cached, snapshot.nbytes))
         self._emit(work, Done(usage, snapshot if work.request.keep else None))
@@ -357,7 +254,7 @@ class Steps:
         del work.continuations[slot], self._rows[slot]
         self._emit(work, Ended(continuation.index, reason, snapshot))
         if not work.continuations:
-            self._emit(work, Done(Usage(work.prompt_tokens, _not_read_again(work), work.generated), None))
+            self._emit(work, Done(Usage(work.prompt_tokens, work.not_read_again, work.generated), None))
 
     def _after_replay(self, work: Work, slot: int, kind: Kind, token: int) -> None:
         reader = work.reader
@@ -385,48 +282,3 @@ class Steps:
                 work.replay_slot = target
             else:
                 work.continuations[target] = work.continuations.pop(slot)
-
-    # --- endings ----------------------------------------------------------------------------------------------------
-
-    def _guarded(self, work: Work, do: Callable[[], int | None]) -> int | None:
-        """Let what goes wrong in one request be that request's failure alone."""
-        try:
-            return do()
-        except _Refused as refused:
-            self._fail(work, refused.failure, str(refused))
-        except Exception as error:
-            _log.exception("a request failed")
-            self._fail(work, Failure.internal, str(error))
-        return 0
-
-    def _fail(self, work: Work, failure: Failure, message: str) -> None:
-        self._waiting.remove(lambda other: other is work)
-        if work in self._reading:
-            self._reading.remove(work)
-        for slot in [slot for slot, other in self._rows.items() if other is work]:
-            del self._rows[slot]
-        work.continuations.clear()
-        work.reserved = 0
-        work.request.feed.abandon()
-        if failure is not Failure.cancelled:
-            self.counters.failures += 1
-        self._emit(work, Failed(failure, message))
-
-    def _emit(self, work: Work, event: Event) -> None:
-        try:
-            work.request.listener(event)
-        except Exception:  # a listener's defect must not stop the others
-            _log.exception("a listener failed")
-            work.request.cancelled.set()
-
-
-def _not_read_again(work: Work) -> int:
-    """Tokens of the sequence whose state was there already: in the snapshot it began with, or in the cache."""
-    assert work.reader is not None
-    return work.reader.cached + (0 if work.request.start is None else work.request.start.position)
-
-
-class _Refused(Exception):
-    def __init__(self, failure: Failure, message: str) -> None:
-        super().__init__(message)
-        self.failure = failure

@@ -91,6 +91,6 @@ async def _sweep(store: ContextStore) -> None:
     while True:
         try:
             await to_thread.run_sync(store.sweep)
-        except OSError:
+        except Exception:  # a bucket has errors of its own; the next sweep may succeed
             _log.exception("expired contexts could not be removed")
         await asyncio.sleep(SWEEP_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from megalodon.serving.errors import ApiError
 VARIABLE = "MEGALODON_API_KEYS"
 PUBLIC = "public"
 """The owner of everything on a server without keys."""
+_log = logging.getLogger(__name__)
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})")
 
 
@@ -30,8 +32,7 @@ class ApiKeys:
         self._from_file: list[bytes] = []
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"no key file {file}")
-        self._refresh()
-        if file is not None and not self._from_file:
+        if file is not None and not [_parse(line, str(file)) for line in _lines(file)]:
             raise ValueError(f"{file} holds no key: give one a line, plain or sha256:HEX")
 
     @property
@@ -63,11 +64,24 @@ class ApiKeys:
         try:
             stamp = self._file.stat().st_mtime_ns
             if stamp != self._stamp:
-                lines = (line.strip() for line in self._file.read_text(encoding="utf-8").splitlines())
-                self._from_file = [_parse(line, str(self._file)) for line in lines if line and not line.startswith("#")]
-                self._stamp = stamp
-        except FileNotFoundError:  # taken away while we run: its keys are no longer valid
+                self._stamp, self._from_file = stamp, []
+                for line in _lines(self._file):
+                    self._add(line)
+        except (OSError, UnicodeDecodeError):  # taken away or spoilt while we run: its keys are no longer valid
+            if self._from_file:
+                _log.exception("the key file cannot be read: none of its keys is valid now")
             self._from_file, self._stamp = [], -1
+
+    def _add(self, line: str) -> None:
+        try:
+            self._from_file.append(_parse(line, str(self._file)))
+        except ValueError as error:  # the others are still valid, and those that are gone are not
+            _log.error("a line of the key file is passed over: %s", error)
+
+
+def _lines(file: Path) -> list[str]:
+    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _parse(line: str, source: str) -> bytes:

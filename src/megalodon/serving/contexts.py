@@ -121,6 +121,29 @@ def router(service: Service, store: ContextStore) -> APIRouter:
             record = await to_thread.run_sync(store.import_file, owner, path, name, expiry(expires_in))
         return describe(record)
 
+    # before /progress/{key}, so that a context named `progress` can be exported
+    @routes.get(
+        "/{context}/export",
+        response_class=Response,
+        responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
+    )
+    async def export(context: str, http: Request) -> Response:
+        """The context as one safetensors file."""
+        record = await to_thread.run_sync(store.get, http.state.owner, context)
+        held = ExitStack()
+        path = await to_thread.run_sync(held.enter_context, store.file(record))
+        file = held.enter_context(path.open("rb"))  # open, so that it may be replaced or deleted meanwhile
+
+        def blocks() -> Iterator[bytes]:
+            while block := file.read(BLOCK):
+                yield block
+
+        headers = {
+            "Content-Disposition": f'attachment; filename="{record.id}.safetensors"',
+            "Content-Length": str(os.fstat(file.fileno()).st_size),
+        }
+        return HoldingResponse(blocks(), "application/octet-stream", headers, held)
+
     @routes.get("/progress/{key}")
     async def progress_of(key: str, http: Request) -> dict[str, Any]:
         """How far an upload is that was sent with this `progress` key."""
@@ -169,27 +192,5 @@ def router(service: Service, store: ContextStore) -> APIRouter:
         record, snapshot = await to_thread.run_sync(load, store, owner, context)
         made = await to_thread.run_sync(store.create, owner, snapshot, body.name, expiry(body.expires_in), record.id)
         return describe(made)
-
-    @routes.get(
-        "/{context}/export",
-        response_class=Response,
-        responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
-    )
-    async def export(context: str, http: Request) -> Response:
-        """The context as one safetensors file."""
-        record = await to_thread.run_sync(store.get, http.state.owner, context)
-        held = ExitStack()
-        path = await to_thread.run_sync(held.enter_context, store.file(record))
-        file = held.enter_context(path.open("rb"))  # open, so that it may be replaced or deleted meanwhile
-
-        def blocks() -> Iterator[bytes]:
-            while block := file.read(BLOCK):
-                yield block
-
-        headers = {
-            "Content-Disposition": f'attachment; filename="{record.id}.safetensors"',
-            "Content-Length": str(os.fstat(file.fileno()).st_size),
-        }
-        return HoldingResponse(blocks(), "application/octet-stream", headers, held)
 
     return routes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import re
@@ -112,9 +113,18 @@ def from_exception(error: Exception) -> ApiError | None:
             return ApiError(503, "the server is stopping", "stopping", retry_after=5)
         case ValueError():
             return ApiError(400, str(error), "invalid_value")
-        case OSError() if error.errno == 28:
-            return ApiError(507, "the server's disk is full", "disk_full")
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return ApiError(507, "the server's disk is full: delete contexts, or ask the operator", "disk_full")
     return None
+
+
+def answer_for(error: Exception, request: str) -> ApiError:
+    """The error for whatever was raised; a defect is logged, and tells the client nothing."""
+    known = from_exception(error)
+    if known is None:
+        _log.error("%s failed", request, exc_info=error)
+        known = ApiError(500, "internal error", "internal_error")
+    return known
 
 
 def invalid_value(errors: Sequence[Any]) -> ApiError:
@@ -126,14 +136,16 @@ def invalid_value(errors: Sequence[Any]) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Have every error answered in this form."""
+    """Have every error but defects answered in this form; the gate answers those."""
 
     async def known(_: Request, error: Exception) -> JSONResponse:
         found = from_exception(error)
-        assert found is not None
+        if found is None:  # a broken disk, say: a defect, which the gate answers
+            raise error
         return found.response()
 
-    for kind in (ApiError, NoContextError, NameTakenError, ChangedError, QueueFullError, StoppingError, ValueError):
+    of_inference = (NoContextError, NameTakenError, ChangedError, QueueFullError, StoppingError)
+    for kind in (ApiError, *of_inference, ValueError, OSError):
         app.add_exception_handler(kind, known)
 
     @app.exception_handler(RequestValidationError)
@@ -145,11 +157,3 @@ def install(app: FastAPI) -> None:
         response = ApiError(error.status_code, str(error.detail), None).response()
         response.headers.update(error.headers or {})
         return response
-
-    @app.exception_handler(Exception)
-    async def defect(request: Request, error: Exception) -> JSONResponse:
-        found = from_exception(error)
-        if found is None:
-            _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-            found = ApiError(500, "internal error", "internal_error")
-        return found.response()

@@ -1,16 +1,15 @@
-"""What every request passes before it reaches an endpoint: its key, the size and pace of its body, and counting."""
+"""What every request passes on its way to an endpoint and back: key, size and pace of the body, counting, defects."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megalodon.serving.auth import ApiKeys
-from megalodon.serving.errors import ApiError
+from megalodon.serving.errors import ApiError, answer_for
 from megalodon.serving.metrics import Metrics
 from megalodon.serving.settings import Settings
 
@@ -25,19 +24,32 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        send = self._counting(scope, send)
-        headers = Headers(scope=scope)
+        begun = False
+
+        async def counted(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                route = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(route, str(message["status"])).inc()
+            await send(message)
+
         try:
-            if scope["path"].startswith("/v1"):
-                _refuse_other_sites(headers)
-                scope.setdefault("state", {})["owner"] = self._keys.owner(headers.get("authorization"))
-            limit = self._limit(scope, headers)
-            announced = headers.get("content-length", "0")
-            if announced.isdecimal() and int(announced) > limit:
-                raise self._too_large(limit)
-        except ApiError as error:
-            await error.response()(scope, receive, send)
-            return
+            await self._pass(scope, receive, counted)
+        except Exception as error:
+            if begun:  # half an answer is out: all that can be done is to cut the connection
+                raise
+            await answer_for(error, f"{scope['method']} {scope['path']}").response()(scope, receive, counted)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        if scope["path"].startswith("/v1"):
+            _refuse_other_sites(headers)
+            scope.setdefault("state", {})["owner"] = self._keys.owner(headers.get("authorization"))
+        limit = self._limit(scope, headers)
+        announced = headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced) > limit:
+            raise self._too_large(limit)
         await self._app(scope, self._bounded(receive, limit), send)
 
     def _limit(self, scope: Scope, headers: Headers) -> int:
@@ -68,18 +80,15 @@ class Gate:
 
         return bounded
 
-    def _counting(self, scope: Scope, send: Send) -> Callable[[Message], Awaitable[None]]:
-        async def counting(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "other")
-                self._metrics.requests.labels(route, str(message["status"])).inc()
-            await send(message)
-
-        return counting
-
 
 def _refuse_other_sites(headers: Headers) -> None:
     """Raise ApiError 403 for what another site's page sends from a visitor's browser, keys or not."""
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+    if origin is None:
+        return
+    try:
+        own = urlsplit(origin).netloc == headers.get("host")
+    except ValueError:  # such as http://[
+        own = False
+    if not own:
         raise ApiError(403, f"requests from pages of {origin[:80]} are not accepted", "cross_origin")

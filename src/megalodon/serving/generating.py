@@ -103,7 +103,7 @@ async def respond(service: Service, store: ContextStore, http: HttpRequest, job:
         calls = [stack.enter_context(_begin(service, job, prompt)) for prompt in job.prompts]
         if job.stream:
             events = _merged(calls, job.generation.choices)
-            first = await anext(events)  # what is refused at once has its own status
+            first = await _unless_disconnected(http, _first(events))  # what is refused at once has its own status
             body = _stream(store, job, first, events)
             return HoldingResponse(body, "text/event-stream", {"Cache-Control": "no-cache"}, stack.pop_all())
         outcome = await _unless_disconnected(http, _gather(calls, job.generation.choices))
@@ -145,6 +145,10 @@ async def _merged(calls: Sequence[Call], choices: int) -> AsyncIterator[tuple[in
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def _first(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event]:
+    return await anext(events)
 
 
 async def _gather(calls: Sequence[Call], choices: int) -> _Outcome:

@@ -81,19 +81,23 @@ class Replica:
             raise RuntimeError("the replica's server has stopped")
 
 
-def affinity(path: str, authorization: str, body: bytes) -> str:
-    """What requests that should meet the same replica have in common."""
+def affinity(path: str, authorization: str, body: bytes, progress: str | None = None) -> str:
+    """What requests that should meet the same replica have in common; `progress`: the key to follow an upload by."""
     parts = path.strip("/").split("/")
     what = ""
-    if parts[:2] == ["v1", "contexts"] and len(parts) > 2:
+    if parts[:3] == ["v1", "contexts", "progress"] and len(parts) == 4:
+        progress = parts[3]
+    if progress is not None:
+        what = f"progress {progress}"
+    elif parts[:2] == ["v1", "contexts"] and len(parts) > 2:
         what = f"context {parts[2]}"
     elif body.startswith(b"{"):
         try:
             fields = json.loads(body)
-        except (ValueError, RecursionError):
-            fields = {}
-        beginning = json.dumps(fields.get("prompt") or fields.get("messages"))[:PREFIX_CHARACTERS]
-        what = f"context {fields['context']}" if fields.get("context") else beginning
+            beginning = json.dumps(fields.get("prompt") or fields.get("messages"))[:PREFIX_CHARACTERS]
+            what = f"context {fields['context']}" if fields.get("context") else beginning
+        except (ValueError, RecursionError):  # the replica will refuse it
+            what = ""
     return hashlib.sha256(f"{authorization}\n{what}".encode(errors="surrogatepass")).hexdigest()[:32]
 
 
@@ -114,7 +118,8 @@ class Front:
             body, rest = await self._body(request)
         except ClientDisconnect:
             return Response(status_code=499)
-        key, deadline = affinity(request.url.path, authorization, body), time.monotonic() + RETRY_SECONDS
+        progress, deadline = request.query_params.get("progress"), time.monotonic() + RETRY_SECONDS
+        key = affinity(request.url.path, authorization, body, progress)
         while True:
             try:
                 url, process = await self._handle.options(multiplexed_model_id=key).address.remote()
@@ -143,7 +148,7 @@ class Front:
 
     async def _send(self, request: Request, url: str, content: bytes | AsyncIterator[bytes]) -> httpx.Response:
         target = httpx.URL(url).copy_with(raw_path=_raw_path(request))
-        headers = [(k, v) for k, v in request.headers.items() if k not in _HOP_HEADERS]
+        headers = [(k, v) for k, v in request.headers.raw if k.decode("latin-1") not in _HOP_HEADERS]
         sent = self._client.build_request(request.method, target, headers=headers, content=content)
         sending = asyncio.create_task(self._client.send(sent, stream=True))
         try:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from megalodon.inference.context_store import NAME
-from megalodon.inference.sampling import Sampling
+from megalodon.inference.sampling import LEAST, Sampling
 
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -59,7 +59,7 @@ class _Generating(BaseModel):
 
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, lt=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=LEAST, le=100)
     ignore_end: bool = Field(False, description="go on after the end of a document")
     context: str | None = Field(None, max_length=80, description="id or name of a context to go on from")
     save_context: SaveContext | bool = Field(False, description="keep the context after the answer (n must be 1)")

@@ -1,4 +1,4 @@
-"""The short way of a single token: the same numbers as the long way, weights as they are now, nothing bypassed unseen."""
+"""The short way of a single token: the long way's numbers, weights as they are now, nothing bypassed unseen."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from megalodon import ops
 from megalodon.model import MegalodonForCausalLM, MegalodonState
@@ -65,6 +66,11 @@ class SlotLayer:
         scores = torch.matmul(q[:, None].to(wide), k.transpose(-1, -2))
         weights = torch.softmax(scores.float() if scores.dtype == torch.bfloat16 else scores, dim=-1)
         return torch.matmul(weights.to(wide), v)[:, 0].to(q.dtype)
+
+
+def padded(x: Tensor, rows: int) -> Tensor:
+    """x [M, D] with rows of zeros after it: [rows, D]."""
+    return x if len(x) == rows else F.pad(x, (0, 0, 0, rows - len(x)))
 
 
 class SlotDecoder:
@@ -125,18 +131,19 @@ class SlotDecoder:
         Returns:
             logits float32 [len(active), V]: what follows each token.
         """
-        rows, device = self.bucket(active[-1] + 1), self.model.device
+        live, device = active[-1] + 1, self.model.device
+        rows = self.bucket(live)  # matrix products run on all of them, the memory's own work only where it may count
         ids = torch.zeros(rows, dtype=torch.int64)
         ids[list(active)] = torch.tensor(tokens)
         offsets = [position % self.sizes.chunk_size for position in self.positions[:rows]]
         where = [(slot, offsets[slot]) for slot in active]
-        seen = torch.tensor(self.positions[:rows]) + self.model.config.norm_prior_count + 1
+        seen = torch.tensor(self.positions[:live]) + self.model.config.norm_prior_count + 1
         share = seen[:, None].to(device=device, dtype=self.final.mean.dtype).reciprocal()
         turns = self.turns[torch.tensor(offsets, device=device)]
         x = self.model.model.embed_tokens(ids.to(device)) * self.model.model.embedding_scale
         for layer in self.layers:
             x = self._block(layer, x, share, turns, where)
-        x = self.final.step(x, share)
+        x = padded(self.final.step(x[:live], share), rows)
         for slot in active:
             self.positions[slot] += 1
         return self.model.lm_head(x)[list(active)].float()
@@ -145,8 +152,9 @@ class SlotDecoder:
         self, layer: SlotLayer, x: Tensor, share: Tensor, turns: Tensor, where: Sequence[tuple[int, int]]
     ) -> Tensor:
         step = layer.step
-        n = layer.norm.step(x, share)
-        m = step.average(n, layer.h[: len(x)])
+        n = layer.norm.step(x[: len(share)], share)
+        m = padded(step.average(n, layer.h[: len(n)]), len(x))
+        n = padded(n, len(x))
         q, k = step.queries_and_keys(m, turns)
         v = step.values(n)
         o = torch.zeros_like(v)

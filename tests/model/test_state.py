@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from model_cases import VOCABULARY, gradient_difference, gradients, relative, state_difference, tiny_model, tokens
 
 from megalodon import MegalodonState
+from megalodon.model import modeling
 
 MODEL = tiny_model()
 PIECES = st.lists(st.sampled_from([1, 1, 2, 3, 7, 8, 9, 16, 20]), min_size=1, max_size=7)
@@ -162,3 +163,32 @@ def test_bad_input_names_the_argument(arguments: dict, message: str) -> None:
 def test_state_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"norm_num_groups 4 .the model has 8"):
         tiny_model(norm_num_groups=8)(tokens(1, 2), past_key_values=state_at(4))
+
+
+@pytest.mark.parametrize("start", [0, 3, 8])
+@pytest.mark.parametrize("embedded", [False, True])
+@torch.no_grad()
+def test_long_texts_go_through_in_pieces_unseen(start: int, embedded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model().double().eval()
+    x = tokens(2, 53)
+    state = model(x[:, :start], use_cache=True).past_key_values if start else None
+    rest = {"inputs_embeds": model.model.embed_tokens(x[:, start:])} if embedded else {"input_ids": x[:, start:]}
+    whole = model(**rest, past_key_values=state, use_cache=True)
+    lengths: list[int] = []
+    embed = type(model.model)._embed
+
+    def counted(self, *given):
+        lengths.append(embed(self, *given).shape[1])
+        return embed(self, *given)
+
+    monkeypatch.setattr(type(model.model), "_embed", counted)
+    monkeypatch.setattr(modeling, "READ_AT_ONCE", 16)
+    out = model(**rest, past_key_values=state, use_cache=True)
+    assert len(lengths) > 3 and sum(lengths[1:]) == lengths[0] and (start + lengths[1]) % 8 == 0
+    assert relative(out.logits, whole.logits) < 1e-12
+    assert state_difference(out.past_key_values, whole.past_key_values) < 1e-12
+    assert model(**rest, past_key_values=state, use_cache=False).past_key_values is None
+    seen: list[int] = []
+    with model.model.layers[0].cema.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1])):
+        model(**rest, past_key_values=state)
+    assert seen == [53 - start]

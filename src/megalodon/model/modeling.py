@@ -34,6 +34,10 @@ LOGITS_AT_ONCE = 1 << 25
 """Logits that the loss computes at a time when it is not asked to return them (128 MiB in float32)."""
 
 
+READ_AT_ONCE = 4096
+"""Tokens that a CPU runs through all layers at a time without gradients: activations of more outgrow its caches."""
+
+
 class MegalodonPreTrainedModel(PreTrainedModel):
     """What all Megalodon models share: initialisation, loading and saving."""
 
@@ -191,6 +195,9 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 x, state = step.advance(x[:, 0], past_key_values)
                 output = BaseModelOutputWithPast(x[:, None], state)
                 return output if return_dict is not False else output.to_tuple()
+        if attention_mask is None and segment_ids is None and not output_hidden_states and self._reads_in_pieces(x):
+            output = self._read_in_pieces(input_ids, inputs_embeds, past_key_values, use_cache)
+            return output if return_dict is not False else output.to_tuple()
         rows = None if attention_mask is None else _Rows.of(attention_mask[:, -length:] if length else attention_mask)
         if rows is not None:
             x = rows.pack(x)
@@ -223,6 +230,35 @@ class MegalodonModel(MegalodonPreTrainedModel):
             x, hidden = rows.unpack(x, length), [rows.unpack(h, length) for h in hidden]
         output = BaseModelOutputWithPast(x, state, tuple(hidden) if output_hidden_states else None)
         return output if return_dict is not False else output.to_tuple()
+
+    def _reads_in_pieces(self, x: Tensor) -> bool:
+        """Nobody could tell that a long text went through in pieces, and it is quicker."""
+        if (
+            x.shape[1] <= max(READ_AT_ONCE, self.config.chunk_size)
+            or x.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or self.training
+        ):
+            return False
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        return not hooked and not torch.compiler.is_compiling()
+
+    def _read_in_pieces(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, state: MegalodonState | None, use_cache: bool
+    ) -> BaseModelOutputWithPast:
+        """`READ_AT_ONCE` tokens at a time, with the state; pieces end where the first row's chunks do."""
+        given = inputs_embeds if input_ids is None else input_ids
+        assert given is not None
+        chunk = self.config.chunk_size
+        piece = max(READ_AT_ONCE // chunk, 1) * chunk
+        first = piece - (0 if state is None else int(state.position[0]) % chunk)
+        hidden = []
+        for part in (given[:, :first], *given[:, first:].split(piece, 1)):
+            part = {"input_ids" if input_ids is not None else "inputs_embeds": part}
+            output = self(**part, past_key_values=state, use_cache=True)
+            state = output.past_key_values
+            hidden.append(output.last_hidden_state)
+        return BaseModelOutputWithPast(torch.cat(hidden, dim=1), state if use_cache else None)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):

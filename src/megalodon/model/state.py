@@ -82,7 +82,9 @@ class OpenChunk:
         cached, cached_target, token, token_target, left = layout.open_chunk()
         width, cached_width = int(left.max(initial=0)), int(layout.offsets.max(initial=0))
         if layout.uniform_offset is not None and width <= layout.length:
-            return OpenChunk(*(x[:, layout.length - width :].clone() for x in (k, v)))
+            last = OpenChunk(*(x[:, layout.length - width :] for x in (k, v)))
+            exact = not width or (torch.is_grad_enabled() and k.requires_grad)
+            return last._grown(width, width if exact else _capacity(width, layout.chunk_size), k, v)
 
         def keep(old: Tensor, new: Tensor) -> Tensor:
             kept = move_rows(new.flatten(0, 1), token, token_target, batch * max(width, 1))

@@ -86,7 +86,7 @@ def test_a_state_is_not_changed_and_can_be_forked(taken) -> None:
 
 
 @pytest.mark.parametrize("name", ["layers.0.cema.alpha", "layers.1.attention.qk_weight", "final_norm.bias"])
-@pytest.mark.parametrize("way", ["in place", "another tensor", "data, then a prompt"])
+@pytest.mark.parametrize("way", ["in place", "another tensor", "data, then a prompt", "data, then a training step"])
 def test_weights_count_as_they_are_now(name: str, way: str, taken) -> None:
     model = model_of()
     state = read(model, 5)
@@ -98,9 +98,13 @@ def test_weights_count_as_they_are_now(name: str, way: str, taken) -> None:
                 parameter.add_(0.5)
             case "another tensor":
                 parameter.data = parameter.data + 0.5
-            case _:
+            case "data, then a prompt":
                 parameter.data.add_(0.5)
                 read(model, 2)
+            case _:
+                parameter.data.add_(0.5)
+                with torch.enable_grad():
+                    model(TOKENS, labels=TOKENS, use_cache=False)
     new = step(model, 5, state).logits
     token_step._STEPS.clear()
     assert torch.equal(step(model, 5, state).logits, new) and not torch.equal(new, old) and len(taken) == 3

@@ -7,7 +7,7 @@ token, which is where its chunks are counted from.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,11 @@ from megalodon.model.config import MegalodonConfig
 from megalodon.model.feed_forward import FeedForward
 from megalodon.model.generation import MegalodonGenerationMixin
 from megalodon.model.norms import LayerNorm, RMSNorm
+from megalodon.model.padding import RealTokens
 from megalodon.model.state import Dimensions, MegalodonState
 from megalodon.model.timestep_norm import TimestepNorm
 from megalodon.model.token_step import TokenStep
-from megalodon.ops.layout import Layout, move_rows
+from megalodon.ops.layout import Layout
 
 LOGITS_AT_ONCE = 1 << 25
 """Logits that the loss computes at a time when it is not asked to return them (128 MiB in float32)."""
@@ -104,34 +105,6 @@ def _refuse_float16(*dtypes: torch.dtype | None) -> None:
         raise ValueError("float16 has too little range for Megalodon's memory: use bfloat16 or float32")
 
 
-class _Rows(NamedTuple):
-    """The real tokens of a padded batch: token `source` of its B*L is token `target` of the compact B*length."""
-
-    source: Tensor
-    target: Tensor
-    lengths: Tensor
-    length: int
-
-    @staticmethod
-    def of(attention_mask: Tensor) -> _Rows | None:
-        """None when nothing is padded."""
-        real = attention_mask.bool()
-        if real.all():
-            return None
-        lengths = real.sum(1)
-        length = max(int(lengths.max()), 1)
-        place = real.cumsum(1) - 1 + torch.arange(len(real), device=real.device)[:, None] * length
-        return _Rows(real.flatten().nonzero()[:, 0], place[real], lengths, length)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[B, L, ...] -> [B, length, ...], padding moved to the end and zeroed."""
-        return move_rows(x.flatten(0, 1), self.source, self.target, len(x) * self.length).unflatten(0, (len(x), -1))
-
-    def unpack(self, x: Tensor, length: int) -> Tensor:
-        """[B, length, ...] -> [B, L, ...], padding zero."""
-        return move_rows(x.flatten(0, 1), self.target, self.source, len(x) * length).unflatten(0, (len(x), -1))
-
-
 class MegalodonModel(MegalodonPreTrainedModel):
     """Token ids -> normalised hidden states, and the state of the sequences."""
 
@@ -187,78 +160,82 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self._embed(input_ids, inputs_embeds)
-        batch, length = x.shape[:2]
+        length = x.shape[1]
         self._check(x, attention_mask, past_key_values, segment_ids)
-        if attention_mask is None and segment_ids is None and use_cache and not output_hidden_states:
-            step = TokenStep.of(self, x, past_key_values)
-            if step is not None:
-                x, state = step.advance(x[:, 0], past_key_values)
-                output = BaseModelOutputWithPast(x[:, None], state)
-                return output if return_dict is not False else output.to_tuple()
-        if attention_mask is None and segment_ids is None and not output_hidden_states and self._reads_in_pieces(x):
-            output = self._read_in_pieces(input_ids, inputs_embeds, past_key_values, use_cache)
-            return output if return_dict is not False else output.to_tuple()
-        rows = None if attention_mask is None else _Rows.of(attention_mask[:, -length:] if length else attention_mask)
-        if rows is not None:
-            x = rows.pack(x)
-            segment_ids = None if segment_ids is None else rows.pack(segment_ids)
+        plain = attention_mask is None and segment_ids is None and not output_hidden_states
+        step = TokenStep.of(self, x, past_key_values if plain and use_cache else None)
+        state, hidden = past_key_values, [] if output_hidden_states else None
+        if step is not None:
+            x, state = step.advance(x[:, 0], past_key_values)
+            x = x[:, None]
+        elif plain and self._reads_in_pieces(x):
+            x, state = self._read_in_pieces(x, state)
+        else:
+            rows = None
+            if attention_mask is not None:
+                rows = RealTokens.of(attention_mask[:, -length:] if length else attention_mask)
+            if rows is not None:
+                x = rows.pack(x)
+                segment_ids = None if segment_ids is None else rows.pack(segment_ids)
+            x, state = self._run(x, state, use_cache, segment_ids, None if rows is None else rows.lengths, hidden)
+            if rows is not None:
+                x, hidden = rows.unpack(x, length), hidden and [rows.unpack(h, length) for h in hidden]
+        output = BaseModelOutputWithPast(x, state if use_cache else None, None if hidden is None else tuple(hidden))
+        return output if return_dict is not False else output.to_tuple()
+
+    def _run(
+        self,
+        x: Tensor,
+        state: MegalodonState | None,
+        use_cache: bool,
+        segment_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> tuple[Tensor, MegalodonState | None]:
+        """Embeddings [B, L, D] of `lengths` real tokens each through all layers: (hidden states, the state after them).
+
+        `hidden` collects the input of each block and the final hidden states.
+        """
         layout = Layout(
-            batch,
-            x.shape[1],
+            *x.shape[:2],
             x.device,
             segment_ids=segment_ids,
-            lengths=None if rows is None else rows.lengths,
-            positions=None if past_key_values is None else past_key_values.position,
+            lengths=lengths,
+            positions=None if state is None else state.position,
             chunk_size=self.config.chunk_size,
         )
         turns = ops.rotations(layout.chunk_positions, self.config.head_dim, self.config.rope_base)
-        hidden = []
         layers = []
         for i, block in enumerate(self.layers):
-            if output_hidden_states:
+            if hidden is not None:
                 hidden.append(x)
-            memory = None if past_key_values is None else past_key_values.layers[i]
-            x, memory = block(x, memory, turns, layout, use_cache)
+            x, memory = block(x, None if state is None else state.layers[i], turns, layout, use_cache)
             layers.append(memory)
-        x, final = self.final_norm(x, None if past_key_values is None else past_key_values.final, layout)
-        state = None
-        if use_cache:
-            state = MegalodonState(layers, final, torch.from_numpy(layout.end_positions), Dimensions.of(self.config))
-        if output_hidden_states:
+        x, final = self.final_norm(x, None if state is None else state.final, layout)
+        if hidden is not None:
             hidden.append(x)
-        if rows is not None:
-            x, hidden = rows.unpack(x, length), [rows.unpack(h, length) for h in hidden]
-        output = BaseModelOutputWithPast(x, state, tuple(hidden) if output_hidden_states else None)
-        return output if return_dict is not False else output.to_tuple()
+        if not use_cache:
+            return x, None
+        return x, MegalodonState(layers, final, torch.from_numpy(layout.end_positions), Dimensions.of(self.config))
 
     def _reads_in_pieces(self, x: Tensor) -> bool:
         """Nobody could tell that a long text went through in pieces, and it is quicker."""
-        if (
-            x.shape[1] <= max(READ_AT_ONCE, self.config.chunk_size)
-            or x.device.type != "cpu"
-            or torch.is_grad_enabled()
-            or self.training
-        ):
+        short = x.shape[1] <= max(READ_AT_ONCE, self.config.chunk_size)
+        if short or x.device.type != "cpu" or torch.is_grad_enabled() or self.training:
             return False
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
         return not hooked and not torch.compiler.is_compiling()
 
-    def _read_in_pieces(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, state: MegalodonState | None, use_cache: bool
-    ) -> BaseModelOutputWithPast:
-        """`READ_AT_ONCE` tokens at a time, with the state; pieces end where the first row's chunks do."""
-        given = inputs_embeds if input_ids is None else input_ids
-        assert given is not None
+    def _read_in_pieces(self, x: Tensor, state: MegalodonState | None) -> tuple[Tensor, MegalodonState | None]:
+        """`_run` on `READ_AT_ONCE` tokens at a time, with the state; pieces end where the first row's chunks do."""
         chunk = self.config.chunk_size
         piece = max(READ_AT_ONCE // chunk, 1) * chunk
-        first = piece - (0 if state is None else int(state.position[0]) % chunk)
+        first = piece if state is None else piece - int(state.position[0]) % chunk
         hidden = []
-        for part in (given[:, :first], *given[:, first:].split(piece, 1)):
-            part = {"input_ids" if input_ids is not None else "inputs_embeds": part}
-            output = self(**part, past_key_values=state, use_cache=True)
-            state = output.past_key_values
-            hidden.append(output.last_hidden_state)
-        return BaseModelOutputWithPast(torch.cat(hidden, dim=1), state if use_cache else None)
+        for part in (x[:, :first], *x[:, first:].split(piece, 1)):
+            part, state = self._run(part, state, True)
+            hidden.append(part)
+        return torch.cat(hidden, dim=1), state
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):

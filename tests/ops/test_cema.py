@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from operator_cases import cema_inputs, gradients, relative, segments
 
 from megalodon.ops import Layout, cema
-from megalodon.ops.cema.blocked import BLOCK, shifts, tables, toeplitz
+from megalodon.ops.cema.blocked import BLOCK, diagonal_sums_, powers, toeplitz
 
 
 @settings(max_examples=25, deadline=None)
@@ -79,14 +79,22 @@ def test_decay_close_to_one_stays_exact_over_many_blocks() -> None:
 
 
 def test_toeplitz_holds_the_kernel() -> None:
-    inputs = {k: v.detach() for k, v in cema_inputs(1, 1, 2, 3).items()}
-    table = tables(inputs["p"], inputs["q"], inputs["gamma"], inputs["omega"], 6)
-    k = torch.stack([(inputs["gamma"] * inputs["p"] * inputs["q"] ** t).real.sum(-1) for t in range(6)], -1)
-    k[:, 0] += inputs["omega"]
-    kernel = toeplitz(table.k, shifts(table.k, 6))
+    k = torch.randn(2, 6, dtype=torch.float64)
+    kernel = toeplitz(k)
     for s in range(6):
-        assert torch.allclose(kernel[:, s, s:], k[:, : 6 - s])
+        assert torch.equal(kernel[:, s, s:], k[:, : 6 - s])
         assert not kernel[:, s, :s].any()
+    other = torch.randn(2, 6, 6, dtype=torch.float64)
+    assert relative((kernel * other).sum(), (k * diagonal_sums_(other.clone())).sum()) < 1e-12
+
+
+def test_powers_and_their_gradient() -> None:
+    q = torch.polar(torch.rand(3, 2).double(), torch.rand(3, 2).double()).requires_grad_()
+    table = torch.view_as_complex(powers(q, 21).unflatten(-1, (-1, 2)))
+    for t in range(21):
+        assert relative(table[:, t], q ** (t + 1)) < 1e-12
+    assert torch.autograd.gradcheck(lambda q: powers(q, 21), (q,))
+    assert torch.autograd.gradcheck(lambda q: powers(q, 5).mT.exp(), (q,))
 
 
 @pytest.mark.parametrize(

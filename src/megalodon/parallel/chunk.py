@@ -28,6 +28,7 @@ from megalodon.model.cema import CEMA
 from megalodon.model.state import OpenChunk
 from megalodon.model.timestep_norm import Moments, TimestepNorm
 from megalodon.ops.backend import accumulator_dtype
+from megalodon.ops.cema.blocked import powers
 from megalodon.parallel.collectives import Exchange, Group, all_to_all
 from megalodon.parallel.spans import Reach, SpanLayout, Spans
 
@@ -149,14 +150,6 @@ class CEMAOverSpans:
         return h
 
 
-def powers_of(q: Tensor, n: int) -> Tensor:
-    """[n + 1, ...]: q**0 .. q**n by repeated doubling, which rounds log2(n) times."""
-    powers = torch.stack([torch.ones_like(q), q])
-    while len(powers) <= n:
-        powers = torch.cat([powers, powers[1 : n + 2 - len(powers)] * powers[-1]])
-    return powers[: n + 1]
-
-
 def prefix_response(h: Tensor, q: Tensor, gamma: Tensor, length: int) -> Tensor:
     """What a state adds to the tokens after it: `Re(sum_j gamma_j q_j**(t+1) h_j)` for t < length.
 
@@ -169,12 +162,11 @@ def prefix_response(h: Tensor, q: Tensor, gamma: Tensor, length: int) -> Tensor:
     batch, dim, components = h.shape
     size = min(RESPONSE_BLOCK, length)
     count = -(-length // size)
-    read = gamma * powers_of(q, size)[1:]  # [T, D, N]
-    read = torch.view_as_real(read.conj().resolve_conj()).permute(1, 2, 3, 0).reshape(dim, 2 * components, size)
-    steps = powers_of(torch.pow(q.to(torch.complex128), size).to(q.dtype), count)[:count]
-    entering = torch.view_as_real(h[None] * steps[:, None])  # [n, B, D, N, 2]
-    entering = entering.permute(2, 1, 0, 3, 4).reshape(dim, batch * count, 2 * components)
-    y = torch.bmm(entering, read)  # [D, B n, T]
+    exponents = torch.arange(count, device=q.device)[:, None, None] * size
+    steps = torch.pow(q.to(torch.complex128), exponents).to(q.dtype)  # [n, D, N]
+    entering = (h[None] * (gamma * steps)[:, None]).conj().resolve_conj()  # Re(z q) = Re(z) Re(q) - Im(z) Im(q)
+    entering = torch.view_as_real(entering).permute(2, 1, 0, 3, 4).reshape(dim, batch * count, 2 * components)
+    y = torch.bmm(entering, powers(q, size).transpose(1, 2))  # [D, B n, T]
     return y.permute(1, 2, 0).reshape(batch, count * size, dim)[:, :length]
 
 

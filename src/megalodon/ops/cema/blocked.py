@@ -6,13 +6,13 @@ The coefficients do not depend on the input, so a block of T tokens x and the st
     h_out = q^T h + sum_s p q^(T-1-s) x_s
 
 All blocks of all rows are multiplied at once, channel by channel; only `h` runs from block to block. Complex numbers
-are laid out as pairs of reals, so that every product is a real matrix product.
+are laid out as pairs of reals, so that every product is a real matrix product. One table holds all that grows with T:
+the powers of q, [D, T, 2N].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,131 +26,82 @@ BLOCK = 32
 """Tokens in a block. On CPUs 32 balances the products, which grow with T, and the recurrence, which has L/T steps."""
 
 
-class Tables(NamedTuple):
-    """What p, q, gamma and omega become for blocks of T tokens; D channels, N components.
-
-    Time comes first: tables are made by whole rows, and batched products read them as they lie.
-
-    Attributes:
-        k: [T, D]; the convolution's first T taps, `omega` in the first.
-        read: [T, D, 2N]; what a state that enters the block adds to each token.
-        write: [T, D, 2N]; what each token adds to the state that leaves the block.
-        decays: complex [m, D, N]; q**T, then the powers asked for.
-    """
-
-    k: Tensor
-    read: Tensor
-    write: Tensor
-    decays: Tensor
-
-
-def powers_of(q: Tensor, n: int) -> Tensor:
-    """[n + 1, ...]: q**0 .. q**n by repeated doubling, which is as exact as log2(n) products."""
-    powers = q.new_empty(n + 1, *q.shape)
-    powers[0] = 1
-    known, power = 1, q
-    while known <= n:
-        more = min(known, n + 1 - known)
-        torch.mul(powers[:more], power, out=powers[known : known + more])
-        known, power = known + more, power * power
-    return powers
-
-
-def shifts(like: Tensor, size: int) -> Tensor:
-    """[T, T * T] of 0 and 1: `k @ shifts` lays taps k out as the T x T Toeplitz matrix K[s, t] = k[t - s]."""
-    lag = torch.arange(size, device=like.device)
-    places = lag - lag[:, None] == lag[:, None, None]
-    return places.to(like.dtype).flatten(1)
-
-
-def toeplitz(k: Tensor, places: Tensor) -> Tensor:
-    """[T, D] -> [D, T, T]: `out[:, s, t] = k[t - s]` for s <= t, else 0; `places` from `shifts`."""
-    size, dim = k.shape
-    return (k.t() @ places).view(dim, size, size)
-
-
-def diagonal_sums(kernel: Tensor, places: Tensor) -> Tensor:
-    """[D, T, T] -> [T, D]: `out[j] = sum_s kernel[:, s, s + j]`, the adjoint of `toeplitz`."""
-    return places @ kernel.flatten(1).t()
-
-
-def _as_pairs(table: Tensor) -> Tensor:
-    return torch.view_as_real(table).flatten(-2)
+def _as_pairs(values: Tensor) -> Tensor:
+    return torch.view_as_real(values).flatten(-2)
 
 
 def _as_complex(pairs: Tensor) -> Tensor:
-    return torch.view_as_complex(pairs.contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
 
 
-def _sums(table: Tensor, weights: Tensor) -> Tensor:
-    """complex [T, D, N] and real [m, T] -> complex [m, D, N]: weighted sums over time."""
-    sums = weights @ torch.view_as_real(table).flatten(1)
-    return torch.view_as_complex(sums.view(-1, *table.shape[1:], 2))
-
-
-class _Tables(torch.autograd.Function):
-    """The fields of `Tables`, differentiated by hand: autograd's way costs more than the blocks.
-
-    What counts is the number of passes over whole tables. The backward pass makes one product a table, of its gradient
-    and the powers one lower, whose plain and weighted sums over time give every gradient: q**t = q q**(t-1), and the
-    derivative of q**t is t q**(t-1). With D = sum_t conj(d_t) q**(t-1), a gradient with respect to q is conj(D).
-    """
+class _Powers(torch.autograd.Function):
+    """q complex [D, N] -> [D, n, 2N]: pairs of q**1 .. q**n."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, size: int, exponents: Tensor):
-        powers = powers_of(q, size)
-        backwards = powers[:size].index_select(0, torch.arange(size - 1, -1, -1, device=p.device))
-        read = torch.mul(powers[1:], gamma).conj_physical_()  # Re(g h) = Re(g) Re(h) - Im(g) Im(h)
-        write = backwards * p.to(q.dtype)
-        taps = _as_pairs(torch.conj_physical(gamma) * p)[..., None]
-        k = torch.bmm(_as_pairs(powers[:size]).transpose(0, 1), taps)[..., 0].t().contiguous()
-        if omega is not None:
-            k[0] += omega
-        ctx.save_for_backward(p, q, gamma, powers, backwards, exponents)
-        ctx.with_omega = omega is not None
-        return k, _as_pairs(read), _as_pairs(write), powers.index_select(0, exponents)
+    def forward(ctx: Any, q: Tensor, n: int) -> Tensor:
+        powers = q.new_empty(n, *q.shape)  # time comes first here: doubling then multiplies whole rows
+        powers[0] = q
+        known = 1
+        while known < n:
+            more = min(known, n - known)
+            torch.mul(powers[:more], powers[known - 1], out=powers[known : known + more])
+            known += more
+        pairs = _as_pairs(powers).transpose(0, 1).contiguous()
+        ctx.save_for_backward(pairs)
+        return pairs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_k: Tensor, d_read: Tensor, d_write: Tensor, d_decays: Tensor):
-        p, q, gamma, powers, backwards, exponents = ctx.saved_tensors
-        size = len(backwards)
-        times = torch.arange(size + 1, dtype=p.dtype, device=p.device)
-        both = torch.stack([torch.ones_like(times), times])
-
-        plain, weighted = _sums(_as_complex(d_read) * powers[:-1], both[:, 1:])
-        d_gamma, d_q = q * plain, gamma * weighted  # conjugated, as all below
-
-        d_written = _as_complex(d_write).conj_physical_()
-        plain, weighted = _sums(d_written[:-1] * backwards[1:], both[:, 1:size].flip(1))
-        d_p = (q * plain + d_written[-1]).real
-        d_q += p * weighted
-
-        lags = (d_k.t()[:, None, 1:] * both[:, 1:size]).contiguous()
-        sums = torch.bmm(lags, _as_pairs(powers[: size - 1]).transpose(0, 1))
-        plain, weighted = torch.view_as_complex(sums.unflatten(-1, (-1, 2))).unbind(1)
-        plain = d_k[0, :, None] + q * plain
-        d_p += (gamma * plain).real
-        d_gamma += p * plain
-        d_q += p * gamma * weighted
-
-        factors = powers.index_select(0, (exponents - 1).clamp(min=0)) * exponents[:, None, None]
-        d_q += (factors * torch.conj_physical(d_decays)).sum(0)
-        return d_p, d_q.conj_physical_(), d_gamma.conj_physical_(), d_k[0] if ctx.with_omega else None, None, None
+    def backward(ctx: Any, grad: Tensor):
+        """`sum_t conj(t q**(t-1)) grad_t`."""
+        (pairs,) = ctx.saved_tensors
+        grad = grad.contiguous()
+        products = torch.conj_physical(_as_complex(grad[:, 1:])).mul_(_as_complex(pairs[:, :-1]))
+        weights = torch.arange(2, pairs.shape[1] + 1, dtype=pairs.dtype, device=pairs.device)
+        sums = weights.expand(len(pairs), 1, -1) @ _as_pairs(products)
+        return _as_complex(sums[:, 0]).conj_physical_().add_(_as_complex(grad[:, 0])), None
 
 
-def tables(
-    p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, size: int, exponents: Sequence[int] | Tensor = ()
-) -> Tables:
-    """The tables of blocks of `size` tokens, and powers of q up to that of `size`."""
-    exponents = torch.as_tensor(exponents, dtype=torch.int64, device=p.device)
-    return Tables(*_Tables.apply(p, q, gamma, omega, size, F.pad(exponents, (1, 0), value=size)))
+def powers(q: Tensor, n: int) -> Tensor:
+    """complex [D, N] -> real [D, n, 2N]: q**1 .. q**n as pairs, as exact as log2(n) products, differentiable."""
+    return _Powers.apply(q, n)
+
+
+def _ones(powers: Tensor) -> Tensor:
+    """[D, 1, 2N]: pairs of q**0."""
+    return powers.new_tensor([1, 0]).repeat(len(powers), 1, powers.shape[-1] // 2)
+
+
+def _lags(size: int, like: Tensor) -> Tensor:
+    """[T, T + 1] of 0 and 1: 1 where row s of a Toeplitz matrix has the lag j, s + j < T.
+
+    Such rows, T + 1 long, laid end to end are the rows of the matrix, T long: each begins one place later.
+    """
+    lag = torch.arange(size + 1, device=like.device)
+    return (lag[:-1, None] + lag < size).to(like.dtype)
+
+
+def toeplitz(k: Tensor) -> Tensor:
+    """[D, T] -> [D, T, T]: `out[:, s, t] = k[:, t - s]` for s <= t, else 0."""
+    dim, size = k.shape
+    rows = F.pad(k, (0, 1))[:, None] * _lags(size, k)
+    return rows.flatten(1)[:, : size * size].view(dim, size, size)
+
+
+def diagonal_sums_(kernel: Tensor) -> Tensor:
+    """[D, T, T] -> [D, T]: `out[:, j] = sum_s kernel[:, s, s + j]`, the adjoint of `toeplitz`; overwrites `kernel`."""
+    size = kernel.shape[1]
+    last = kernel[:, -1, -1].clone()  # the only lag of the last row, whose others would lie beyond the end
+    rows = kernel.flatten(1)[:, : size * size - 1].unflatten(1, (size - 1, size + 1))
+    sums = rows.mul_(_lags(size, kernel)[:-1]).sum(1)[:, :size]
+    sums[:, 0] += last
+    return sums
 
 
 def _by_block(pairs: Tensor, batch: int) -> Tensor:
     """[D, B n, 2N] -> complex [n, B, D, N]."""
     dim, rows, width = pairs.shape
-    return _as_complex(pairs.view(dim, batch, rows // batch, width).permute(2, 1, 0, 3))
+    return _as_complex(pairs.view(dim, batch, rows // batch, width).permute(2, 1, 0, 3).contiguous())
 
 
 def _by_channel(states: Tensor) -> Tensor:
@@ -159,80 +110,104 @@ def _by_channel(states: Tensor) -> Tensor:
     return pairs.permute(2, 1, 0, 3).reshape(pairs.shape[2], -1, pairs.shape[3])
 
 
+def _mirrored(p: Tensor) -> Tensor:
+    """real [D, N] -> [D, 1, 2N]: (p, -p) for each pair, which multiplies the conjugate of what it meets by p."""
+    return torch.stack([p, -p], dim=-1).flatten(1)[:, None]
+
+
 class _Blocks(torch.autograd.Function):
-    """All blocks of all rows: the products of the module's head, and the recurrence between blocks."""
+    """All blocks of all rows: the products of the module's head, and the recurrence between blocks.
+
+    u [D, B n, T], powers [D, T, 2N], keep [n, B, 1, 1] -> y like u, and the conjugates of the states around the blocks,
+    complex [n + 1, B, D, N]. Re(z q) is the dot product of the pairs of conj(z) and q: so the conjugates are carried.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         u: Tensor,
-        k: Tensor,
-        read: Tensor,
-        write: Tensor,
-        decay: Tensor,
+        powers: Tensor,
+        p: Tensor,
+        gamma: Tensor,
+        omega: Tensor | None,
         initial: Tensor | None,
         keep: Tensor | None,
         batch: int,
     ) -> tuple[Tensor, Tensor]:
-        added = _by_block(torch.bmm(u, write.transpose(0, 1)), batch)
+        lower, decay = powers[:, :-1], _as_complex(powers[:, -1]).conj_physical()
+        write = torch.empty_like(powers)  # q**(T-1) .. q**0, conjugate, by p
+        torch.mul(lower.flip(1), _mirrored(p), out=write[:, :-1])
+        write[:, -1:] = _ones(powers) * _mirrored(p)
+        added = _by_block(torch.bmm(u, write), batch)
         states = added.new_empty(len(added) + 1, *added.shape[1:])
         states[0] = 0 if initial is None else initial
         for i in range(len(added)):
             if keep is not None:
                 states[i] *= keep[i]
             torch.addcmul(added[i], decay, states[i], out=states[i + 1])
-        places = shifts(k, len(k))
-        kernel, entering = toeplitz(k, places), _by_channel(states[:-1])
-        y = torch.bmm(u, kernel).baddbmm_(entering, read.permute(1, 2, 0))
-        ctx.save_for_backward(u, kernel, read, write, decay, states, entering, keep, places)
+        gamma = torch.conj_physical(gamma)
+        entering, taps = _by_channel(gamma * states[:-1]), gamma * p
+        k = F.pad(torch.bmm(lower, _as_pairs(taps)[..., None])[..., 0], (1, 0))
+        k[:, 0] = taps.real.sum(-1) if omega is None else taps.real.sum(-1) + omega
+        kernel = toeplitz(k)
+        y = torch.bmm(u, kernel).baddbmm_(entering, powers.transpose(1, 2))
+        ctx.save_for_backward(u, powers, p, gamma, states, entering, taps, kernel, write, decay, keep)
         ctx.set_materialize_grads(False)
         return y, states
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_states: Tensor | None):
-        u, kernel, read, write, decay, states, entering, keep, places = ctx.saved_tensors
+        u, powers, p, gamma, states, entering, taps, kernel, write, decay, keep = ctx.saved_tensors
         dy = torch.zeros_like(u) if dy is None else dy.contiguous()
-        flow = states.new_zeros(states.shape) if d_states is None else d_states.clone()
-        flow[:-1] += _by_block(torch.bmm(dy, read.transpose(0, 1)), states.shape[1])
+        d_entering = _by_block(torch.bmm(dy, powers), states.shape[1])
+        if d_states is None:
+            flow = torch.empty_like(states)
+            torch.mul(torch.conj_physical(gamma), d_entering, out=flow[:-1])
+            flow[-1] = 0
+        else:
+            flow = d_states.clone()
+            flow[:-1].addcmul_(torch.conj_physical(gamma), d_entering)
         conjugate = torch.conj_physical(decay)
         for i in range(len(flow) - 2, -1, -1):
             flow[i].addcmul_(conjugate, flow[i + 1])
             if keep is not None:
                 flow[i] *= keep[i]
-        d_decay = (torch.conj_physical(states[:-1]) * flow[1:]).sum(dim=(0, 1))
         d_written = _by_channel(flow[1:])
-        d_read = torch.bmm(dy.transpose(1, 2), entering).transpose(0, 1)
-        d_write = torch.bmm(u.transpose(1, 2), d_written).transpose(0, 1)
-        d_k = diagonal_sums(torch.bmm(u.transpose(1, 2), dy), places)
-        du = torch.bmm(dy, kernel.transpose(1, 2)).baddbmm_(d_written, write.permute(1, 2, 0))
-        return (
-            du,
-            d_k,
-            d_read,
-            d_write,
-            d_decay,
-            flow[0] if ctx.needs_input_grad[5] else None,
-            None,
-            None,
-        )
+        du = torch.bmm(dy, kernel.transpose(1, 2)).baddbmm_(d_written, write.transpose(1, 2))
+
+        entered = torch.conj_physical(states[:-1])
+        d_gamma = d_entering.mul_(entered).sum((0, 1))
+        d_decay = entered.mul_(flow[1:]).sum((0, 1))
+
+        d_k = diagonal_sums_(torch.bmm(u.transpose(1, 2), dy))
+        d_taps = _as_complex(torch.bmm(d_k[:, None, 1:], powers[:, :-1])[:, 0])
+        d_taps.real += d_k[:, :1]
+        d_gamma = torch.conj_physical(d_gamma.addcmul_(d_taps, p))
+
+        d_write = torch.bmm(u.transpose(1, 2), d_written).flip(1).mul_(_mirrored(torch.ones_like(p)))
+        d_p = (d_write[:, 1:] * powers[:, :-1]).sum(1).add_(d_write[:, 0] * _ones(powers)[:, 0])
+        d_p = d_p.unflatten(-1, (-1, 2)).sum(-1).add_((torch.conj_physical(gamma) * d_taps).real)
+
+        d_powers = torch.bmm(dy.transpose(1, 2), entering)
+        d_powers[:, :-1].addcmul_(d_write[:, 1:], p.repeat_interleave(2, dim=1)[:, None])
+        d_powers[:, :-1].addcmul_(d_k[:, 1:, None], _as_pairs(taps)[:, None])
+        d_powers[:, -1] += _as_pairs(d_decay.conj_physical_())
+        d_omega = d_k[:, 0] if ctx.needs_input_grad[4] else None
+        return du, d_powers, d_p, d_gamma, d_omega, flow[0] if ctx.needs_input_grad[5] else None, None, None
 
 
-class _Permute(torch.autograd.Function):
+class _Transpose(torch.autograd.Function):
+    """[m, n] -> [n, m], contiguous in both passes: batched products of strided matrices are many times slower."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        ctx.inverse = tuple(dims.index(i) for i in range(len(dims)))
-        return x.permute(dims).contiguous()
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.t().contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        return grad.permute(ctx.inverse).contiguous(), None
-
-
-def permute(x: Tensor, *dims: int) -> Tensor:
-    """`x.permute(dims)`, contiguous in both passes: batched products of strided matrices are many times slower."""
-    return _Permute.apply(x, dims)
+        return grad.t().contiguous()
 
 
 def step(
@@ -257,6 +232,8 @@ def cema(
     """See `megalodon.ops.cema`."""
     with torch.autocast(x.device.type, enabled=False):
         u = x.to(full_precision(x.dtype))
+        if x.shape[1] == 0:
+            return x, _or_zeros(initial_state, x, q)
         if x.shape[1] == 1 and layout.plain:
             y, last_state = step(u, p, q, gamma, omega, initial_state)
         elif layout.plain:
@@ -270,60 +247,66 @@ def _plain(
     x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     batch, length, dim = x.shape
-    if length == 0:
-        return x, _or_zeros(initial_state, x, q)
     size = min(BLOCK, length)
-    count, rest = -(-length // size), length % size
-    table = tables(p, q, gamma, omega, size, [rest] if rest else [])
+    rest = length % size
     padded = F.pad(x, (0, 0, 0, size - rest)) if rest else x
-    u = permute(padded.reshape(batch * count, size, dim), 2, 0, 1)  # [D, B n, T]
-    y, states = _blocks(u, table, batch, initial_state, None)
-    last_state = states[-1]
+    table = powers(q, size)
+    u = _Transpose.apply(padded.reshape(-1, dim)).view(dim, -1, size)  # [D, B n, T]
+    y, states = _blocks(u, table, p, gamma, omega, batch, initial_state, None)
+    last_state = states[-1].conj().resolve_conj()
     if rest:
-        tail = u.view(dim, batch, count, size)[:, :, -1, :rest].contiguous()
-        last_state = torch.addcmul(_written(tail, table), table.decays[1], states[-2])
-    return y.view(batch, count * size, dim)[:, :length], last_state
+        tail = u.view(dim, batch, -1, size)[:, :, -1, :rest].contiguous()
+        entering = states[-2].conj()
+        last_state = _after(tail, table, p) + _as_complex(table[:, rest - 1]) * entering
+    return y.view(batch, -1, dim)[:, :length], last_state
 
 
 def _ragged(
     x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, initial_state: Tensor | None, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     batch, length, dim = x.shape
-    if length == 0:
-        return x, _or_zeros(initial_state, x, q)
     size = min(BLOCK, length)
     blocks = layout.blocks(size)
-    table = tables(p, q, gamma, omega, size, blocks.tail_length)
+    table = powers(q, size)
     tokens = x.reshape(batch * length, dim)
     aligned = move_rows(tokens, blocks.source, blocks.target, batch * blocks.count * size)
-    u = permute(aligned.view(batch * blocks.count, size, dim), 2, 0, 1)
+    u = _Transpose.apply(aligned).view(dim, -1, size)
     keep = (~blocks.fresh).t()[:, :, None, None].to(q.dtype)
-    y, states = _blocks(u, table, batch, initial_state, keep)
-    y = move_rows(y.reshape(-1, dim), blocks.target, blocks.source, batch * length)
+    y, states = _blocks(u, table, p, gamma, omega, batch, initial_state, keep)
+    y = move_rows(y, blocks.target, blocks.source, batch * length)
 
     tail = move_rows(tokens, blocks.tail_source, blocks.tail_target, batch * size)
-    tail = permute(tail.view(batch, size, dim), 2, 0, 1)
-    entering = states[blocks.tail, torch.arange(batch, device=x.device)]
-    return y.view(batch, length, dim), torch.addcmul(_written(tail, table), table.decays[1:], entering)
+    tail = _Transpose.apply(tail).view(dim, batch, size)
+    entering = states[blocks.tail, torch.arange(batch, device=x.device)].conj()
+    decays = torch.cat([_ones(table), table], dim=1).index_select(1, blocks.tail_length)
+    decays = _as_complex(decays.transpose(0, 1).contiguous())  # [B, D, N]
+    return y.view(batch, length, dim), _after(tail, table, p) + decays * entering
 
 
 def _blocks(
-    u: Tensor, table: Tables, batch: int, initial_state: Tensor | None, keep: Tensor | None
+    u: Tensor,
+    table: Tensor,
+    p: Tensor,
+    gamma: Tensor,
+    omega: Tensor | None,
+    batch: int,
+    initial_state: Tensor | None,
+    keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """All blocks: u [D, B n, T] -> (y [B n, T, D], complex [n + 1, B, D, N]: the states around the blocks).
+    """All blocks: u [D, B n, T] -> (y [B n T, D], conjugate states around the blocks: complex [n + 1, B, D, N]).
 
     `keep` [n, B, 1, 1] is 0 where a block starts a document and 1 elsewhere; None: all 1.
     """
-    decay = table.decays[0]
-    y, states = _Blocks.apply(u, table.k, table.read, table.write, decay, initial_state, keep, batch)
-    return permute(y, 1, 2, 0), states
+    initial = None if initial_state is None else initial_state.conj().resolve_conj()
+    y, states = _Blocks.apply(u, table, p, gamma, omega, initial, keep, batch)
+    return _Transpose.apply(y.flatten(1)), states
 
 
-def _written(tail: Tensor, table: Tables) -> Tensor:
+def _after(tail: Tensor, powers: Tensor, p: Tensor) -> Tensor:
     """What the last tokens [D, B, t] of each row, t <= T, leave in its state: complex [B, D, N]."""
-    dim, batch, rest = tail.shape
-    pairs = torch.bmm(tail, table.write[-rest:].transpose(0, 1))
-    return torch.view_as_complex(pairs.view(dim, batch, -1, 2)).transpose(0, 1)
+    lower = torch.cat([_ones(powers), powers[:, : tail.shape[-1] - 1]], dim=1)
+    pairs = torch.bmm(tail, lower.flip(1) * p.repeat_interleave(2, dim=1)[:, None])
+    return _as_complex(pairs).transpose(0, 1)
 
 
 def _or_zeros(initial_state: Tensor | None, x: Tensor, q: Tensor) -> Tensor:

@@ -73,12 +73,13 @@ def train_on_mesh(resolved: launch.Resolved, display: Display | None = None) -> 
     device = _device(config.run.device)
     processes = Processes(device, config.mesh.timeout_seconds)
     try:
-        processes.require_same("versions", versions())
-        processes.require_same("config", config_text(config))
-        processes.together(lambda: _check(resolved, processes.world_size))
-        if display is None or processes.rank:
-            display = Silent(config.run.steps) if processes.rank else make_display(config.run.steps)
-        return _run(resolved, processes, device, display)
+        with processes.watched():
+            processes.require_same("versions", versions())
+            processes.require_same("config", config_text(config))
+            processes.together(lambda: _check(resolved, processes.world_size))
+            if display is None or processes.rank:
+                display = Silent(config.run.steps) if processes.rank else make_display(config.run.steps)
+            return _run(resolved, processes, device, display)
     finally:
         processes.close()
 

@@ -167,6 +167,21 @@ def test_a_mesh_without_a_launcher_says_how_to_launch(values):
         launch.train(launch.resolve(check_config(with_changes(values, shard=2, tensor=2), "test"), "test"))
 
 
+def old_torch(rank: int):
+    mesh_run.CAN_MEASURE = False
+
+    def undo() -> None:
+        mesh_run.CAN_MEASURE = True
+
+    return undo
+
+
+def test_a_pipeline_needs_a_newer_torch(ranks, values):
+    first, second = ranks.launch(2, train_with, old_torch, with_changes(values, pipeline=2))
+    assert "mesh.pipeline: 2 needs PyTorch 2.9 or later" in first
+    assert second == "QuietExit: 2"
+
+
 def other_version(rank: int):
     if rank == 0:
         return lambda: None

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 
 def serve(rank: int, connection: Connection) -> None:
@@ -48,8 +49,9 @@ def serve(rank: int, connection: Connection) -> None:
 
 
 def forget_groups() -> None:
-    """DTensor keeps plans by mesh, and a later job's mesh may equal one whose groups are gone."""
+    """DTensor keeps plans and specs by mesh, and a later job's mesh may equal one whose groups are gone."""
     gc.collect()
+    _clear_sharding_prop_cache()
     clear_redistribute_planner_cache()
     _gen_transform_infos.cache_clear()
 

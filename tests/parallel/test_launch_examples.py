@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,8 @@ import yaml
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "launch"
 COMMAND = ["-m", "megalodon", "train"]
+PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""How long torchrun waits after a SIGTERM before it kills."""
 
 
 def after(words: list[str]) -> list[str]:
@@ -24,7 +27,10 @@ def after(words: list[str]) -> list[str]:
 def test_slurm_starts_the_command():
     text = (EXAMPLES / "slurm.sbatch").read_text(encoding="utf-8")
     assert after(text.split("srun ")[1].replace("\\\n", " ").split()) == ['"$1"']
-    assert "#SBATCH --signal=TERM@" in text  # a signal before the end, so that the run can save
+    # A signal before the end, so that the run can save, and torchrun lets it.
+    (notice,) = re.findall(r"#SBATCH --signal=TERM@(\d+)", text)
+    (patience,) = re.findall(rf"^export {PATIENCE}=(\d+)", text, re.MULTILINE)
+    assert 30 < int(patience) < int(notice)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -44,6 +50,8 @@ def test_kubernetes_starts_the_command():
     (container,) = pod["containers"]
     assert container["name"] == "pytorch"  # the operator looks for this name
     assert container["command"][0] == "torchrun"
+    (patience,) = (variable["value"] for variable in container["env"] if variable["name"] == PATIENCE)
+    assert 30 < int(patience) < pod["terminationGracePeriodSeconds"]
     assert after(container["command"]) == ["/runs/run.yaml"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -12,8 +13,8 @@ from megalodon.cli import main
 from megalodon.parallel import MeshSizes
 from megalodon.parallel.hardware import HARDWARE
 from megalodon.parallel.memory import block_activations, saved_bytes
-from megalodon.parallel.mesh import tensor_problems
-from megalodon.parallel.planning import Job, candidates, make_plan, model_flops, plans
+from megalodon.parallel.mesh import mesh_problems, tensor_problems
+from megalodon.parallel.planning import Job, candidates, default_rows, make_plan, model_flops, plans
 from megalodon.parallel.report import report
 from megalodon.parallel.traffic import (
     Step,
@@ -87,7 +88,33 @@ def test_the_command(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["plan", "--model", "paper-7b", "--devices", "1", "--context", "32768", "--batch-size", "1"])
     assert ended.value.code == 2
-    assert "no mesh of 1 devices" in capsys.readouterr().err
+    assert re.search("no mesh of 1 devices .* the leanest needs .* GiB on each", capsys.readouterr().err)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--model", "1.3b", "--devices", "6", "--context", "8192", "--batch-size", "8"])
+    assert ended.value.code == 2
+    assert "a batch size that 6 divides always can" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_any_number_of_devices_has_a_plan(name):
+    config = MegalodonConfig.from_preset(name)
+    for devices in (3, 6, 7, 24, 100, 1000, 1009):
+        if config.model_dim > 2048 and devices == 3:
+            continue  # too little memory
+        job = Job(config, devices, 8192, default_rows(devices, 8192))
+        best = plans(job, HARDWARE["h100"])[0]
+        assert best.sizes.world_size == devices
+        assert (
+            mesh_problems(
+                best.sizes,
+                config,
+                world_size=devices,
+                batch_size=job.batch_size,
+                sequence_length=job.context,
+                accumulation_steps=best.accumulation_steps,
+            )
+            == []
+        )
 
 
 BUILD = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -36,7 +37,11 @@ def free_port() -> int:
 
 
 def children(process: int) -> list[int]:
-    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    """The processes that a running one has started."""
+    try:
+        text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    except OSError:
+        return []  # it has just ended
     return [int(number) for number in text.split()]
 
 
@@ -73,6 +78,26 @@ def test_two_agents_and_a_killed_rank_end_as_one_process(values, tmp_path):  # n
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
     assert any("resuming from" in output for output in outputs)
     assert [record["step"] for record in records(tmp_path / "run")] == list(range(41))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_killed_at_random_instants_end_as_one_process(values, tmp_path, seed):  # noqa: F811
+    """Whatever a rank is doing: starting, meeting, a step, a measurement, a save."""
+    generator = random.Random(seed)
+    assert train(with_changes(values, steps=60, folder="whole")) == "done"
+    config = write(tmp_path, with_changes(values, steps=60, chunk=2))
+    agent = torchrun(["--standalone", "--nproc-per-node=2", "--max-restarts=4", "--monitor-interval=0.2"], config)
+    killed = 0
+    while killed < 4 and agent.poll() is None:
+        time.sleep(generator.uniform(1, 15))
+        if len(ranks := children(agent.pid)) == 2:
+            os.kill(generator.choice(ranks), signal.SIGKILL)
+            killed += 1
+    output = agent.communicate(timeout=170)[0]
+    assert (agent.returncode, killed > 0) == (0, True), output
+    assert [record["step"] for record in records(tmp_path / "run")] == list(range(61))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 

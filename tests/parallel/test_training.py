@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from transformers import AutoModelForCausalLM
 
 from megalodon.data import Loader
+from megalodon.parallel import ParallelModel
 from megalodon.training import launch, mesh_run, processes
 from megalodon.training.checkpoint import list_checkpoints
 from megalodon.training.config_file import check_config
@@ -166,6 +167,21 @@ def test_a_mesh_without_a_launcher_says_how_to_launch(values):
         launch.train(launch.resolve(check_config(with_changes(values, shard=2, tensor=2), "test"), "test"))
 
 
+def old_torch(rank: int):
+    mesh_run.CAN_MEASURE = False
+
+    def undo() -> None:
+        mesh_run.CAN_MEASURE = True
+
+    return undo
+
+
+def test_a_pipeline_needs_a_newer_torch(ranks, values):
+    first, second = ranks.launch(2, train_with, old_torch, with_changes(values, pipeline=2))
+    assert "mesh.pipeline: 2 needs PyTorch 2.9 or later" in first
+    assert second == "QuietExit: 2"
+
+
 def other_version(rank: int):
     if rank == 0:
         return lambda: None
@@ -240,6 +256,56 @@ def test_a_rank_that_does_not_answer_is_named(ranks, values):
     assert "UnresponsiveError: rank 0: step 3" in first
     assert "ranks that have not come to it: 1" in first
     assert "UnresponsiveError" in second
+
+
+def hanging(rank: int):
+    """Rank 1 hangs in the middle of step 3, after it has said that it is there."""
+    before, calls = ParallelModel.accumulate_gradients, 0
+
+    def accumulate_gradients(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls == 3:
+            time.sleep(6)
+        return before(self, *arguments)
+
+    ParallelModel.accumulate_gradients = accumulate_gradients
+
+    def undo() -> None:
+        ParallelModel.accumulate_gradients = before
+
+    return undo
+
+
+def test_a_rank_that_hangs_in_a_step_is_named(ranks, values):
+    changed = with_changes(values, shard=2, timeout_seconds=2)
+    first, second = ranks.launch(2, train_with, hanging, changed)
+    assert "UnresponsiveError: rank 0: step 3" in first
+    assert "ranks that no longer answer: 1" in first
+    assert "UnresponsiveError" in second
+
+
+def defective(rank: int):
+    before = ParallelModel.clip_gradients
+
+    def clip_gradients(self, *arguments):
+        if rank == 1:
+            raise RuntimeError("out of memory")
+        return before(self, *arguments)
+
+    ParallelModel.clip_gradients = clip_gradients
+
+    def undo() -> None:
+        ParallelModel.clip_gradients = before
+
+    return undo
+
+
+def test_a_defect_of_one_rank_is_not_taken_for_the_network(ranks, values):
+    first, second = ranks.launch(2, train_with, defective, with_changes(values, shard=2, timeout_seconds=2))
+    assert "UnresponsiveError: rank 0: step 1" in first
+    assert "ranks that no longer answer: 1" in first
+    assert second == "RuntimeError: out of memory"
 
 
 def failing_disk(rank: int):

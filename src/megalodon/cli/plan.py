@@ -16,7 +16,8 @@ def plan(
     devices: Annotated[int, typer.Option(min=1, help="accelerators in all")],
     context: Annotated[int, typer.Option(min=1, help="tokens in a row of a step")],
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="rows in a step, over all devices; 4M tokens of them if not given")
+        int | None,
+        typer.Option(min=1, help="rows in a step, over all devices; if not given, about 4M tokens that they divide"),
     ] = None,
     hardware: Annotated[str, typer.Option(help="a100, h100 or h200")] = "h100",
     precision: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
@@ -30,7 +31,7 @@ def plan(
     """
     from megalodon import PRESETS, MegalodonConfig
     from megalodon.parallel.hardware import HARDWARE
-    from megalodon.parallel.planning import Job, plans
+    from megalodon.parallel.planning import Job, default_rows, plans
     from megalodon.parallel.report import report
 
     if hardware not in HARDWARE:
@@ -43,6 +44,5 @@ def plan(
         config = MegalodonConfig.from_pretrained(model)
     else:
         raise ValueError(f"--model: {model!r} is neither a folder nor one of {', '.join(PRESETS)}")
-    rows = batch_size or max(4 * 2**20 // context, 1)
-    job = Job(config, devices, context, rows, precision, streamed)
+    job = Job(config, devices, context, batch_size or default_rows(devices, context), precision, streamed)
     typer.echo(report(job, HARDWARE[hardware], plans(job, HARDWARE[hardware]), top))

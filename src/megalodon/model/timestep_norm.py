@@ -43,7 +43,8 @@ class TimestepNorm(nn.Module):
     def forward(self, x: Tensor, moments: Moments | None, layout: Layout) -> tuple[Tensor, Moments]:
         """x [B, L, D] and the moments of what came before -> (the normalised x, the moments after it)."""
         count = mean = var = prior = None
-        if moments is None or layout.fresh_rows is not None or layout.restart is not None:
+        trained = self.prior_count > 0 and torch.is_grad_enabled()
+        if moments is None or layout.fresh_rows is not None or layout.restart is not None or trained:
             prior = self.prior(x.device)
         if moments is not None:
             count = layout.seen + self.prior_count if self.prior_count else layout.seen
@@ -52,6 +53,10 @@ class TimestepNorm(nn.Module):
                 assert prior is not None
                 mean = torch.where(layout.fresh_rows[:, None], prior.mean, mean)
                 var = torch.where(layout.fresh_rows[:, None], prior.var, var)
+            elif trained:
+                assert prior is not None
+                # Parameters have a gradient, if only of zeros, whatever a batch holds: so sharded ranks stay in step.
+                mean, var = mean + 0 * prior.mean, var + 0 * prior.var
         y, _, mean, var = ops.timestep_norm(
             x, self.weight, self.bias, self.num_groups, count, mean, var, eps=self.eps, prior=prior, layout=layout
         )

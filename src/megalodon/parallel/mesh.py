@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -17,6 +18,10 @@ from megalodon.model.config import MegalodonConfig
 
 AXES = ("pipeline", "replicate", "shard", "chunk", "tensor")
 """From the outermost to the innermost."""
+
+PARAMETER_AXES = ("pipeline", "replicate", "weights", "tensor")
+"""The axes as parameters see them. Chunk ranks hold the same weights and other tokens, as data ranks do, so the weights
+are cut over `shard` x `chunk`, as one axis."""
 
 
 @dataclass(frozen=True)
@@ -133,18 +138,24 @@ class Mesh:
             raise ValueError(f"mesh: {sizes} makes {sizes.world_size} processes, and there are {dist.get_world_size()}")
         self.sizes, self.device_type = sizes, device_type
         self.root = init_device_mesh(device_type, sizes.values(), mesh_dim_names=AXES)
-        self.weights = self._weights()
+        self.parameters = self._parameters()
 
-    def _weights(self) -> DeviceMesh | None:
-        """The mesh over which FSDP2 cuts and copies the weights; None where each rank has its own.
+    def _parameters(self) -> DeviceMesh:
+        """The same ranks as a mesh of PARAMETER_AXES, of the same groups."""
+        sizes = self.sizes
+        ranks = torch.arange(sizes.world_size).view(sizes.pipeline, sizes.replicate, -1, sizes.tensor)
+        weights = self.group("shard")
+        if sizes.chunk > 1:  # never the chunk axis' own group: there, small summaries would wait behind weights
+            weights, _ = dist.new_subgroups_by_enumeration(ranks.movedim(2, -1).flatten(0, -2).tolist())
+        groups = [self.group("pipeline"), self.group("replicate"), weights, self.group("tensor")]
+        return DeviceMesh.from_group(groups, self.device_type, ranks, mesh_dim_names=PARAMETER_AXES)
 
-        Chunk ranks hold the same weights and other tokens, as data ranks do: they take part in the sharding.
-        """
-        sharded = self.sizes.shard * self.sizes.chunk
-        if sharded * self.sizes.replicate == 1:
-            return None
-        flat = self.root["shard", "chunk"]._flatten("weights")
-        return flat if self.sizes.replicate == 1 else self.root["replicate", "weights"]
+    @property
+    def weights(self) -> DeviceMesh | None:
+        """The mesh over which FSDP2 cuts and copies the weights; None where each rank has its own."""
+        if self.sizes.replicate > 1:
+            return self.parameters["replicate", "weights"]
+        return self.parameters["weights"] if self.sizes.shard * self.sizes.chunk > 1 else None
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The ranks that differ from this one along one axis only."""

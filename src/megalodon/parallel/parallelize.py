@@ -54,7 +54,7 @@ class ParallelModel(nn.Module):
         if sizes.tensor > 1 or sizes.chunk > 1:
             parallelize_blocks(model, axes)
         if sizes.tensor > 1:
-            distribute_parameters(model, mesh.root["tensor"])
+            distribute_parameters(model, mesh.parameters["tensor"])
         ranges = stage_layers(len(model.model.layers), sizes.pipeline * virtual_stages)
         own = ranges[mesh.rank("pipeline") :: sizes.pipeline]
         kind = PipelinedStage if sizes.pipeline > 1 else Stage

@@ -13,6 +13,9 @@ from megalodon.model.state import MegalodonState
 from megalodon.parallel.collectives import Group
 from megalodon.parallel.stage import Rows, Stage
 
+CAN_MEASURE = hasattr(Schedule1F1B, "eval")
+"""Whether this PyTorch's schedules can go forward only, as held-out measurements do; from 2.9 on."""
+
 
 class PipelinedStage(Stage):
     """A stage that a schedule calls by the number of the micro-batch: rows and states do not travel."""
@@ -21,11 +24,14 @@ class PipelinedStage(Stage):
     divisor: float = 1.0
 
     def forward(self, *activations: Tensor, number: Tensor) -> Tensor:  # type: ignore[override]
-        """[B, l, D / T] of the stage before, nothing for the first -> what `Stage.forward` gives of the same rows."""
+        """[B, l, D / T] of the stage before, nothing for the first -> what `Stage.forward` gives of the same rows.
+
+        The loss is [1]: a schedule joins what its last stage gives.
+        """
         index = int(number)
         out, state = super().forward(activations[0] if activations else None, self.rows[index])
         self.states[index] = None if state is None else state.detach()
-        return out / self.divisor if self.is_last else out
+        return (out / self.divisor)[None] if self.is_last else out
 
     def begin(self, rows: Sequence[Rows], divisor: float) -> None:
         """Take the micro-batches of a step."""
@@ -58,7 +64,7 @@ class Pipeline:
         numbers = torch.arange(len(rows))
         losses: list[Tensor] = []
         run = schedule.step if backward else schedule.eval
-        run(number=numbers, target=numbers, losses=losses, return_outputs=False)
+        run(number=numbers, target=numbers, losses=losses)
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.device)
 
     def _schedule(self, count: int, shape: tuple[int, int, int]) -> Any:
@@ -79,12 +85,12 @@ class Pipeline:
                 total,
                 self.device,
                 input_args=() if stage.is_first else (between,),
-                output_args=(torch.empty((), device="meta", requires_grad=True),) if stage.is_last else (between,),
+                output_args=(torch.empty(1, device="meta", requires_grad=True),) if stage.is_last else (between,),
                 group=self.group,
             )
             for i, stage in enumerate(self.stages)
         ]
-        arguments: dict[str, Any] = {"n_microbatches": count, "loss_fn": lambda loss, _: loss, "scale_grads": False}
+        arguments: dict[str, Any] = {"n_microbatches": count, "loss_fn": lambda loss, _: loss[0], "scale_grads": False}
         if len(parts) == 1:
             return Schedule1F1B(parts[0], **arguments)
         return ScheduleInterleaved1F1B(parts, **arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ from megalodon.parallel.traffic import (
 
 RESERVED = 0.08
 """Part of a device's memory left for the context, the libraries and fragmentation."""
+
+TOKENS = 4 * 2**20
+"""In a step, where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,20 @@ def model_flops(config: MegalodonConfig, context: int) -> float:
     return 6.0 * (parameters + config.num_layers * reach * (config.z_dim + config.value_dim))
 
 
+def default_rows(devices: int, context: int) -> int:
+    """Rows of a step of about `TOKENS` tokens: the odd factor of the devices, which no other axis may be able to take,
+    times a power of two, which any can share."""
+    odd = devices // (devices & -devices)
+    return odd << max(round(math.log2(TOKENS / context / odd)), 0)
+
+
 def plans(job: Job, hardware: Hardware) -> list[Plan]:
-    """All meshes that can work and fit the memory, the quickest first."""
-    found = []
+    """All meshes that can work and fit the memory, the quickest first.
+
+    Raises:
+        ValueError: there is none, and why.
+    """
+    found, needed = [], []
     for sizes in candidates(job, hardware):
         for parts in _accumulations(job, sizes):
             for checkpointing in (False, True):
@@ -82,6 +97,15 @@ def plans(job: Job, hardware: Hardware) -> list[Plan]:
                 if plan.memory.total <= (1 - RESERVED) * hardware.memory:
                     found.append(plan)
                     break
+                needed.append(plan.memory.total)
+    if not found:
+        what = f"no mesh of {job.devices} devices for {job.batch_size} rows of {job.context:,} tokens"
+        if not needed:
+            raise ValueError(f"{what}: they cannot be shared out; a batch size that {job.devices} divides always can")
+        raise ValueError(
+            f"{what}: the leanest needs {min(needed) / 2**30:.1f} GiB on each, and {hardware.name} has "
+            f"{(1 - RESERVED) * hardware.memory / 2**30:.1f} to give; take more devices, or shorter rows"
+        )
     return sorted(found, key=lambda plan: (plan.seconds, plan.sizes.values()))
 
 

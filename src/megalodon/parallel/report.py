@@ -11,16 +11,7 @@ GIB = 2**30
 
 
 def report(job: Job, hardware: Hardware, plans: Sequence[Plan], top: int) -> str:
-    """The `top` best plans as a table, the best one's memory and traffic, and its config.
-
-    Raises:
-        ValueError: there is no plan.
-    """
-    if not plans:
-        raise ValueError(
-            f"no mesh of {job.devices} devices of {hardware.memory / 1e9:.0f} GB can train this model with "
-            f"{job.batch_size} rows of {job.context:,} tokens: give more devices, or a batch size that they divide"
-        )
+    """The `top` best plans as a table, the best one's memory and traffic, and its config."""
     best = plans[0]
     lines = [
         f"{hardware.name}: {hardware.peak_flops / 1e12:.0f} TFLOP/s at {hardware.efficiency:.0%} assumed, "

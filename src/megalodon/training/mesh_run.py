@@ -14,6 +14,7 @@ from megalodon.inference import choose_device
 from megalodon.inference.loading import model_folder
 from megalodon.parallel import Mesh, ParallelModel, mesh_problems
 from megalodon.parallel.initial import empty_model, initial_parameters, stored_parameters
+from megalodon.parallel.pipeline import CAN_MEASURE
 from megalodon.training import launch
 from megalodon.training.checkpoint import CheckpointError
 from megalodon.training.config_file import config_text
@@ -73,12 +74,13 @@ def train_on_mesh(resolved: launch.Resolved, display: Display | None = None) -> 
     device = _device(config.run.device)
     processes = Processes(device, config.mesh.timeout_seconds)
     try:
-        processes.require_same("versions", versions())
-        processes.require_same("config", config_text(config))
-        processes.together(lambda: _check(resolved, processes.world_size))
-        if display is None or processes.rank:
-            display = Silent(config.run.steps) if processes.rank else make_display(config.run.steps)
-        return _run(resolved, processes, device, display)
+        with processes.watched():
+            processes.require_same("versions", versions())
+            processes.require_same("config", config_text(config))
+            processes.together(lambda: _check(resolved, processes.world_size))
+            if display is None or processes.rank:
+                display = Silent(config.run.steps) if processes.rank else make_display(config.run.steps)
+            return _run(resolved, processes, device, display)
     finally:
         processes.close()
 
@@ -103,6 +105,10 @@ def _check(resolved: launch.Resolved, world_size: int) -> None:
         accumulation_steps=config.run.accumulation_steps,
         virtual_stages=config.mesh.virtual_stages,
     )
+    if config.mesh.pipeline > 1 and not CAN_MEASURE:
+        problems.append(
+            f"mesh.pipeline: {config.mesh.pipeline} needs PyTorch 2.9 or later, this is {torch.__version__}"
+        )
     if config.sampling.every is not None:
         problems.append("sampling.every: a run on a mesh does not sample; sample from its checkpoints")
     if config.run.compile:

@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class MeshTrainer(Trainer):
         super().__init__(*arguments)
         self.processes, self.model = processes, model
         self.stop: AgreedStop | None = None
-        self._saving_group = dist.new_group(backend="gloo")
+        self._saving_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=processes.seconds))
         self._pending: Future | None = None
         self._publisher = ThreadPoolExecutor(1)
 
@@ -68,8 +69,9 @@ class MeshTrainer(Trainer):
         assert isinstance(stop, AgreedStop)
         self.stop = stop
         try:
-            finished = super().train(stop)
-            self._wait_for_save()
+            with self.processes.watched():
+                finished = super().train(stop)
+                self._wait_for_save()
         finally:
             self._publisher.shutdown(wait=True)
         return finished
@@ -83,24 +85,18 @@ class MeshTrainer(Trainer):
             self.processes.report(step)
             return batch
 
-        try:
-            return self.processes.together(read)
-        except RuntimeError as error:
-            raise self.processes.explain(error, step) from error
+        return self.processes.together(read)
 
     def _update(self, batch: Batch) -> StepResult:
         step, settings = self.state.step + 1, self.config
-        try:
-            targets = self._agree_on(batch)
-            # Dropout: other numbers on every rank and in every step, the same again after a restart.
-            torch.manual_seed(hash((settings.run.seed, step, self.processes.rank)) % 2**63)
-            self.parts.optimizer.zero_grad(set_to_none=True)
-            rows = self._rows(batch, self.state.states)
-            loss, states = self.model.accumulate_gradients(rows, targets)
-            norm = self.model.clip_gradients(settings.optimizer.max_grad_norm)
-            value, size = loss.item(), norm.item()
-        except RuntimeError as error:
-            raise self.processes.explain(error, step) from error
+        targets = self._agree_on(batch)
+        # Dropout: other numbers on every rank and in every step, the same again after a restart.
+        torch.manual_seed(hash((settings.run.seed, step, self.processes.rank)) % 2**63)
+        self.parts.optimizer.zero_grad(set_to_none=True)
+        rows = self._rows(batch, self.state.states)
+        loss, states = self.model.accumulate_gradients(rows, targets)
+        norm = self.model.clip_gradients(settings.optimizer.max_grad_norm)
+        value, size = loss.item(), norm.item()
         if not math.isfinite(value + size):
             self.parts.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(value, size)

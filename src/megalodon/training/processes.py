@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -20,6 +21,10 @@ Result = TypeVar("Result")
 
 FOUND = (ValueError, OSError)
 """What bad input raises: reported in one line by rank 0, as the command line does for one process."""
+
+
+GRACE = 5.0
+"""Seconds that the first rank that sees a failure leaves the others to see theirs."""
 
 
 class QuietExit(SystemExit):
@@ -102,7 +107,7 @@ class Processes:
             timeout=limit,
             device_id=device if device.type == "cuda" else None,
         )
-        self.seconds = timeout
+        self.seconds, self.step = timeout, 0
 
     def close(self) -> None:
         """Leave the group."""
@@ -162,27 +167,61 @@ class Processes:
 
     def report(self, step: int) -> None:
         """Let the others see that this rank has come to a step."""
-        self._store.set(str(self.rank), str(step))
+        self.step = step
+        self._store.set(f"step/{self.rank}", str(step))
 
-    def behind(self, step: int) -> list[int]:
-        """The ranks that have not come to a step."""
-        return [
-            rank
-            for rank in range(self.world_size)
-            if not self._store.check([str(rank)]) or int(self._store.get(str(rank))) < step
-        ]
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Has the failure of a collective inside name the ranks that are to blame. Other errors pass as they are.
 
-    def explain(self, error: Exception, step: int) -> UnresponsiveError:
-        """What to say when a collective of a step failed."""
+        Raises:
+            UnresponsiveError: a collective failed or timed out.
+        """
         try:
-            behind = self.behind(step)
-        except RuntimeError:  # the store went with the process that held it
-            behind = []
-        named = ", ".join(map(str, behind)) or "none that this rank can tell"
+            yield
+        except RuntimeError as error:
+            if isinstance(error, UnresponsiveError) or not _is_of_collective(error):
+                raise
+            raise self._explained(error) from error
+
+    def _explained(self, error: RuntimeError) -> UnresponsiveError:
+        try:
+            if behind := self._behind():
+                blamed = f"ranks that have not come to it: {_listed(behind)}"
+            else:
+                blamed = f"ranks that no longer answer: {_listed(self._silent(min(GRACE, self.seconds)))}"
+        except RuntimeError:
+            blamed = "which rank cannot be told, because the process with the store is gone"
         return UnresponsiveError(
-            f"rank {self.rank}: step {step} failed in a collective (timeout {self.seconds:g} s); "
-            f"ranks that have not come to it: {named} ({str(error).splitlines()[0]})"
+            f"rank {self.rank}: step {self.step} failed in a collective (timeout {self.seconds:g} s); "
+            f"{blamed} ({str(error).splitlines()[0]})"
         )
+
+    def _behind(self) -> list[int]:
+        """The ranks that have not come to this rank's step."""
+        return [rank for rank in range(self.world_size) if int(self._get(f"step/{rank}") or 0) < self.step]
+
+    def _silent(self, seconds: float) -> list[int]:
+        """The ranks that see no failure within some seconds of this rank's: they hang, or are gone."""
+        self._store.set(f"failed/{self.rank}", "yes")
+        deadline, left = time.monotonic() + seconds, list(range(self.world_size))
+        while left := [rank for rank in left if not self._get(f"failed/{rank}")]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        return left
+
+    def _get(self, key: str) -> str:
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+
+def _is_of_collective(error: RuntimeError) -> bool:
+    """Whether an error comes from the network. gloo's are plain RuntimeErrors that name it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks)) or "none that this rank can tell"
 
 
 def versions() -> str:

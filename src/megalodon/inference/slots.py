@@ -58,14 +58,34 @@ class SlotLayer:
         heads = (slots, sizes.num_heads, capacity)
         self.keys = torch.zeros(*heads, sizes.head_dim, dtype=dtype, device=device)
         self.values = torch.zeros(*heads, sizes.value_head_dim, dtype=dtype, device=device)
+        self._keys_of, self._values_of = self.keys.transpose(-1, -2).unbind(), self.values.unbind()
 
-    def attend(self, q: Tensor, keys: int, row: int) -> Tensor:
-        """q [H, d] of one row over its first `keys` keys -> [H, e]."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, active: Active) -> Tensor:
+        """Append k [M, H, d] and v [M, H, e] of the active rows, then attend with q [M, H, d] -> [M, H, e].
+
+        Row by row, each over as many keys as it has: a product of several rows could add up in another order.
+        """
+        slots, offsets = active.slots, active.offsets
+        self.keys[slots, :, offsets], self.values[slots, :, offsets] = k[slots], v[slots]
         wide = matmul_dtype(q)
-        k, v = self.keys[row, :, :keys].to(wide), self.values[row, :, :keys].to(wide)
-        scores = torch.matmul(q[:, None].to(wide), k.transpose(-1, -2))
-        weights = torch.softmax(scores.float() if scores.dtype == torch.bfloat16 else scores, dim=-1)
-        return torch.matmul(weights.to(wide), v)[:, 0].to(q.dtype)
+        single, found = q[:, :, None].to(wide).unbind(), []
+        for slot, length in active.lengths:
+            keys = self._keys_of[slot].narrow(-1, 0, length).to(wide)
+            scores = torch.bmm(single[slot], keys)
+            weights = torch.softmax(scores, -1, torch.float32 if wide == torch.bfloat16 else None).to(wide)
+            found.append(torch.bmm(weights, self._values_of[slot].narrow(-2, 0, length).to(wide)))
+        out = torch.zeros_like(v)
+        out[slots] = torch.stack(found)[:, :, 0].to(v.dtype)
+        return out
+
+
+class Active:
+    """The slots that a step moves on, and where each stands in its chunk."""
+
+    def __init__(self, slots: Sequence[int], offsets: Sequence[int], device: torch.device) -> None:
+        self.slots = torch.tensor(slots, device=device)
+        self.offsets = torch.tensor(offsets, device=device)
+        self.lengths = [(slot, offset + 1) for slot, offset in zip(slots, offsets, strict=True)]
 
 
 def padded(x: Tensor, rows: int) -> Tensor:
@@ -136,7 +156,7 @@ class SlotDecoder:
         ids = torch.zeros(rows, dtype=torch.int64)
         ids[list(active)] = torch.tensor(tokens)
         offsets = [position % self.sizes.chunk_size for position in self.positions[:rows]]
-        where = [(slot, offsets[slot]) for slot in active]
+        where = Active(active, [offsets[slot] for slot in active], device)
         seen = torch.tensor(self.positions[:live]) + self.model.config.norm_prior_count + 1
         share = seen[:, None].to(device=device, dtype=self.final.mean.dtype).reciprocal()
         turns = self.turns[torch.tensor(offsets, device=device)]
@@ -146,22 +166,15 @@ class SlotDecoder:
         x = padded(self.final.step(x[:live], share), rows)
         for slot in active:
             self.positions[slot] += 1
-        return self.model.lm_head(x)[list(active)].float()
+        return self.model.lm_head(x)[where.slots].float()
 
-    def _block(
-        self, layer: SlotLayer, x: Tensor, share: Tensor, turns: Tensor, where: Sequence[tuple[int, int]]
-    ) -> Tensor:
+    def _block(self, layer: SlotLayer, x: Tensor, share: Tensor, turns: Tensor, active: Active) -> Tensor:
         step = layer.step
         n = layer.norm.step(x[: len(share)], share)
         m = padded(step.average(n, layer.h[: len(n)]), len(x))
         n = padded(n, len(x))
         q, k = step.queries_and_keys(m, turns)
-        v = step.values(n)
-        o = torch.zeros_like(v)
-        for slot, offset in where:
-            layer.keys[slot, :, offset], layer.values[slot, :, offset] = k[slot], v[slot]
-            o[slot] = layer.attend(q[slot], offset + 1, slot)
-        return step.finish(x, m, o)
+        return step.finish(x, m, layer.attend(q, k, step.values(n), active))
 
     # --- sequences in and out ---------------------------------------------------------------------------------------
 

@@ -147,6 +147,32 @@ def tables(
     return Tables(*_Tables.apply(p, q, gamma, omega, size, F.pad(exponents, (1, 0), value=size)))
 
 
+class KeptTables:
+    """The tables of whole blocks, kept while the coefficients' values stand still, for reading without gradients.
+
+    They take about 4 T D N complex numbers, which is why whoever reads many pieces asks for them.
+    """
+
+    def __init__(self) -> None:
+        self._coefficients: tuple[Tensor | None, ...] = ()
+
+    def of(self, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, rest: int) -> tuple[Tables, Tensor]:
+        """(`tables` for blocks of `BLOCK` tokens and the power `rest`, if that is not 0; the taps as a `toeplitz`)."""
+        given = (p, q, gamma, omega)
+        if not self._coefficients or not all(map(_same, given, self._coefficients)):
+            self._tables = tables(*given, BLOCK, range(BLOCK + 1))
+            self._kernel = toeplitz(self._tables.k, shifts(self._tables.k, BLOCK))
+            self._coefficients = tuple(None if x is None else x.clone() for x in given)
+        decays = self._tables.decays[[0, rest + 1] if rest else [0]]
+        return self._tables._replace(decays=decays), self._kernel
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
+
+
 def _by_block(pairs: Tensor, batch: int) -> Tensor:
     """[D, B n, 2N] -> complex [n, B, D, N]."""
     dim, rows, width = pairs.shape
@@ -159,8 +185,30 @@ def _by_channel(states: Tensor) -> Tensor:
     return pairs.permute(2, 1, 0, 3).reshape(pairs.shape[2], -1, pairs.shape[3])
 
 
+def _multiply(
+    u: Tensor,
+    kernel: Tensor,
+    read: Tensor,
+    write: Tensor,
+    decay: Tensor,
+    initial: Tensor | None,
+    keep: Tensor | None,
+    batch: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The products of the module's head, and the recurrence: (y, the states around the blocks, those that enter)."""
+    added = _by_block(torch.bmm(u, write.transpose(0, 1)), batch)
+    states = added.new_empty(len(added) + 1, *added.shape[1:])
+    states[0] = 0 if initial is None else initial
+    for i in range(len(added)):
+        if keep is not None:
+            states[i] *= keep[i]
+        torch.addcmul(added[i], decay, states[i], out=states[i + 1])
+    entering = _by_channel(states[:-1])
+    return torch.bmm(u, kernel).baddbmm_(entering, read.permute(1, 2, 0)), states, entering
+
+
 class _Blocks(torch.autograd.Function):
-    """All blocks of all rows: the products of the module's head, and the recurrence between blocks."""
+    """All blocks of all rows, `_multiply`, differentiated by hand."""
 
     @staticmethod
     def forward(
@@ -174,16 +222,9 @@ class _Blocks(torch.autograd.Function):
         keep: Tensor | None,
         batch: int,
     ) -> tuple[Tensor, Tensor]:
-        added = _by_block(torch.bmm(u, write.transpose(0, 1)), batch)
-        states = added.new_empty(len(added) + 1, *added.shape[1:])
-        states[0] = 0 if initial is None else initial
-        for i in range(len(added)):
-            if keep is not None:
-                states[i] *= keep[i]
-            torch.addcmul(added[i], decay, states[i], out=states[i + 1])
         places = shifts(k, len(k))
-        kernel, entering = toeplitz(k, places), _by_channel(states[:-1])
-        y = torch.bmm(u, kernel).baddbmm_(entering, read.permute(1, 2, 0))
+        kernel = toeplitz(k, places)
+        y, states, entering = _multiply(u, kernel, read, write, decay, initial, keep, batch)
         ctx.save_for_backward(u, kernel, read, write, decay, states, entering, keep, places)
         ctx.set_materialize_grads(False)
         return y, states
@@ -252,7 +293,14 @@ def step(
 
 
 def cema(
-    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, initial_state: Tensor | None, layout: Layout
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor | None,
+    initial_state: Tensor | None,
+    layout: Layout,
+    kept: KeptTables | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `megalodon.ops.cema`."""
     with torch.autocast(x.device.type, enabled=False):
@@ -260,24 +308,38 @@ def cema(
         if x.shape[1] == 1 and layout.plain:
             y, last_state = step(u, p, q, gamma, omega, initial_state)
         elif layout.plain:
-            y, last_state = _plain(u, p, q, gamma, omega, initial_state)
+            y, last_state = _plain(u, p, q, gamma, omega, initial_state, kept)
         else:
             y, last_state = _ragged(u, p, q, gamma, omega, initial_state, layout)
         return y.to(x.dtype), last_state
 
 
 def _plain(
-    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, initial_state: Tensor | None
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor | None,
+    initial_state: Tensor | None,
+    kept: KeptTables | None,
 ) -> tuple[Tensor, Tensor]:
     batch, length, dim = x.shape
     if length == 0:
         return x, _or_zeros(initial_state, x, q)
     size = min(BLOCK, length)
     count, rest = -(-length // size), length % size
-    table = tables(p, q, gamma, omega, size, [rest] if rest else [])
+    kernel = None
+    if kept is None or size < BLOCK or torch.is_grad_enabled():
+        table = tables(p, q, gamma, omega, size, [rest] if rest else [])
+    else:
+        table, kernel = kept.of(p, q, gamma, omega, rest)
     padded = F.pad(x, (0, 0, 0, size - rest)) if rest else x
     u = permute(padded.reshape(batch * count, size, dim), 2, 0, 1)  # [D, B n, T]
-    y, states = _blocks(u, table, batch, initial_state, None)
+    if kernel is None:
+        y, states = _blocks(u, table, batch, initial_state, None)
+    else:
+        y, states, _ = _multiply(u, kernel, table.read, table.write, table.decays[0], initial_state, None, batch)
+        y = permute(y, 1, 2, 0)
     last_state = states[-1]
     if rest:
         tail = u.view(dim, batch, count, size)[:, :, -1, :rest].contiguous()

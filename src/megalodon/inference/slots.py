@@ -6,7 +6,8 @@ and changes the buffers in place, so nothing is allocated, copied or re-arranged
 **What a row gives depends on that row alone**, to the bit: not on its slot, its neighbours or the bucket. Matrix
 products have one shape per bucket, and only buckets whose rows come out alike are used: `choose_buckets` measures this
 on the model's own matrices, because a product of few rows may add up in another order than one of many. Attention runs
-row by row over exactly the row's own keys. All else is element by element, or a sum inside one row.
+row by row over exactly the row's own keys. All else is element by element, or a sum inside one row, in operations whose
+result does not depend on where an element stands (`model.token_step`).
 
 For bfloat16 models too the state is kept in float32, its statistics in float64; activations, keys and values are
 bfloat16.
@@ -53,8 +54,8 @@ class SlotLayer:
     def __init__(self, block: MegalodonBlock, slots: int, sizes: Dimensions, capacity: int, dtype: torch.dtype) -> None:
         self.step = BlockStep(block)
         self.norm = SlotNorm(block.timestep_norm, self.step.norm, slots)
-        device, state = self.norm.mean.device, self.step.q.dtype
-        self.h = torch.zeros(slots, sizes.model_dim, sizes.cema_ndim, dtype=state, device=device)
+        device, state = self.norm.mean.device, self.step.p.dtype
+        self.h = torch.zeros(2, slots, sizes.model_dim, sizes.cema_ndim, dtype=state, device=device)  # (re, im)
         heads = (slots, sizes.num_heads, capacity)
         self.keys = torch.zeros(*heads, sizes.head_dim, dtype=dtype, device=device)
         self.values = torch.zeros(*heads, sizes.value_head_dim, dtype=dtype, device=device)
@@ -171,7 +172,7 @@ class SlotDecoder:
     def _block(self, layer: SlotLayer, x: Tensor, share: Tensor, turns: Tensor, active: Active) -> Tensor:
         step = layer.step
         n = layer.norm.step(x[: len(share)], share)
-        m = padded(step.average(n, layer.h[: len(n)]), len(x))
+        m = padded(step.average(n, *layer.h[:, : len(n)]), len(x))
         n = padded(n, len(x))
         q, k = step.queries_and_keys(m, turns)
         return step.finish(x, m, layer.attend(q, k, step.values(n), active))
@@ -190,7 +191,7 @@ class SlotDecoder:
             mine.mean[slot] = theirs.mean[0] if position else prior.mean
             mine.var[slot] = theirs.var[0] if position else prior.var
         for layer, memory in zip(self.layers, state.layers, strict=True):
-            layer.h[slot] = memory.cema[0]
+            layer.h[:, slot] = torch.view_as_real(memory.cema[0]).movedim(-1, 0)
             layer.keys[slot, :, :filled] = memory.chunk.keys[0, :filled].transpose(0, 1)
             layer.values[slot, :, :filled] = memory.chunk.values[0, :filled].transpose(0, 1)
 
@@ -206,7 +207,7 @@ class SlotDecoder:
         layers = [
             LayerState(
                 moments(layer.norm),
-                layer.h[rows].clone(),
+                torch.complex(*layer.h[:, rows]),
                 OpenChunk(*(x[rows, :, :filled].transpose(1, 2).clone() for x in (layer.keys, layer.values))),
             )
             for layer in self.layers
@@ -221,7 +222,7 @@ class SlotDecoder:
         for norm in [self.final, *(layer.norm for layer in self.layers)]:
             norm.mean[target], norm.var[target] = norm.mean[source], norm.var[source]
         for layer in self.layers:
-            layer.h[target] = layer.h[source]
+            layer.h[:, target] = layer.h[:, source]
             for buffer in (layer.keys, layer.values):
                 buffer[target, :, :filled] = buffer[source, :, :filled]
 

@@ -207,10 +207,10 @@ class ContextStore:
 
     def sweep(self) -> None:
         """Remove expired contexts, and files that a crash left without a record; see to it that names are found."""
-        for path in self.scratch.iterdir() if self.scratch.is_dir() else ():
+        for file in self.scratch.iterdir() if self.scratch.is_dir() else ():
             with suppress(OSError):  # somebody is done with it meanwhile
-                if time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
-                    path.unlink()
+                if time.time() - file.stat().st_mtime > ORPHAN_SECONDS:
+                    file.unlink()
         for folder in self._folders():
             for record in self._records(folder):
                 if record.expires is not None and record.expires <= time.time():

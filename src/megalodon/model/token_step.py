@@ -101,7 +101,8 @@ class BlockStep:
         one, other = pairs.unbind(-1)
         cos, sin = torch.view_as_real(turns)[:, None, None].unbind(-1)
         rotated = torch.stack([one * cos - other * sin, one * sin + other * cos], dim=-1)
-        return rotated.flatten(-2).to(both.dtype).unbind(1)
+        queries, keys = rotated.flatten(-2).to(both.dtype).unbind(1)
+        return queries, keys
 
     def values(self, n: Tensor) -> Tensor:
         """[M, D] -> [M, H, e]."""

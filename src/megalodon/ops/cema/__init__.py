@@ -87,5 +87,5 @@ def cema(
         layout = Layout(batch, length, x.device, segment_ids=segment_ids)
     wide = complex_of(real)
     state = None if initial_state is None else initial_state.to(wide)
-    arguments = (x, p.to(real), q.to(wide), gamma.to(wide), omega, state, layout)
-    return blocked.cema(*arguments, kept) if run is blocked.cema else run(*arguments)
+    keeping = {"kept": kept} if run is blocked.cema else {}
+    return run(x, p.to(real), q.to(wide), gamma.to(wide), omega, state, layout, **keeping)

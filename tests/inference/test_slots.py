@@ -120,9 +120,13 @@ def test_slots_out_of_range() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_bits_do_not_depend_on_where_work_is_cut_for_threads(threads: int) -> None:
+@pytest.mark.parametrize(
+    "widths",
+    [{"value_dim": 600, "z_dim": 200, "ffn_hidden_dim": 600}, {"value_dim": 704, "z_dim": 1024, "swiglu": True}],
+)
+def test_bits_do_not_depend_on_where_work_is_cut_for_threads(threads: int, widths: dict[str, object]) -> None:
     """Wide enough that element-wise work is cut, into parts that end inside a row and inside a vector of numbers."""
-    model = make_model(model_dim=200, cema_ndim=8, value_dim=600, z_dim=100, ffn_hidden_dim=600, norm_num_groups=10)
+    model = make_model(model_dim=200, cema_ndim=8, norm_num_groups=10, **widths)
     state, before = state_after(model, 5), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -7,7 +7,7 @@ stand still. `advance` is the model's own short way; the batching engine builds 
 **What a row gives depends on that row alone, to the bit**, which the engine promises. PyTorch cuts element-wise work
 into parts for its threads, and the last few elements of a part are computed one by one. For products of complex
 numbers and for `silu` that gives other bits than many at a time, so that a row's bits would depend on how many rows
-there are. Hence real arithmetic, and `silu` from operations that have one result.
+there are. Hence h in real arithmetic, and those two for as few rows at a time as are left in one part.
 
 A module whose forward pass is not ours alone (hooks, a subclass, a replaced `forward`, weights under a transform) is
 never bypassed: `TokenStep.of` says None, and the caller takes the long way.
@@ -16,7 +16,7 @@ never bypassed: `TokenStep.of` says None, and the caller takes the long way.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -35,6 +35,12 @@ from megalodon.ops.backend import backend_for, full_precision
 
 if TYPE_CHECKING:
     from megalodon.model.modeling import MegalodonModel
+
+
+PART = 1 << 15
+"""Elements that PyTorch does not divide among threads (at::internal::GRAIN_SIZE)."""
+VECTORS = 64
+"""Whole vectors of any CPU: rows of a multiple of so many elements leave none to be computed one by one."""
 
 
 class NormStep:
@@ -97,11 +103,8 @@ class BlockStep:
         _, heads, size = self.qk_scale.shape
         z = F.rms_norm(self.attention.z_proj(m).view(-1, 1, heads, size), (size,), None, self.attention.eps)
         both = torch.addcmul(self.qk_bias, z, self.qk_scale).to(z.dtype)
-        pairs = both.to(full_precision(both.dtype)).unflatten(-1, (-1, 2))
-        one, other = pairs.unbind(-1)
-        cos, sin = torch.view_as_real(turns)[:, None, None].unbind(-1)
-        rotated = torch.stack([one * cos - other * sin, one * sin + other * cos], dim=-1)
-        queries, keys = rotated.flatten(-2).to(both.dtype).unbind(1)
+        turns = turns.expand(len(both), -1)
+        queries, keys = _uncut(_rotated, both, turns).unbind(1)
         return queries, keys
 
     def values(self, n: Tensor) -> Tensor:
@@ -125,9 +128,24 @@ class BlockStep:
 
 
 def silu(x: Tensor) -> Tensor:
-    """`x * sigmoid(x)` with the same bits wherever an element stands: x / (1 + exp(-x))."""
+    """`x * sigmoid(x)` of x [M, D], with the same bits whatever M and the row."""
+    if x.shape[1] % VECTORS == 0 and x.shape[1] <= PART:
+        return _uncut(F.silu, x)
     wide = x.to(full_precision(x.dtype))
     return (wide / torch.neg(wide).exp_().add_(1)).to(x.dtype)
+
+
+def _rotated(x: Tensor, turns: Tensor) -> Tensor:
+    """x [M, 2, H, d] turned by complex [M, d/2]."""
+    return ops.rotate(x.flatten(1, 2)[:, None], turns[:, None]).view(x.shape)
+
+
+def _uncut(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The function of as many rows at a time as PyTorch gives to one thread."""
+    rows = max(PART // tensors[0][0].numel(), 1)
+    if len(tensors[0]) <= rows:
+        return function(*tensors)
+    return torch.cat([function(*parts) for parts in zip(*(x.split(rows) for x in tensors), strict=True)])
 
 
 class TokenStep:

@@ -31,6 +31,8 @@ from megalodon.data import ByteTokenizer
 
 USERS, WITHDRAWN = 6, 2
 MAX_BODY, MAX_UPLOAD = 20_000, 60_000
+CODES = {"timeout": 408, "overloaded": 503, "stopping": 503, "cancelled": 499, "internal_error": 500}
+"""The status that each error would have had, had it not come within a stream."""
 ALLOWED = {200, 201, 400, 401, 403, 404, 405, 408, 409, 413, 429, 499, 503}
 MEMORY_ALLOWANCE = 48e6
 
@@ -145,9 +147,15 @@ class User:
         with self.client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
             if not self.note(answer):
                 return
-            parts = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
-        if "error" in parts[-1]:
-            self.statuses[int(parts[-1]["error"]["code"] == "timeout" and 408)] += 1
+            lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
+        parts = [json.loads(line[6:]) for line in lines if line != "data: [DONE]"]
+        if parts and "error" in parts[-1]:
+            status = CODES.get(parts[-1]["error"]["code"], 500)
+            self.statuses[status] += 1
+            if status not in ALLOWED:
+                self.wrong.append(f"stream: {parts[-1]['error']}")
+        elif not lines or lines[-1] != "data: [DONE]":
+            self.wrong.append(f"a stream of user {self.number} broke off after {len(parts)} parts")
         else:
             self.compare("".join(part["choices"][0]["text"] for part in parts), expected)
 

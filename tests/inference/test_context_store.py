@@ -13,7 +13,7 @@ import pytest
 
 from engine_cases import make_engine, run, submit, text_tokens
 from megalodon.inference import PrefixStore, context_store, save_snapshot
-from megalodon.inference.context_store import ChangedError, ContextStore, NameTakenError, NoContextError
+from megalodon.inference.context_store import NAMES, ChangedError, ContextStore, NameTakenError, NoContextError
 
 ENGINE = make_engine()
 
@@ -26,6 +26,11 @@ def snapshot_of(length: int):
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ContextStore:
     url = str(tmp_path / "contexts") if request.param == "folder" else f"memory://{tmp_path.name}"
     return ContextStore(url, ENGINE.identity)
+
+
+def contents(store: ContextStore) -> list[str]:
+    """The files of owner a, but for those that lead from names to contexts."""
+    return [path for path in store._entries("a") if not path.endswith(NAMES)]
 
 
 def test_round_trip_and_listing(store: ContextStore) -> None:
@@ -72,7 +77,7 @@ def test_extending_replaces_and_notices_changes(store: ContextStore) -> None:
     store.delete("a", record.id)
     with pytest.raises(ChangedError):
         store.extend("a", record.id, snapshot_of(60), longer)
-    assert store.count("a") == 0 and not list(store._entries("a"))
+    assert store.count("a") == 0 and not contents(store)
 
 
 def test_expired_contexts_are_gone_and_swept(store: ContextStore) -> None:
@@ -82,7 +87,7 @@ def test_expired_contexts_are_gone_and_swept(store: ContextStore) -> None:
     with pytest.raises(NoContextError):
         store.get("a", record.id)
     store.sweep()
-    assert len(store._entries("a")) == 2 and [one.name for one in store.owned("a")] == ["later"]
+    assert len(contents(store)) == 2 and [one.name for one in store.owned("a")] == ["later"]
 
 
 def test_what_a_crash_leaves_is_swept(store: ContextStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,13 +99,13 @@ def test_what_a_crash_leaves_is_swept(store: ContextStore, monkeypatch: pytest.M
     monkeypatch.setattr(store, "_write_record", fail)
     with pytest.raises(OSError, match="disk full"):
         store.create("a", snapshot_of(20), "lost", None)
-    assert len(store._entries("a")) == 2, "a failed write leaves nothing"
+    assert len(contents(store)) == 2, "a failed write leaves nothing"
     store._fs.pipe_file(store._path("a", "ctx_0.orphan.safetensors"), b"half a file")
     store.sweep()
-    assert len(store._entries("a")) == 3, "it may just be being written"
+    assert len(contents(store)) == 3, "it may just be being written"
     monkeypatch.setattr(context_store, "ORPHAN_SECONDS", -1.0)
     store.sweep()
-    assert len(store._entries("a")) == 2 and store.load(kept).tokens == 20
+    assert len(contents(store)) == 2 and store.load(kept).tokens == 20
 
 
 def test_export_and_import(store: ContextStore, tmp_path: Path) -> None:
@@ -168,7 +173,69 @@ def test_many_at_once(store: ContextStore) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(refused) == 7 and store.count("a") == 1 and len(store._entries("a")) == 2
+    assert len(refused) == 7 and store.count("a") == 1 and len(contents(store)) == 2
+
+
+def test_a_name_is_found_without_reading_other_records(store: ContextStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(4):
+        store.create("a", snapshot_of(20), f"name {i}", None)
+    store.get("a", "name 0")
+    read: list[str] = []
+    whole = store._record
+    monkeypatch.setattr(store, "_record", lambda owner, one: (read.append(one), whole(owner, one))[1])
+    wanted = store.get("a", "name 2")
+    with pytest.raises(NoContextError):
+        store.get("a", "unknown")
+    assert read == [wanted.id]
+    store.create("a", snapshot_of(20), "new", None)
+    assert read == [wanted.id], "nor to see that a name is free"
+    renamed = store.update("a", "name 2", name="other")
+    assert store.get("a", "other") == renamed and store.create("a", snapshot_of(20), "name 2", None).id != wanted.id
+    store.delete("a", "other")
+    with pytest.raises(NoContextError):
+        store.get("a", "other")
+
+
+def test_names_outlive_crashes_and_older_stores(store: ContextStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = store.create("a", snapshot_of(20), "old", None)
+    write = store._write
+
+    def crash(path: str, text: str) -> None:
+        if path.endswith(".json"):
+            raise KeyboardInterrupt
+        write(path, text)
+
+    monkeypatch.setattr(store, "_write", crash)
+    with pytest.raises(KeyboardInterrupt):
+        store.update("a", "old", name="new")
+    monkeypatch.undo()
+    assert store.get("a", "old") == record, "the name is that of the record"
+    with pytest.raises(NoContextError):
+        store.get("a", "new")
+    other = store.create("a", snapshot_of(20), "new", None)
+    assert store.get("a", "new") == other
+    for path in store._entries("a"):  # as contexts were kept before names had files
+        if path.endswith(NAMES):
+            store._fs.rm_file(path)
+    later = ContextStore.__new__(ContextStore)
+    later.__dict__.update(vars(store) | {"_indexed": set()})
+    assert later.get("a", "old") == record and later.get("a", "new") == other
+    with pytest.raises(NameTakenError):
+        later.create("a", snapshot_of(20), "old", None)
+
+
+def test_scratch_files_lie_beside_the_contexts_and_are_swept(
+    store: ContextStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with store.temporary() as path:
+        path.write_bytes(b"half an import")
+        assert not store._local or path.is_relative_to(tmp_path / "contexts")
+        store.sweep()
+        assert path.exists(), "somebody may be writing to it"
+        monkeypatch.setattr(context_store, "ORPHAN_SECONDS", -1.0)
+        store.sweep()
+        assert not path.exists() and not list(store.scratch.iterdir())
+    assert store._folders() == []
 
 
 def test_unknown_protocols_are_refused() -> None:

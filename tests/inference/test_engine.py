@@ -338,7 +338,7 @@ def test_one_bad_request_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None
         engine.step()
     slot = next(slot for slot, work in engine._rows.items() if work.request is bad.request)
     with torch.inference_mode():
-        engine.decoder.layers[0].h[slot] = torch.nan
+        engine.decoder.layers[0].h[:, slot] = torch.nan
     run(engine, good, bad)
     assert bad.failed is not None and bad.failed.failure is Failure.internal and "finite" in bad.failed.message
     fresh = make_engine()
@@ -354,6 +354,25 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(monkeypatch: p
     assert call.failed is not None and call.failed.failure is Failure.internal
     monkeypatch.setattr(engine.decoder, "step", step)
     assert run(engine, submit(engine, text_tokens(1, 20), max_tokens=20)).tokens()
+
+
+def test_a_defect_of_a_step_leaves_the_engine_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    decode = engine._decode
+
+    def defect() -> bool:
+        monkeypatch.setattr(engine, "_decode", decode)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine, "_decode", defect)
+    failed = submit(engine, text_tokens(1, 20), max_tokens=20)
+    engine.start()
+    while not failed.done:
+        threading.Event().wait(0.01)
+    assert failed.failed is not None and failed.failed.failure is Failure.internal
+    call = submit(engine, text_tokens(1, 20), max_tokens=20)
+    engine.close(seconds=60)
+    assert call.tokens()
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

@@ -108,3 +108,16 @@ def test_values_out_of_range_are_named(field: str, value: float) -> None:
 def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="not finite"):
         sample(torch.tensor([[0.0, bad]]), NOTHING, Sampling())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01), Sampling(0)])
+def test_a_row_with_a_generator_of_its_own_does_not_depend_on_the_others(sampling: Sampling) -> None:
+    logits, recent = 3 * torch.randn(37, 257), torch.zeros(37, 0, dtype=torch.int64)
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in range(37)]
+
+    together = [sample(logits, recent, sampling, own).tolist() for own in [generators()] for _ in range(3)]
+    for row, generator in enumerate(generators()):
+        alone = [int(sample(logits[row : row + 1], recent[:1], sampling, generator)) for _ in range(3)]
+        assert alone == [tokens[row] for tokens in together]

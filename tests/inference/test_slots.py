@@ -117,3 +117,26 @@ def test_slots_out_of_range() -> None:
         SlotDecoder(make_model(), 0)
     with pytest.raises(ValueError, match="slots is 1000"):
         SlotDecoder(make_model(), 1000)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "widths",
+    [{"value_dim": 600, "z_dim": 200, "ffn_hidden_dim": 600}, {"value_dim": 704, "z_dim": 1024, "swiglu": True}],
+)
+def test_bits_do_not_depend_on_where_work_is_cut_for_threads(threads: int, widths: dict[str, object]) -> None:
+    """Wide enough that element-wise work is cut, into parts that end inside a row and inside a vector of numbers."""
+    model = make_model(model_dim=200, cema_ndim=8, norm_num_groups=10, **widths)
+    state, before = state_after(model, 5), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        decoder = SlotDecoder(model, 64, (64,))
+        for slot in range(64):
+            decoder.load(slot, state)
+        for i in range(3):
+            logits = decoder.step([int(TOKENS[0, 5 + i])] * 64, range(64))
+            assert torch.equal(logits, logits[:1].expand_as(logits))
+        after = [decoder.read(slot).state_dict() for slot in range(64)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(other[name], after[0][name]) for other in after for name in other)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from operator_cases import cema_inputs, gradients, relative, segments
 
 from megalodon.ops import Layout, cema
-from megalodon.ops.cema.blocked import BLOCK, diagonal_sums_, powers, toeplitz
+from megalodon.ops.cema.blocked import BLOCK, KeptTables, diagonal_sums_, powers, toeplitz
 
 
 @settings(max_examples=25, deadline=None)
@@ -112,3 +112,15 @@ def test_bad_input_names_the_argument(change: dict, message: str) -> None:
     inputs = {k: v.detach() for k, v in cema_inputs(2, 5, 3, 2).items()}
     with pytest.raises(ValueError, match=message):
         cema(**{**inputs, **change})
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 63, 64, 200])
+def test_kept_tables_change_no_bit_and_follow_the_coefficients(length: int) -> None:
+    kept, inputs = KeptTables(), cema_inputs(2, length, 6, 3, torch.float32)
+    for factor in (1.0, 1.0, 0.5):
+        changed = {**inputs, "q": factor * inputs["q"]}
+        with torch.no_grad():
+            plain, again = (cema(**changed, backend="blocked", kept=store) for store in (None, kept))
+        assert all(map(torch.equal, plain, again))
+    outputs = cema(**inputs, backend="blocked", kept=kept)
+    assert all(gradient is not None for gradient in gradients(outputs, inputs).values())

@@ -226,3 +226,17 @@ def test_ids_and_names_reach_no_other_file(client: httpx.Client) -> None:
     for name in ("../x", "/etc/x", "ctx_" + "0" * 24, "", ".", "x" * 65, "a/b", "a\nb"):
         answer = client.post("/v1/contexts", content=b"text", headers=TEXT_PLAIN, params={"name": name})
         assert answer.status_code == 400, name
+
+
+def test_an_import_lies_beside_the_contexts_while_it_arrives(client: httpx.Client, server: Server) -> None:
+    scratch = Path(server.settings.contexts) / ".scratch"
+    seen: list[int] = []
+
+    def parts() -> Iterator[bytes]:
+        yield b"x" * 1000
+        eventually(lambda: scratch.is_dir() and any(path.stat().st_size for path in scratch.iterdir()))
+        seen.append(len(list(scratch.iterdir())))
+        yield b"y"
+
+    assert client.post("/v1/contexts/import", content=parts()).status_code == 400
+    assert seen == [1] and not list(scratch.iterdir())

@@ -196,6 +196,29 @@ def test_too_many_requests_of_a_key_and_a_full_queue(serve: Callable[..., Server
     assert eventually(lambda: server.engine.idle)
 
 
+def test_one_key_cannot_take_all_upload_threads(serve: Callable[..., Server], key_file: Path) -> None:
+    server = serve(key_file=key_file, max_uploads=2)
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/contexts HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ALICE}\r\nContent-Length: 100\r\n\r\nabc"
+    stalled = [socket.create_connection((host, int(port))) for _ in range(2)]
+    try:
+        for connection in stalled:
+            connection.sendall(head.encode())
+        assert eventually(lambda: server.engine.counters.reading == 2)
+        with server.http(ALICE) as alice, server.http(BOB) as bob:
+            refused = alice.post("/v1/contexts", content=b"text", headers=TEXT_PLAIN)
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["code"] == "too_many_requests"
+            assert 'megalodon_refused_total{limit="uploads"} 1.0' in bob.get("/metrics").text
+            assert bob.post("/v1/contexts", content=b"text", headers=TEXT_PLAIN).status_code == 201
+    finally:
+        for connection in stalled:
+            connection.close()
+    assert eventually(lambda: server.engine.idle, 30)
+    with server.http(ALICE) as alice:
+        assert alice.post("/v1/contexts", content=b"text", headers=TEXT_PLAIN).status_code == 201
+
+
 def test_pages_of_other_sites_are_refused(server: Server) -> None:
     with server.http() as client:
         own = server.url.removeprefix("http://")

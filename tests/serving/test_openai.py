@@ -84,6 +84,8 @@ def test_logprobs_of_completions(server: Server) -> None:
     logprobs = answer.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 6
     assert all(value < 0 for value in logprobs.token_logprobs) and logprobs.text_offset[0] == 0
+    for token, value, likeliest in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert likeliest[token] == value and len(likeliest) <= 3, "the chosen token is always among them"
     stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=6, seed=3, logprobs=2, stream=True)
     streamed = [value for chunk in stream for value in chunk.choices[0].logprobs.token_logprobs]
     assert streamed == logprobs.token_logprobs
@@ -153,6 +155,14 @@ def test_errors_name_the_field(server: Server, changes: dict, status: int, param
             assert answer.status_code == status and message in error["message"]
             assert error.keys() == {"message", "type", "param", "code"}
             assert param is None or (error["param"] or "").startswith(param)
+
+
+def test_null_is_the_default(server: Server) -> None:
+    body = {"model": "tiny", "prompt": PROMPT, "seed": 1}
+    nulls = dict.fromkeys(("n", "stream", "max_tokens", "stop", "temperature", "top_p", "logprobs", "stream_options"))
+    with server.http() as client:
+        plain, explicit = (client.post("/v1/completions", json=one).json() for one in (body, body | nulls))
+    assert plain["choices"] == explicit["choices"] and plain["usage"]["completion_tokens"] <= 16
 
 
 def test_what_is_no_json_or_no_endpoint(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from engine_cases import make_model
 from megalodon.data import ByteTokenizer
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
-from megalodon.serving.replicas import affinity
+from megalodon.serving.replicas import Front, affinity
 
 
 def test_affinity_is_of_context_or_beginning() -> None:
@@ -116,3 +117,18 @@ def test_one_replica_killed_under_load(client: httpx.Client) -> None:
 def test_replicas_out_of_range() -> None:
     command = [sys.executable, "-m", "megalodon", "serve", str(Path("nowhere")), "--ray", "--replicas", "0"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 2
+
+
+def test_the_front_waits_for_no_body_that_stops_arriving() -> None:
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        await asyncio.sleep(60)
+        raise AssertionError("it should have been given up")
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    asyncio.run(Front(None, 0.05).app(scope, receive, send))
+    assert sent[0]["status"] == 408 and b"body_timeout" in sent[1]["body"]

@@ -3,19 +3,24 @@
 A context is a data file (`snapshot_file`) and a small record that names it. The data file is written first and the
 record put in place last, so a crash leaves the context as it was, or as it should be. Extending writes a new data file
 and replaces the record. Files are named by owner and id alone, both checked; what users type never becomes a path.
+
+A name is found by a file called after its hash, which holds the context's id. It is written before the record and
+removed after it, and counts only while the record has the name: so whatever a crash leaves, it is never wrong.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import re
 import secrets
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,6 +34,8 @@ from megalodon.inference.snapshot_file import ModelIdentity, load_snapshot, save
 ID = re.compile(r"ctx_[0-9a-f]{24}")
 OWNER = re.compile(r"[0-9a-z-]{1,64}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
+NAMES = ".name"
+"""Ends the files that lead from a name to a context; of the one that says that all names have theirs, it is all."""
 _log = logging.getLogger(__name__)
 ORPHAN_SECONDS = 3600.0
 """A data file without a record is removed after so long: it may just be being written."""
@@ -75,7 +82,12 @@ class ContextRecord:
 
 
 class ContextStore:
-    """All contexts of a server, or of several that share a folder or bucket."""
+    """All contexts of a server, or of several that share a folder or bucket.
+
+    Attributes:
+        scratch: where files lie while they are being received or fetched: on the contexts' own disk, or for a bucket
+            in the folder of $TMPDIR, else /var/tmp. `sweep` removes what a crash left there.
+    """
 
     def __init__(self, url: str, identity: ModelIdentity) -> None:
         """
@@ -92,7 +104,9 @@ class ContextStore:
         self._root = root.rstrip("/")
         self._local = isinstance(self._fs, LocalFileSystem)
         self._fs.makedirs(self._root, exist_ok=True)
-        self._lock = threading.Lock()
+        self.scratch = Path(self._root) / ".scratch" if self._local else _scratch_of(url)
+        self._lock = threading.RLock()
+        self._indexed: set[str] = set()
 
     # --- records ----------------------------------------------------------------------------------------------------
 
@@ -121,10 +135,8 @@ class ContextStore:
             record = self._record(owner, key)
             if record is not None and (record.expires is None or record.expires > time.time()):
                 return record
-        elif NAME.fullmatch(key):
-            for record in self.owned(owner):
-                if record.name == key:
-                    return record
+        elif NAME.fullmatch(key) and (record := self._named(owner, key)) is not None:
+            return record
         raise NoContextError(f"no context {key[:80]!r}")
 
     def update(self, owner: str, key: str, **changes: str | float | None) -> ContextRecord:
@@ -133,7 +145,10 @@ class ContextStore:
             record = self.get(owner, key)
             self._check_name(owner, changes.get("name"), record.id)
             changed = replace(record, **changes, changed=time.time())  # type: ignore[arg-type]
+            self._point_to(changed)
             self._write_record(changed)
+            if record.name != changed.name:
+                self._forget_name(record)
         return changed
 
     def delete(self, owner: str, key: str) -> None:
@@ -191,17 +206,24 @@ class ContextStore:
         return self._publish(self._new_record(owner, name, expires, parent), replace(snapshot, read_only=False))
 
     def sweep(self) -> None:
-        """Remove expired contexts, and data files that a crash left without a record."""
+        """Remove expired contexts, and files that a crash left without a record; see to it that names are found."""
+        for file in self.scratch.iterdir() if self.scratch.is_dir() else ():
+            with suppress(OSError):  # somebody is done with it meanwhile
+                if time.time() - file.stat().st_mtime > ORPHAN_SECONDS:
+                    file.unlink()
         for folder in self._folders():
             for record in self._records(folder):
                 if record.expires is not None and record.expires <= time.time():
                     self._remove(record)
+            self._index(folder, again=True)
             records, paths = list(self._records(folder)), self._entries(folder)
             names = [path.rsplit("/", 1)[-1] for path in paths]
-            spared = {record.data for record in records}
+            spared = {record.data for record in records} | {NAMES}
+            spared |= {_name_file(record.name) for record in records if record.name is not None}
             unreadable = {name.removesuffix(".json") for name in names} - {record.id for record in records}
             for path, name in zip(paths, names, strict=True):
                 orphan = name not in spared and name.split(".")[0] not in unreadable
+                orphan = orphan and not (unreadable and name.endswith(NAMES))
                 if orphan and not name.endswith(".json") and self._age(path) > ORPHAN_SECONDS:
                     with suppress(FileNotFoundError):
                         self._fs.rm_file(path)
@@ -229,11 +251,14 @@ class ContextStore:
             with self._lock:
                 if since is None:
                     self._check_name(record.owner, record.name, record.id)
+                    self._point_to(record)
                 elif self._record(record.owner, record.id) != since:
                     raise ChangedError(f"context {record.id} was changed or deleted meanwhile: read it again")
                 self._write_record(record)
         except BaseException:
             self._fs.rm_file(target)
+            if since is None:
+                self._forget_name(record)
             raise
         if since is not None:
             with suppress(FileNotFoundError):
@@ -246,18 +271,75 @@ class ContextStore:
         if self._local:
             save_snapshot(Path(target), snapshot, self.identity)
             return Path(target).stat().st_size
-        with tempfile.TemporaryDirectory(prefix="context-") as folder:
-            path = Path(folder) / "data"
+        with self.temporary() as path:
             save_snapshot(path, snapshot, self.identity)
             self._fs.put_file(str(path), target)
             return path.stat().st_size
 
+    @contextmanager
+    def temporary(self) -> Iterator[Path]:
+        """The path of a file in `scratch` that is gone after the `with` block."""
+        self.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self.scratch / secrets.token_hex(12)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
     def _write_record(self, record: ContextRecord) -> None:
-        path, text = self._path(record.owner, f"{record.id}.json"), json.dumps(asdict(record))
+        self._write(self._path(record.owner, f"{record.id}.json"), json.dumps(asdict(record)))
+
+    def _write(self, path: str, text: str) -> None:
         if self._local:
             write_text(Path(path), text)
         else:
             self._fs.pipe_file(path, text.encode())
+
+    # --- names ------------------------------------------------------------------------------------------------------
+
+    def _named(self, owner: str, name: str) -> ContextRecord | None:
+        """The owner's context of this name, if it has not expired."""
+        self._index(owner)
+        context_id = self._pointed_to(owner, name)
+        record = None if context_id is None else self._record(owner, context_id)
+        if record is None or record.name != name:
+            return None
+        if record.expires is not None and record.expires <= time.time():
+            self._remove(record)
+            return None
+        return record
+
+    def _pointed_to(self, owner: str, name: str) -> str | None:
+        try:
+            context_id = self._fs.cat_file(self._path(owner, _name_file(name))).decode(errors="replace").strip()
+        except FileNotFoundError:
+            return None
+        return context_id if ID.fullmatch(context_id) else None
+
+    def _point_to(self, record: ContextRecord) -> None:
+        if record.name is not None:
+            self._write(self._path(record.owner, _name_file(record.name)), record.id)
+
+    def _forget_name(self, record: ContextRecord) -> None:
+        if record.name is None:
+            return
+        with self._lock, suppress(FileNotFoundError):
+            if self._pointed_to(record.owner, record.name) == record.id:
+                self._fs.rm_file(self._path(record.owner, _name_file(record.name)))
+
+    def _index(self, owner: str, again: bool = False) -> None:
+        """Give every name its file, if that was not done yet: contexts may be older than these files are."""
+        marker = self._path(owner, NAMES)
+        if not again and (owner in self._indexed or self._fs.exists(marker)):
+            self._indexed.add(owner)
+            return
+        records = list(self._records(owner))
+        for record in records:
+            if record.name is not None and self._pointed_to(owner, record.name) is None:
+                self._point_to(record)
+        if records and owner not in self._indexed:
+            self._write(marker, "")
+            self._indexed.add(owner)
 
     def _record(self, owner: str, context_id: str) -> ContextRecord | None:
         path = self._path(owner, f"{context_id}.json")
@@ -291,6 +373,7 @@ class ContextStore:
         for name in (f"{record.id}.json", record.data):  # the record first: without it there is no context
             with suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(record.owner, name))
+        self._forget_name(record)
 
     def _age(self, path: str) -> float:
         try:
@@ -308,7 +391,8 @@ class ContextStore:
             return
         if not NAME.fullmatch(str(name)) or ID.fullmatch(str(name)):
             raise ValueError("name: 1 to 64 letters, digits and any of ' ._-', beginning with a letter or digit")
-        if any(record.name == name and record.id != own for record in self.owned(owner)):
+        holder = self._named(owner, str(name))
+        if holder is not None and holder.id != own:
             raise NameTakenError(f"there is a context named {name!r} already")
 
 
@@ -316,8 +400,7 @@ class _Fetched:
     """The data file of a record as a local path, for the length of a `with` block."""
 
     def __init__(self, store: ContextStore, record: ContextRecord) -> None:
-        self._store, self._record = store, record
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._store, self._record, self._held = store, record, ExitStack()
 
     def __enter__(self) -> Path:
         store, path = self._store, self._store._path(self._record.owner, self._record.data)
@@ -325,17 +408,28 @@ class _Fetched:
             if not Path(path).is_file():
                 raise NoContextError(f"context {self._record.id} was deleted")
             return Path(path)
-        self._folder = tempfile.TemporaryDirectory(prefix="context-")
-        try:
-            store._fs.get_file(path, f"{self._folder.name}/data")
-        except FileNotFoundError:
-            self._folder.cleanup()
-            raise NoContextError(f"context {self._record.id} was deleted") from None
-        return Path(self._folder.name) / "data"
+        with ExitStack() as held:
+            copy = held.enter_context(store.temporary())
+            try:
+                store._fs.get_file(path, str(copy))
+            except FileNotFoundError:
+                raise NoContextError(f"context {self._record.id} was deleted") from None
+            self._held = held.pop_all()
+        return copy
 
     def __exit__(self, *_: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._held.close()
+
+
+def _scratch_of(url: str) -> Path:
+    """A folder for a store that is no folder itself; /tmp is in memory on many systems."""
+    place = Path(os.environ.get("TMPDIR", "/var/tmp"))
+    place = place if place.is_dir() else Path(tempfile.gettempdir())
+    return place / f"megalodon-{os.getuid()}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+
+
+def _name_file(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:32] + NAMES
 
 
 def _data_name(context_id: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megalodon.data.tokenizer import Tokenizer
 from megalodon.inference.request import Delta, FinishReason, Generation, TokenChoice
-from megalodon.inference.sampling import REPETITION_WINDOW, sample
+from megalodon.inference.sampling import REPETITION_WINDOW, Sampling, sample
 from megalodon.inference.snapshot import History, Kind
 from megalodon.inference.stopping import StopStrings
 
@@ -56,19 +57,12 @@ class Continuation:
         """uint8 [n]."""
         return self._generator.get_state()
 
-    def choose(self, logits: Tensor) -> tuple[Delta | None, FinishReason | None]:
-        """Choose the next token from logits [1, V]; (what may be shown, why it ends).
-
-        Raises:
-            ValueError: if the logits are not finite.
-        """
-        logits = logits.clone()
-        logits[:, self._tokenizer.vocab_size :] = -torch.inf
-        token = int(sample(logits, torch.tensor([list(self._recent)]), self.generation.sampling, self._generator))
+    def take(self, token: int, logits: Tensor) -> tuple[Delta | None, FinishReason | None]:
+        """Go on with a token chosen from logits [V]; (what may be shown, why it ends)."""
         self._recent.append(token)
         self.pending = ("generated", token)
         self.generated += 1
-        self._unsent.append(self._described(token, logits[0]))
+        self._unsent.append(self._described(token, logits))
         return self._show(token)
 
     def _show(self, token: int) -> tuple[Delta | None, FinishReason | None]:
@@ -98,6 +92,36 @@ class Continuation:
         values, ids = logprobs.topk(min(self.generation.logprobs, self._tokenizer.vocab_size))
         likeliest = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return TokenChoice(token, float(logprobs[token]), likeliest)
+
+
+def choose_tokens(continuations: Sequence[Continuation], logits: Tensor) -> list[int | Exception]:
+    """The next token of each continuation, chosen from its row of logits [B, V], or why there is none.
+
+    Rows of the same settings are sampled together, each with its own generator: what a row gives does not depend on the
+    others.
+    """
+    alike: dict[tuple[Sampling, int], list[int]] = {}
+    for row, one in enumerate(continuations):
+        sampling = one.generation.sampling
+        looks_at = len(one._recent) if sampling.repetition_penalty != 1 else 0
+        alike.setdefault((sampling, looks_at), []).append(row)
+    chosen: list[int | Exception] = [0] * len(continuations)
+    for (sampling, looks_at), rows in alike.items():
+        groups = [rows]
+        while groups:
+            group = groups.pop()
+            members = [continuations[row] for row in group]
+            recent = torch.tensor([list(one._recent) if looks_at else [] for one in members], dtype=torch.int64)
+            try:
+                tokens = sample(logits[group], recent, sampling, [one._generator for one in members]).tolist()
+            except Exception as error:  # nothing was drawn yet: find out whose row it is
+                if len(group) > 1:
+                    groups += [[row] for row in group]
+                    continue
+                tokens = [error]
+            for row, token in zip(group, tokens, strict=True):
+                chosen[row] = token
+    return chosen
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -11,9 +11,12 @@ continuation draws from a random generator of its own. This holds in float32 and
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
+
+import torch
 
 from megalodon.data.tokenizer import Tokenizer
 from megalodon.inference.prefix_cache import PrefixStore
@@ -27,6 +30,8 @@ from megalodon.inference.snapshot_file import ModelIdentity
 from megalodon.inference.steps import PIECE, Steps
 from megalodon.inference.work import Work
 from megalodon.model import MegalodonForCausalLM
+
+_log = logging.getLogger(__name__)
 
 
 class Engine(Steps):
@@ -135,10 +140,18 @@ class Engine(Steps):
             self._changed.notify_all()
 
     def _run(self) -> None:
+        torch.set_num_threads(torch.get_num_threads())  # from here on MKL always uses so many: their number shapes bits
         while not self._abandon:
             with self._changed:
                 self._dirty = False
-            if not self.step():
+            try:
+                progressed = self.step()
+            except Exception:  # a defect in what all requests share: they fail, the engine goes on
+                _log.exception("a step failed")
+                for work in self._all():
+                    self._fail(work, Failure.internal, "a step of the engine failed")
+                progressed = False
+            if not progressed:
                 with self._changed:  # a timeout at most a second late, should nothing happen meanwhile
                     self._changed.wait_for(lambda: self._dirty or self._abandon, 0.05 if not self.idle else 1.0)
         for work in self._all():

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalodon.files import remove_partial
 from megalodon.inference.snapshot import Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity, load_snapshot, save_snapshot
 from megalodon.model import MegalodonState
@@ -60,6 +61,7 @@ class PrefixStore:
         self._writer = ThreadPoolExecutor(1, "prefix-cache") if folder is not None else None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            remove_partial(folder)
             for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime):
                 self._disk[path.name.removesuffix(SUFFIX)] = path.stat().st_size
             self._trim_disk()

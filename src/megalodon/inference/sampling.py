@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -88,21 +89,37 @@ def distribution(logits: Tensor, recent: Tensor, sampling: Sampling) -> Tensor:
     Raises:
         ValueError: if logits are NaN or +inf, or all -inf.
     """
-    scores = sampling.processors()(cast(torch.LongTensor, recent), cast(torch.FloatTensor, logits.float()))
-    if not (scores.amax(-1).isfinite().all() and not scores.isnan().any()):
-        raise ValueError("the model's logits are not finite: its weights or its state are damaged")
+    scores = _scores(logits, recent, sampling)
     if sampling.temperature == 0:
         return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
     return scores.softmax(-1)
 
 
-def sample(logits: Tensor, recent: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+def sample(
+    logits: Tensor,
+    recent: Tensor,
+    sampling: Sampling,
+    generators: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> Tensor:
     """The next token of each row: int64 [B], on the CPU.
 
-    The draw is made on the CPU, by a CPU generator, so that a seed means the same on every device. Arguments and errors
-    as `distribution`. Greedy choices do not advance the generator.
+    The draw is made on the CPU, by CPU generators, so that a seed means the same on every device. With one generator a
+    row, what a row gives depends on that row alone. Greedy choices do not advance a generator. Arguments and errors as
+    `distribution`.
     """
-    probabilities = distribution(logits.cpu(), recent.cpu(), sampling)
+    scores = _scores(logits.cpu(), recent.cpu(), sampling)
     if sampling.temperature == 0:
-        return probabilities.argmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        return scores.argmax(-1)
+    probabilities = scores.softmax(-1)
+    if generators is None or isinstance(generators, torch.Generator):
+        generators = [generators or torch.default_generator] * len(scores)
+    # The likeliest of p / noise is a draw from p, as in torch.multinomial, which takes one generator for all rows.
+    noise = [torch.empty_like(row).exponential_(generator=own) for row, own in zip(scores, generators, strict=True)]
+    return (probabilities / torch.stack(noise)).argmax(-1)
+
+
+def _scores(logits: Tensor, recent: Tensor, sampling: Sampling) -> Tensor:
+    scores = sampling.processors()(cast(torch.LongTensor, recent), cast(torch.FloatTensor, logits.float()))
+    if not (scores.amax(-1).isfinite().all() and not scores.isnan().any()):
+        raise ValueError("the model's logits are not finite: its weights or its state are damaged")
+    return scores

@@ -6,7 +6,8 @@ and changes the buffers in place, so nothing is allocated, copied or re-arranged
 **What a row gives depends on that row alone**, to the bit: not on its slot, its neighbours or the bucket. Matrix
 products have one shape per bucket, and only buckets whose rows come out alike are used: `choose_buckets` measures this
 on the model's own matrices, because a product of few rows may add up in another order than one of many. Attention runs
-row by row over exactly the row's own keys. All else is element by element, or a sum inside one row.
+row by row over exactly the row's own keys. All else is element by element, or a sum inside one row, in operations whose
+result does not depend on where an element stands (`model.token_step`).
 
 For bfloat16 models too the state is kept in float32, its statistics in float64; activations, keys and values are
 bfloat16.
@@ -53,19 +54,39 @@ class SlotLayer:
     def __init__(self, block: MegalodonBlock, slots: int, sizes: Dimensions, capacity: int, dtype: torch.dtype) -> None:
         self.step = BlockStep(block)
         self.norm = SlotNorm(block.timestep_norm, self.step.norm, slots)
-        device, state = self.norm.mean.device, self.step.q.dtype
-        self.h = torch.zeros(slots, sizes.model_dim, sizes.cema_ndim, dtype=state, device=device)
+        device, state = self.norm.mean.device, self.step.p.dtype
+        self.h = torch.zeros(2, slots, sizes.model_dim, sizes.cema_ndim, dtype=state, device=device)  # (re, im)
         heads = (slots, sizes.num_heads, capacity)
         self.keys = torch.zeros(*heads, sizes.head_dim, dtype=dtype, device=device)
         self.values = torch.zeros(*heads, sizes.value_head_dim, dtype=dtype, device=device)
+        self._keys_of, self._values_of = self.keys.transpose(-1, -2).unbind(), self.values.unbind()
 
-    def attend(self, q: Tensor, keys: int, row: int) -> Tensor:
-        """q [H, d] of one row over its first `keys` keys -> [H, e]."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, active: Active) -> Tensor:
+        """Append k [M, H, d] and v [M, H, e] of the active rows, then attend with q [M, H, d] -> [M, H, e].
+
+        Row by row, each over as many keys as it has: a product of several rows could add up in another order.
+        """
+        slots, offsets = active.slots, active.offsets
+        self.keys[slots, :, offsets], self.values[slots, :, offsets] = k[slots], v[slots]
         wide = matmul_dtype(q)
-        k, v = self.keys[row, :, :keys].to(wide), self.values[row, :, :keys].to(wide)
-        scores = torch.matmul(q[:, None].to(wide), k.transpose(-1, -2))
-        weights = torch.softmax(scores.float() if scores.dtype == torch.bfloat16 else scores, dim=-1)
-        return torch.matmul(weights.to(wide), v)[:, 0].to(q.dtype)
+        single, found = q[:, :, None].to(wide).unbind(), []
+        for slot, length in active.lengths:
+            keys = self._keys_of[slot].narrow(-1, 0, length).to(wide)
+            scores = torch.bmm(single[slot], keys)
+            weights = torch.softmax(scores, -1, torch.float32 if wide == torch.bfloat16 else None).to(wide)
+            found.append(torch.bmm(weights, self._values_of[slot].narrow(-2, 0, length).to(wide)))
+        out = torch.zeros_like(v)
+        out[slots] = torch.stack(found)[:, :, 0].to(v.dtype)
+        return out
+
+
+class Active:
+    """The slots that a step moves on, and where each stands in its chunk."""
+
+    def __init__(self, slots: Sequence[int], offsets: Sequence[int], device: torch.device) -> None:
+        self.slots = torch.tensor(slots, device=device)
+        self.offsets = torch.tensor(offsets, device=device)
+        self.lengths = [(slot, offset + 1) for slot, offset in zip(slots, offsets, strict=True)]
 
 
 def padded(x: Tensor, rows: int) -> Tensor:
@@ -136,7 +157,7 @@ class SlotDecoder:
         ids = torch.zeros(rows, dtype=torch.int64)
         ids[list(active)] = torch.tensor(tokens)
         offsets = [position % self.sizes.chunk_size for position in self.positions[:rows]]
-        where = [(slot, offsets[slot]) for slot in active]
+        where = Active(active, [offsets[slot] for slot in active], device)
         seen = torch.tensor(self.positions[:live]) + self.model.config.norm_prior_count + 1
         share = seen[:, None].to(device=device, dtype=self.final.mean.dtype).reciprocal()
         turns = self.turns[torch.tensor(offsets, device=device)]
@@ -146,22 +167,15 @@ class SlotDecoder:
         x = padded(self.final.step(x[:live], share), rows)
         for slot in active:
             self.positions[slot] += 1
-        return self.model.lm_head(x)[list(active)].float()
+        return self.model.lm_head(x)[where.slots].float()
 
-    def _block(
-        self, layer: SlotLayer, x: Tensor, share: Tensor, turns: Tensor, where: Sequence[tuple[int, int]]
-    ) -> Tensor:
+    def _block(self, layer: SlotLayer, x: Tensor, share: Tensor, turns: Tensor, active: Active) -> Tensor:
         step = layer.step
         n = layer.norm.step(x[: len(share)], share)
-        m = padded(step.average(n, layer.h[: len(n)]), len(x))
+        m = padded(step.average(n, *layer.h[:, : len(n)]), len(x))
         n = padded(n, len(x))
         q, k = step.queries_and_keys(m, turns)
-        v = step.values(n)
-        o = torch.zeros_like(v)
-        for slot, offset in where:
-            layer.keys[slot, :, offset], layer.values[slot, :, offset] = k[slot], v[slot]
-            o[slot] = layer.attend(q[slot], offset + 1, slot)
-        return step.finish(x, m, o)
+        return step.finish(x, m, layer.attend(q, k, step.values(n), active))
 
     # --- sequences in and out ---------------------------------------------------------------------------------------
 
@@ -177,7 +191,7 @@ class SlotDecoder:
             mine.mean[slot] = theirs.mean[0] if position else prior.mean
             mine.var[slot] = theirs.var[0] if position else prior.var
         for layer, memory in zip(self.layers, state.layers, strict=True):
-            layer.h[slot] = memory.cema[0]
+            layer.h[:, slot] = torch.view_as_real(memory.cema[0]).movedim(-1, 0)
             layer.keys[slot, :, :filled] = memory.chunk.keys[0, :filled].transpose(0, 1)
             layer.values[slot, :, :filled] = memory.chunk.values[0, :filled].transpose(0, 1)
 
@@ -193,7 +207,7 @@ class SlotDecoder:
         layers = [
             LayerState(
                 moments(layer.norm),
-                layer.h[rows].clone(),
+                torch.complex(*layer.h[:, rows]),
                 OpenChunk(*(x[rows, :, :filled].transpose(1, 2).clone() for x in (layer.keys, layer.values))),
             )
             for layer in self.layers
@@ -208,7 +222,7 @@ class SlotDecoder:
         for norm in [self.final, *(layer.norm for layer in self.layers)]:
             norm.mean[target], norm.var[target] = norm.mean[source], norm.var[source]
         for layer in self.layers:
-            layer.h[target] = layer.h[source]
+            layer.h[:, target] = layer.h[:, source]
             for buffer in (layer.keys, layer.values):
                 buffer[target, :, :filled] = buffer[source, :, :filled]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megalodon.data.tokenizer import Tokenizer
-from megalodon.inference.continuation import Continuation
+from megalodon.inference.continuation import Continuation, choose_tokens
 from megalodon.inference.prefix_cache import PrefixStore
 from megalodon.inference.reading import (
     Finished,
@@ -35,6 +35,7 @@ from megalodon.inference.snapshot import START, Kind
 from megalodon.inference.snapshot_file import ModelIdentity
 from megalodon.inference.work import RefusedError, Work
 from megalodon.model import MegalodonForCausalLM
+from megalodon.ops import KeptTables
 
 PIECE = 512
 """Tokens of a text read at once. More is a little quicker, and makes others wait longer for their next token."""
@@ -65,6 +66,9 @@ class Steps(Schedule):
         largest = [size for size in BUCKETS if size >= slots][:1] or [max(BUCKETS)]
         buckets = choose_buckets(model, [size for size in BUCKETS if size <= largest[0]])
         self.decoder = SlotDecoder(model, slots, buckets)
+        if model.device.type == "cpu":  # where a short prompt takes a third of its time to make them anew
+            for layer in model.model.layers:
+                layer.cema.kept = layer.cema.kept or KeptTables()
         block, piece = block_and_piece(self.decoder.sizes, piece)
         self.identity = ModelIdentity.of(model, tokenizer, block, piece)
         with torch.inference_mode():
@@ -221,26 +225,37 @@ class Steps(Schedule):
                 self._fail(work, Failure.internal, f"the decoding step failed: {error}")
             return True
         logits = logits.cpu()
+        with torch.inference_mode():
+            logits[:, self.tokenizer.vocab_size :] = -torch.inf
+        choosing = {slot: row for row, slot in enumerate(active) if self._rows[slot].replay_slot != slot}
+        continuations = [self._rows[slot].continuations[slot] for slot in choosing]
+        chosen = dict(zip(choosing, choose_tokens(continuations, logits[list(choosing.values())]), strict=True))
         for row, (slot, (kind, token)) in enumerate(zip(active, fed, strict=True)):
             work = self._rows.get(slot)
             if work is not None:
-                self._guarded(work, partial(self._after_step, work, slot, kind, token, logits[row : row + 1]))
+                after = partial(self._after_step, work, slot, kind, token, chosen.get(slot), logits[row])
+                self._guarded(work, after)
         return True
 
     def _next_token(self, slot: int) -> tuple[Kind, int]:
         work = self._rows[slot]
         return work.replay[0] if work.replay_slot == slot else work.continuations[slot].pending
 
-    def _after_step(self, work: Work, slot: int, kind: Kind, token: int, logits: torch.Tensor) -> None:
-        if work.replay_slot == slot:
+    def _after_step(
+        self, work: Work, slot: int, kind: Kind, token: int, chosen: int | Exception | None, logits: torch.Tensor
+    ) -> None:
+        """`token` has been fed and gave logits [V]; `chosen` is what follows it, None where tokens are replayed."""
+        if chosen is None:
             self._after_replay(work, slot, kind, token)
             return
+        if isinstance(chosen, Exception):
+            raise chosen
         continuation = work.continuations[slot]
         if continuation.history is not None:
             continuation.history.append(kind, [token])
             if self.decoder.positions[slot] % self.block == 0:
                 continuation.history.rebase(compact(self.decoder.read(slot)), read_only=False)
-        delta, reason = continuation.choose(logits)
+        delta, reason = continuation.take(chosen, logits)
         work.generated += 1
         self.counters.generated_tokens += 1
         if delta is not None:

@@ -22,6 +22,7 @@ class CEMA(nn.Module):
         self.theta = nn.Parameter(torch.empty(dim, 1, 1))
         self.gamma = nn.Parameter(torch.empty(dim, components, 2))
         self.omega = nn.Parameter(torch.empty(dim, 1))
+        self.kept: ops.KeptTables | None = None  # for whoever reads many pieces and has the memory
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """(p real [D, N], q complex [D, N], gamma complex [D, N] scaled by 1/sqrt(N)), float32 or better."""
@@ -37,7 +38,7 @@ class CEMA(nn.Module):
         """x [B, L, D] and h complex [B, D, N] -> (y [B, L, D], h after it)."""
         with torch.autocast(x.device.type, enabled=False):
             p, q, gamma = self.coefficients()
-        return ops.cema(x, p, q, gamma, self.omega, state, layout=layout)
+        return ops.cema(x, p, q, gamma, self.omega, state, layout=layout, kept=self.kept)
 
 
 def initial_theta(dim: int) -> Tensor:

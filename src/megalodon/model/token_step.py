@@ -4,6 +4,11 @@
 all its time goes into preparing. Here weights are brought into the form that a step wants once, and kept while they
 stand still. `advance` is the model's own short way; the batching engine builds on the same `BlockStep` and `NormStep`.
 
+**What a row gives depends on that row alone, to the bit**, which the engine promises. PyTorch cuts element-wise work
+into parts for its threads, and the last few elements of a part are computed one by one. For products of complex
+numbers and for `silu` that gives other bits than many at a time, so that a row's bits would depend on how many rows
+there are. Hence h in real arithmetic, and those two for as few rows at a time as are left in one part.
+
 A module whose forward pass is not ours alone (hooks, a subclass, a replaced `forward`, weights under a transform) is
 never bypassed: `TokenStep.of` says None, and the caller takes the long way.
 """
@@ -11,7 +16,7 @@ never bypassed: `TokenStep.of` says None, and the caller takes the long way.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -23,12 +28,19 @@ from megalodon import ops
 from megalodon.model.block import MegalodonBlock
 from megalodon.model.cema import CEMA
 from megalodon.model.chunk_attention import GatedChunkAttention
+from megalodon.model.feed_forward import FeedForward
 from megalodon.model.state import LayerState, MegalodonState
 from megalodon.model.timestep_norm import Moments, TimestepNorm
 from megalodon.ops.backend import backend_for, full_precision
 
 if TYPE_CHECKING:
     from megalodon.model.modeling import MegalodonModel
+
+
+PART = 1 << 15
+"""Elements that PyTorch does not divide among threads (at::internal::GRAIN_SIZE)."""
+VECTORS = 64
+"""Whole vectors of any CPU: rows of a multiple of so many elements leave none to be computed one by one."""
 
 
 class NormStep:
@@ -68,38 +80,72 @@ class BlockStep:
         self.block, self.attention = block, attention
         self.norm = NormStep(block.timestep_norm)
         p, q, gamma = (x.detach() for x in block.cema.coefficients())
-        self.p, self.q = p, q
-        self.read = torch.view_as_real(gamma.conj().resolve_conj()).flatten(1)  # Re(g h) = Re(g) Re(h) - Im(g) Im(h)
+        self.p = p
+        self.q_real, self.q_imag = (x.contiguous() for x in torch.view_as_real(q).unbind(-1))
+        self.gamma_real, self.gamma_imag = (x.contiguous() for x in torch.view_as_real(gamma).unbind(-1))
         self.omega = block.cema.omega.detach().to(p.dtype).flatten()
         heads = attention.num_heads
         scale = (attention.qk_weight.detach() + 1) / math.sqrt(attention.qk_weight.shape[1] // heads)
         self.qk_scale = scale.view(2, heads, -1)
         self.qk_bias = attention.qk_bias.detach().view(2, heads, -1)
 
-    def average(self, n: Tensor, h: Tensor) -> Tensor:
-        """CEMA and its norm: n [M, D] -> [M, D]; h complex [M, D, N] is moved on in place."""
+    def average(self, n: Tensor, real: Tensor, imag: Tensor) -> Tensor:
+        """CEMA and its norm: n [M, D] -> [M, D]; h = real + i imag, [M, D, N] each, is moved on in place."""
         wide = n.to(self.p.dtype)
-        pairs = torch.view_as_real(h.mul_(self.q))
-        pairs[..., 0].addcmul_(wide[..., None], self.p)
-        m = torch.addcmul((pairs.flatten(-2) * self.read).sum(-1), self.omega, wide)
-        return self.block.memory_norm(m.to(n.dtype))
+        turned = imag * self.q_imag
+        imag.mul_(self.q_real).addcmul_(real, self.q_imag)
+        real.mul_(self.q_real).sub_(turned).addcmul_(wide[..., None], self.p)
+        y = (real * self.gamma_real).sub_(imag * self.gamma_imag).sum(-1)
+        return self.block.memory_norm(torch.addcmul(y, self.omega, wide).to(n.dtype))
 
     def queries_and_keys(self, m: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         """m [M, D] and turns complex [1 or M, d/2] -> queries and keys, rotated, [M, H, d] each."""
         _, heads, size = self.qk_scale.shape
         z = F.rms_norm(self.attention.z_proj(m).view(-1, 1, heads, size), (size,), None, self.attention.eps)
         both = torch.addcmul(self.qk_bias, z, self.qk_scale).to(z.dtype)
-        return ops.rotate(both.flatten(1, 2)[:, None], turns[:, None]).view(both.shape).unbind(1)
+        turns = turns.expand(len(both), -1)
+        queries, keys = _uncut(_rotated, both, turns).unbind(1)
+        return queries, keys
 
     def values(self, n: Tensor) -> Tensor:
         """[M, D] -> [M, H, e]."""
-        return F.silu(self.attention.v_proj(n)).view(len(n), self.attention.num_heads, -1)
+        return silu(self.attention.v_proj(n)).view(len(n), self.attention.num_heads, -1)
 
     def finish(self, x: Tensor, m: Tensor, o: Tensor) -> Tensor:
         """The rest of the block, given what attention found: x, m [M, D], o [M, H, e] -> [M, D]."""
         r = self.attention.r_proj(m)
-        branch = self.attention.h_proj(m) + self.attention.o_proj(ops.silu_product(r, o.flatten(1).to(r.dtype)))
-        return x + self.block.feed_forward(x + branch)
+        branch = self.attention.h_proj(m) + self.attention.o_proj(silu(r) * o.flatten(1).to(r.dtype))
+        return x + self._feed_forward(x + branch)
+
+    def _feed_forward(self, y: Tensor) -> Tensor:
+        layer = self.block.feed_forward
+        n = layer.norm(y)
+        hidden = silu(layer.up_proj(n))
+        if layer.gate_proj is not None:
+            hidden = hidden * layer.gate_proj(n)
+        out = layer.down_proj(hidden)
+        return out if layer.alpha is None else out * layer.alpha
+
+
+def silu(x: Tensor) -> Tensor:
+    """`x * sigmoid(x)` of x [M, D], with the same bits whatever M and the row."""
+    if x.shape[1] % VECTORS == 0 and x.shape[1] <= PART:
+        return _uncut(F.silu, x)
+    wide = x.to(full_precision(x.dtype))
+    return (wide / torch.neg(wide).exp_().add_(1)).to(x.dtype)
+
+
+def _rotated(x: Tensor, turns: Tensor) -> Tensor:
+    """x [M, 2, H, d] turned by complex [M, d/2]."""
+    return ops.rotate(x.flatten(1, 2)[:, None], turns[:, None]).view(x.shape)
+
+
+def _uncut(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The function of as many rows at a time as PyTorch gives to one thread."""
+    rows = max(PART // tensors[0][0].numel(), 1)
+    if len(tensors[0]) <= rows:
+        return function(*tensors)
+    return torch.cat([function(*parts) for parts in zip(*(x.split(rows) for x in tensors), strict=True)])
 
 
 class TokenStep:
@@ -163,7 +209,7 @@ class TokenStep:
         for step, memory in zip(self.blocks, state.layers, strict=True):
             moments, h = Moments(*(value.clone() for value in memory.moments)), memory.cema.clone()
             n = step.norm(x, share, *moments).to(x.dtype)
-            m = step.average(n, h)
+            m = step.average(n, *torch.view_as_real(h).unbind(-1))
             q, k = step.queries_and_keys(m, turns)
             chunk = memory.chunk.with_token(k, step.values(n), offset, sizes.chunk_size)
             keys, values = (buffer[:, : offset + 1] for buffer in chunk)
@@ -175,7 +221,7 @@ class TokenStep:
 
 
 _STEPS: WeakKeyDictionary[nn.Module, TokenStep] = WeakKeyDictionary()
-_OURS = (MegalodonBlock, TimestepNorm, CEMA, GatedChunkAttention)
+_OURS = (MegalodonBlock, TimestepNorm, CEMA, GatedChunkAttention, FeedForward)
 
 
 def _prepared(model: MegalodonModel) -> Iterator[nn.Module]:
@@ -187,6 +233,7 @@ def _prepared(model: MegalodonModel) -> Iterator[nn.Module]:
 
 def _bypassed(model: MegalodonModel) -> Iterator[nn.Module]:
     yield from model.layers
+    yield from (block.feed_forward for block in model.layers)
     yield from _prepared(model)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from megalodon.ops.backend import ENVIRONMENT_VARIABLE, default_backend
 from megalodon.ops.cema import IMPLEMENTATIONS as _CEMA
-from megalodon.ops.cema import cema
+from megalodon.ops.cema import KeptTables, cema
 from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
@@ -17,6 +17,7 @@ from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
+    "KeptTables",
     "Layout",
     "Prior",
     "Statistics",

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from starlette.requests import Request as HttpRequest
 
@@ -18,6 +18,9 @@ from megalodon.serving.errors import ApiError, from_failure
 from megalodon.serving.metrics import Metrics
 from megalodon.serving.settings import Settings
 
+UPLOADS = 64
+"""Bodies that are tokenized at a time; each has a thread, which mostly waits for its client."""
+
 
 class Service:
     """What all endpoints share: the engine, the limits, the metrics, and how many requests each owner has running."""
@@ -25,25 +28,42 @@ class Service:
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
         self._running: Counter[str] = Counter()
+        self._uploading: Counter[str] = Counter()
 
-    @contextmanager
-    def admitted(self, owner: str) -> Iterator[None]:
+    def admitted(self, owner: str) -> AbstractContextManager[None]:
         """Count the owner's request while it lasts.
 
         Raises:
             ApiError: 429 if the owner has as many running as one may.
         """
-        if self._running[owner] >= self.settings.max_concurrent:
-            self.metrics.refused.labels("concurrency").inc()
-            message = f"this key has {self.settings.max_concurrent} requests running, the most that one may have"
+        return self._counted(self._running, owner, self.settings.max_concurrent, "requests running", "concurrency")
+
+    @contextmanager
+    def uploading(self, owner: str) -> Iterator[None]:
+        """Count the owner's upload while it lasts: each has a thread, and no owner may take all of them.
+
+        Raises:
+            ApiError: 429 if the owner has as many running as one may, 503 if all owners together have `UPLOADS`.
+        """
+        with self._counted(self._uploading, owner, self.settings.max_uploads, "uploads running", "uploads"):
+            if self._uploading.total() > UPLOADS:
+                self.metrics.refused.labels("uploads").inc()
+                raise ApiError(503, f"the server is reading {UPLOADS} uploads already", "overloaded", retry_after=2)
+            yield
+
+    @contextmanager
+    def _counted(self, counts: Counter[str], owner: str, most: int, what: str, limit: str) -> Iterator[None]:
+        if counts[owner] >= most:
+            self.metrics.refused.labels(limit).inc()
+            message = f"this key has {most} {what}, the most that one may have"
             raise ApiError(429, message, "too_many_requests", retry_after=1)
-        self._running[owner] += 1
+        counts[owner] += 1
         try:
             yield
         finally:
-            self._running[owner] -= 1
-            if not self._running[owner]:
-                del self._running[owner]
+            counts[owner] -= 1
+            if not counts[owner]:
+                del counts[owner]
 
     def call(
         self,

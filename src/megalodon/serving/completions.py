@@ -46,7 +46,7 @@ def router(service: Service, store: ContextStore, template: ChatTemplate) -> API
         """Continue one or more prompts, each after a context if one is given."""
         _check_model(body.model, name)
         prompts = await to_thread.run_sync(_prompts, body, tokenizer)
-        generation = _generation(service, body, body.max_tokens, body.stops, body.logprobs, len(prompts))
+        generation = _generation(service, body, body.max_tokens or 16, body.stops, body.logprobs, len(prompts))
         job = await _job(service, store, http, body, prompts, generation, CompletionFormat(name, tokenizer, generation))
         return await respond(service, store, http, job)
 
@@ -105,11 +105,18 @@ def _generation(
     if max_tokens > settings.max_tokens:
         message = f"max_tokens: {max_tokens} is more than {settings.max_tokens}, the most that is accepted"
         raise ApiError(400, message, "max_tokens_too_large", "max_tokens")
-    if prompts * body.n > most:
-        message = f"n: {prompts} prompts times n={body.n} are more than {most} choices, the most that is accepted"
+    if prompts * body.choices > most:
+        message = f"n: {prompts} prompts times n={body.choices} are more than {most} choices, the most that is accepted"
         raise ApiError(400, message, "too_many_choices", "n")
     return Generation(
-        max_tokens, body.sampling(), body.seed, body.resume_generator, body.n, tuple(stop), body.ignore_end, logprobs
+        max_tokens,
+        body.sampling(),
+        body.seed,
+        body.resume_generator,
+        body.choices,
+        tuple(stop),
+        body.ignore_end,
+        logprobs,
     )
 
 
@@ -125,7 +132,7 @@ async def _job(
     save = body.save_context if isinstance(body.save_context, SaveContext) else None
     if body.save_context is True:
         save = SaveContext()
-    if save is not None and (body.n != 1 or len(prompts) != 1):
+    if save is not None and (body.choices != 1 or len(prompts) != 1):
         raise ApiError(400, "save_context: needs one prompt and n=1", "invalid_value", "save_context")
     if save is not None and save.replace and (body.context is None or save.name or save.expires_in):
         message = "save_context.replace: needs a context, and neither name nor expires_in"
@@ -135,7 +142,7 @@ async def _job(
         await to_thread.run_sync(check_room, store, owner, service.settings.max_contexts)
     start = None if body.context is None else await to_thread.run_sync(load, store, owner, body.context)
     options = body.stream_options or StreamOptions()
-    return Job(owner, prompts, generation, answer, start, save, body.stream, options)
+    return Job(owner, prompts, generation, answer, start, save, bool(body.stream), options)
 
 
 def load(store: ContextStore, owner: str, key: str) -> tuple[ContextRecord, Snapshot]:
@@ -181,7 +188,13 @@ class CompletionFormat:
         for text in texts:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(text)
-        likeliest = [{self._tokenizer.decode([other]): value for other, value in token.likeliest} for token in tokens]
+        likeliest = [
+            {
+                self._tokenizer.decode([other]): value
+                for other, value in (*token.likeliest, (token.token, token.logprob))
+            }
+            for token in tokens
+        ]  # the chosen token is always among them, as OpenAI has it
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -115,8 +113,7 @@ def router(service: Service, store: ContextStore) -> APIRouter:
         """Make a context of an exported file."""
         owner = http.state.owner
         await to_thread.run_sync(check_room, store, owner, most)
-        with service.admitted(owner), tempfile.TemporaryDirectory(prefix="import-") as folder:
-            path = Path(folder) / "context"
+        with service.admitted(owner), store.temporary() as path:
             await save_body(http, path)
             record = await to_thread.run_sync(store.import_file, owner, path, name, expiry(expires_in))
         return describe(record)

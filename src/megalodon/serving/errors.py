@@ -89,6 +89,11 @@ class ApiError(HTTPException):
         return JSONResponse(self.body(), self.status, headers)
 
 
+def body_timeout(seconds: float) -> ApiError:
+    """The error for a body that has stopped arriving."""
+    return ApiError(408, f"no more of the body arrived for {seconds:g} seconds", "body_timeout")
+
+
 def from_failure(failed: Failed) -> ApiError:
     """The error for a request that the engine failed."""
     status, code = FAILURES[failed.failure]

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megalodon.serving.auth import ApiKeys
-from megalodon.serving.errors import ApiError, answer_for
+from megalodon.serving.errors import ApiError, answer_for, body_timeout
 from megalodon.serving.metrics import Metrics
 from megalodon.serving.settings import Settings
 
@@ -71,7 +71,7 @@ class Gate:
             try:
                 message = await asyncio.wait_for(receive(), seconds)
             except TimeoutError:
-                raise ApiError(408, f"no more of the body arrived for {seconds:g} seconds", "body_timeout") from None
+                raise body_timeout(seconds) from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if received > limit:

@@ -34,7 +34,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from megalodon.serving.app import create_app
-from megalodon.serving.errors import ApiError
+from megalodon.serving.errors import ApiError, body_timeout
 from megalodon.serving.launch import EngineOptions
 from megalodon.serving.settings import Settings
 
@@ -104,8 +104,9 @@ def affinity(path: str, authorization: str, body: bytes, progress: str | None = 
 class Front:
     """The ASGI application that passes requests on."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, body_seconds: float) -> None:
+        """`body_seconds`: between two parts of a body, as in `Settings`."""
+        self._handle, self._body_seconds = handle, body_seconds
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), limits=limits)
         methods = ["GET", "POST", "PATCH", "DELETE", "PUT", "HEAD", "OPTIONS"]
@@ -118,6 +119,8 @@ class Front:
             body, rest = await self._body(request)
         except ClientDisconnect:
             return Response(status_code=499)
+        except ApiError as error:
+            return error.response()
         progress, deadline = request.query_params.get("progress"), time.monotonic() + RETRY_SECONDS
         key = affinity(request.url.path, authorization, body, progress)
         while True:
@@ -140,11 +143,16 @@ class Front:
     async def _body(self, request: Request) -> tuple[bytes, AsyncIterator[bytes] | None]:
         """The body, whole if it is to be kept; otherwise its beginning and the rest."""
         stream, kept = request.stream(), b""
-        async for part in stream:
+        while True:
+            try:
+                part = await asyncio.wait_for(anext(stream, None), self._body_seconds)
+            except TimeoutError:
+                raise body_timeout(self._body_seconds) from None
+            if part is None:
+                return kept, None
             kept += part
-            if len(kept) > KEPT_BODY:
+            if len(kept) > KEPT_BODY:  # of what is passed on from here the replica sees when it stops arriving
                 return kept, stream
-        return kept, None
 
     async def _send(self, request: Request, url: str, content: bytes | AsyncIterator[bytes]) -> httpx.Response:
         target = httpx.URL(url).copy_with(raw_path=_raw_path(request))
@@ -218,7 +226,7 @@ def serve_replicas(options: EngineOptions, settings: Settings, replicas: int, ho
     handle = serve.run(deployment.bind(options, settings), name=APP, route_prefix=None)
     address = listening.getsockname()
     print(f"megalodon: {settings.model_name} at http://{host}:{address[1]}/ on {replicas} replicas", flush=True)
-    front = Front(handle)
+    front = Front(handle, settings.body_seconds)
     config = uvicorn.Config(
         front.app, log_level="warning", timeout_graceful_shutdown=max(1, round(settings.drain_seconds))
     )

@@ -43,8 +43,8 @@ class _Generating(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str
-    n: int = Field(1, ge=1, le=128)
-    stream: bool = False
+    n: Annotated[int, Field(ge=1, le=128)] | None = 1  # null is the default, here and below, as for OpenAI
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-(2**53), le=2**53)] | None = None
@@ -72,6 +72,11 @@ class _Generating(BaseModel):
         return Sampling(temperature, self.top_k, top_p, self.min_p, self.repetition_penalty)
 
     @property
+    def choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -86,7 +91,7 @@ class CompletionRequest(_Generating):
         | Annotated[list[str], Field(min_length=1, max_length=128)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=128)]
     ) = ""
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None

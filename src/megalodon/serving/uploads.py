@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -18,12 +19,9 @@ from megalodon.data.tokenizer import Tokenizer
 from megalodon.inference.feed import TokenFeed
 from megalodon.inference.request import Done, Progress
 from megalodon.inference.snapshot import Snapshot
-from megalodon.serving.calls import Call, Service
+from megalodon.serving.calls import UPLOADS, Call, Service
 from megalodon.serving.errors import ApiError, invalid_value
 from megalodon.serving.schemas import ContextText
-
-UPLOADS = 64
-"""Bodies that are tokenized at a time; each has a thread, which mostly waits for its client."""
 
 
 class Body:
@@ -73,7 +71,11 @@ class Uploads:
         else:
             feed = TokenFeed()
         seconds = service.settings.upload_seconds
-        with service.call(http.state.owner, feed, None, start, keep=True, seconds=seconds) as call:
+        owner, streamed = http.state.owner, fields is None
+        with (
+            service.uploading(owner) if streamed else nullcontext(),
+            service.call(owner, feed, None, start, keep=True, seconds=seconds) as call,
+        ):
             passing = None if fields is not None else asyncio.create_task(self._pass_on(body, feed, call))
             try:
                 async for event in call.events():

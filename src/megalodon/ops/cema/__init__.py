@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megalodon.ops.backend import Implementations, choose, complex_of, full_precision
 from megalodon.ops.cema import blocked, reference
+from megalodon.ops.cema.blocked import KeptTables
 from megalodon.ops.layout import Layout
 
 
@@ -35,6 +36,7 @@ def cema(
     backend: str | None = None,
     *,
     layout: Layout | None = None,
+    kept: KeptTables | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Complex exponential moving average along time.
 
@@ -53,6 +55,7 @@ def cema(
         backend: "reference", "blocked" or "triton"; None chooses (see `megalodon.ops.backend`).
         layout: the batch's layout, in place of `segment_ids`, where it is already known. Tokens beyond its `lengths`
             give zero and leave the state alone.
+        kept: where "blocked" finds its tables again, without gradients; the others do without.
 
     Returns:
         (y [B, L, D] in the dtype of x, the state after each row's last token: complex [B, D, N]).
@@ -84,4 +87,5 @@ def cema(
         layout = Layout(batch, length, x.device, segment_ids=segment_ids)
     wide = complex_of(real)
     state = None if initial_state is None else initial_state.to(wide)
-    return run(x, p.to(real), q.to(wide), gamma.to(wide), omega, state, layout)
+    keeping = {"kept": kept} if run is blocked.cema else {}
+    return run(x, p.to(real), q.to(wide), gamma.to(wide), omega, state, layout, **keeping)

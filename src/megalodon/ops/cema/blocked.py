@@ -12,7 +12,7 @@ the powers of q, [D, T, 2N].
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,12 +115,85 @@ def _mirrored(p: Tensor) -> Tensor:
     return torch.stack([p, -p], dim=-1).flatten(1)[:, None]
 
 
-class _Blocks(torch.autograd.Function):
-    """All blocks of all rows: the products of the module's head, and the recurrence between blocks.
+class Tables(NamedTuple):
+    """What p, q, gamma and omega become for blocks of T tokens.
 
-    u [D, B n, T], powers [D, T, 2N], keep [n, B, 1, 1] -> y like u, and the conjugates of the states around the blocks,
-    complex [n + 1, B, D, N]. Re(z q) is the dot product of the pairs of conj(z) and q: so the conjugates are carried.
+    Attributes:
+        powers: [D, T, 2N]; pairs of q**1 .. q**T.
+        write: [D, T, 2N]; what each token of a block adds to the conjugate of the state after it.
+        decay, gamma, taps: complex [D, N]; the conjugates of q**T, gamma and gamma p.
+        kernel: [D, T, T]; the first T taps of the convolution, as a Toeplitz matrix.
     """
+
+    powers: Tensor
+    write: Tensor
+    decay: Tensor
+    gamma: Tensor
+    taps: Tensor
+    kernel: Tensor
+
+
+def tables(powers: Tensor, p: Tensor, gamma: Tensor, omega: Tensor | None) -> Tables:
+    """The tables, from the powers of q."""
+    lower = powers[:, :-1]
+    write = torch.empty_like(powers)  # q**(T-1) .. q**0, conjugate, by p
+    torch.mul(lower.flip(1), _mirrored(p), out=write[:, :-1])
+    write[:, -1:] = _ones(powers) * _mirrored(p)
+    gamma = torch.conj_physical(gamma)
+    taps = gamma * p
+    k = F.pad(torch.bmm(lower, _as_pairs(taps)[..., None])[..., 0], (1, 0))
+    k[:, 0] = taps.real.sum(-1) if omega is None else taps.real.sum(-1) + omega
+    return Tables(powers, write, _as_complex(powers[:, -1]).conj_physical(), gamma, taps, toeplitz(k))
+
+
+class KeptTables:
+    """The tables of whole blocks, kept while the coefficients' values stand still, for reading without gradients.
+
+    They take three tables of powers, T D 2N numbers each: so whoever reads many pieces asks for them.
+    """
+
+    def __init__(self) -> None:
+        self._coefficients: tuple[Tensor | None, ...] = ()
+
+    def of(self, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None) -> Tables:
+        """`tables` for blocks of `BLOCK` tokens."""
+        given = (p, q, gamma, omega)
+        if not self._coefficients or not all(map(_same, given, self._coefficients)):
+            self._tables = tables(powers(q, BLOCK), p, gamma, omega)
+            self._coefficients = tuple(None if x is None else x.clone() for x in given)
+        return self._tables
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _multiply(
+    u: Tensor, table: Tables, initial: Tensor | None, keep: Tensor | None, batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The products of the module's head, and the recurrence, for u [D, B n, T] and keep [n, B, 1, 1].
+
+    Re(z q) is the dot product of the pairs of conj(z) and q: so the conjugates of states are carried.
+
+    Returns:
+        (y like u, the conjugates of the states around the blocks: complex [n + 1, B, D, N], what enters: [D, B n, 2N]).
+    """
+    added = _by_block(torch.bmm(u, table.write), batch)
+    states = added.new_empty(len(added) + 1, *added.shape[1:])
+    states[0] = 0 if initial is None else initial
+    for i in range(len(added)):
+        if keep is not None:
+            states[i] *= keep[i]
+        torch.addcmul(added[i], table.decay, states[i], out=states[i + 1])
+    entering = _by_channel(table.gamma * states[:-1])
+    y = torch.bmm(u, table.kernel).baddbmm_(entering, table.powers.transpose(1, 2))
+    return y, states, entering
+
+
+class _Blocks(torch.autograd.Function):
+    """All blocks of all rows, `_multiply`, differentiated by hand."""
 
     @staticmethod
     def forward(
@@ -134,23 +207,9 @@ class _Blocks(torch.autograd.Function):
         keep: Tensor | None,
         batch: int,
     ) -> tuple[Tensor, Tensor]:
-        lower, decay = powers[:, :-1], _as_complex(powers[:, -1]).conj_physical()
-        write = torch.empty_like(powers)  # q**(T-1) .. q**0, conjugate, by p
-        torch.mul(lower.flip(1), _mirrored(p), out=write[:, :-1])
-        write[:, -1:] = _ones(powers) * _mirrored(p)
-        added = _by_block(torch.bmm(u, write), batch)
-        states = added.new_empty(len(added) + 1, *added.shape[1:])
-        states[0] = 0 if initial is None else initial
-        for i in range(len(added)):
-            if keep is not None:
-                states[i] *= keep[i]
-            torch.addcmul(added[i], decay, states[i], out=states[i + 1])
-        gamma = torch.conj_physical(gamma)
-        entering, taps = _by_channel(gamma * states[:-1]), gamma * p
-        k = F.pad(torch.bmm(lower, _as_pairs(taps)[..., None])[..., 0], (1, 0))
-        k[:, 0] = taps.real.sum(-1) if omega is None else taps.real.sum(-1) + omega
-        kernel = toeplitz(k)
-        y = torch.bmm(u, kernel).baddbmm_(entering, powers.transpose(1, 2))
+        table = tables(powers, p, gamma, omega)
+        y, states, entering = _multiply(u, table, initial, keep, batch)
+        _, write, decay, gamma, taps, kernel = table
         ctx.save_for_backward(u, powers, p, gamma, states, entering, taps, kernel, write, decay, keep)
         ctx.set_materialize_grads(False)
         return y, states
@@ -227,7 +286,14 @@ def step(
 
 
 def cema(
-    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, initial_state: Tensor | None, layout: Layout
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor | None,
+    initial_state: Tensor | None,
+    layout: Layout,
+    kept: KeptTables | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `megalodon.ops.cema`."""
     with torch.autocast(x.device.type, enabled=False):
@@ -237,22 +303,34 @@ def cema(
         if x.shape[1] == 1 and layout.plain:
             y, last_state = step(u, p, q, gamma, omega, initial_state)
         elif layout.plain:
-            y, last_state = _plain(u, p, q, gamma, omega, initial_state)
+            y, last_state = _plain(u, p, q, gamma, omega, initial_state, kept)
         else:
             y, last_state = _ragged(u, p, q, gamma, omega, initial_state, layout)
         return y.to(x.dtype), last_state
 
 
 def _plain(
-    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, initial_state: Tensor | None
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor | None,
+    initial_state: Tensor | None,
+    kept: KeptTables | None,
 ) -> tuple[Tensor, Tensor]:
     batch, length, dim = x.shape
     size = min(BLOCK, length)
     rest = length % size
     padded = F.pad(x, (0, 0, 0, size - rest)) if rest else x
-    table = powers(q, size)
     u = _Transpose.apply(padded.reshape(-1, dim)).view(dim, -1, size)  # [D, B n, T]
-    y, states = _blocks(u, table, p, gamma, omega, batch, initial_state, None)
+    if kept is None or size < BLOCK or torch.is_grad_enabled():
+        table = powers(q, size)
+        y, states = _blocks(u, table, p, gamma, omega, batch, initial_state, None)
+    else:
+        found = kept.of(p, q, gamma, omega)
+        table = found.powers
+        y, states, _ = _multiply(u, found, _conjugate(initial_state), None, batch)
+        y = _Transpose.apply(y.flatten(1))
     last_state = states[-1].conj().resolve_conj()
     if rest:
         tail = u.view(dim, batch, -1, size)[:, :, -1, :rest].contiguous()
@@ -297,9 +375,12 @@ def _blocks(
 
     `keep` [n, B, 1, 1] is 0 where a block starts a document and 1 elsewhere; None: all 1.
     """
-    initial = None if initial_state is None else initial_state.conj().resolve_conj()
-    y, states = _Blocks.apply(u, table, p, gamma, omega, initial, keep, batch)
+    y, states = _Blocks.apply(u, table, p, gamma, omega, _conjugate(initial_state), keep, batch)
     return _Transpose.apply(y.flatten(1)), states
+
+
+def _conjugate(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.conj().resolve_conj()
 
 
 def _after(tail: Tensor, powers: Tensor, p: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engine_cases import CHUNK, make_model
-from megalodon.inference import slots
 from megalodon.inference.slots import SlotDecoder, choose_buckets
+from megalodon.model.projection import Projection
 
 TOKENS = torch.randint(1, 256, (1, 4 * CHUNK + 5), generator=torch.Generator().manual_seed(3))
 
@@ -96,18 +96,18 @@ def test_a_slot_keeps_nothing_of_its_last_sequence() -> None:
 def test_buckets_that_give_other_bits_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     assert choose_buckets(model, (16, 32)) == (16, 32)
-    product = torch.nn.Linear.forward
+    product = Projection.__call__
 
     def uneven(self, x):
-        return product(self, x) * (1 + 1e-6 * (len(x) == 16))
+        return [y * (1 + 1e-6 * (len(x) == 16)) for y in product(self, x)]
 
-    monkeypatch.setattr(slots.nn.Linear, "forward", uneven)
+    monkeypatch.setattr(Projection, "__call__", uneven)
     assert choose_buckets(model, (16, 32, 64)) == (32, 64)
 
     def by_place(self, x):
-        return product(self, x) + 1e-6 * torch.arange(len(x))[:, None]
+        return [y + 1e-6 * torch.arange(len(x))[:, None] for y in product(self, x)]
 
-    monkeypatch.setattr(slots.nn.Linear, "forward", by_place)
+    monkeypatch.setattr(Projection, "__call__", by_place)
     with pytest.raises(RuntimeError, match="another place"):
         choose_buckets(model, (16, 32))
 

@@ -85,7 +85,10 @@ def test_a_state_is_not_changed_and_can_be_forked(taken) -> None:
     assert torch.equal(step(model, 6, first.past_key_values).logits, again)
 
 
-@pytest.mark.parametrize("name", ["layers.0.cema.alpha", "layers.1.attention.qk_weight", "final_norm.bias"])
+@pytest.mark.parametrize(
+    "name",
+    ["layers.0.attention.r_proj.weight", "layers.0.cema.alpha", "layers.1.attention.qk_weight", "final_norm.bias"],
+)
 @pytest.mark.parametrize("way", ["in place", "another tensor", "data, then a prompt", "data, then a training step"])
 def test_weights_count_as_they_are_now(name: str, way: str, taken) -> None:
     model = model_of()
@@ -121,6 +124,33 @@ def test_hooks_and_replaced_modules_are_called(taken) -> None:
     forward = model.model.layers[0].forward
     model.model.layers[0].forward = lambda *arguments: (seen.append("forward"), forward(*arguments))[1]
     assert relative(step(model, 5, state).logits, expected) < 1e-12 and seen[-1] == "forward" and len(taken) == 1
+
+
+def test_a_layer_that_others_listen_to_or_replace_is_called(taken) -> None:
+    model = model_of()
+    state = read(model, 5)
+    expected = step(model, 5, state).logits
+    seen: list[str] = []
+    handle = model.model.layers[1].feed_forward.down_proj.register_forward_hook(lambda *_: seen.append("hook"))
+    assert relative(step(model, 5, state).logits, expected) < 1e-12 and seen == ["hook"]
+    handle.remove()
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.base(x)
+
+    attention = model.model.layers[0].attention
+    attention.o_proj = Adapted(attention.o_proj)
+    adapted = step(model, 5, state).logits
+    assert relative(adapted, expected) > 1e-3 and len(taken) == 3
+    with torch.no_grad():
+        whole = model(TOKENS[:, :6]).logits[:, 5:]
+    other = step(model, 5, read(model, 5)).logits
+    assert relative(other, whole) < 1e-12
 
 
 def test_what_needs_the_long_way_takes_it(taken, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,15 +18,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from megalodon import ops
 from megalodon.model import MegalodonForCausalLM, MegalodonState
-from megalodon.model.block import MegalodonBlock
+from megalodon.model.projection import Projection, can_pack
 from megalodon.model.state import Dimensions, LayerState, OpenChunk
 from megalodon.model.timestep_norm import Moments, TimestepNorm
-from megalodon.model.token_step import BlockStep, NormStep
+from megalodon.model.token_step import BlockStep, NormStep, linear_layers
 from megalodon.ops.backend import accumulator_dtype, matmul_dtype
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
@@ -51,8 +51,8 @@ class SlotNorm:
 class SlotLayer:
     """One block's step, and its memory in slots."""
 
-    def __init__(self, block: MegalodonBlock, slots: int, sizes: Dimensions, capacity: int, dtype: torch.dtype) -> None:
-        self.step = BlockStep(block)
+    def __init__(self, step: BlockStep, slots: int, sizes: Dimensions, capacity: int, dtype: torch.dtype) -> None:
+        self.step, block = step, step.block
         self.norm = SlotNorm(block.timestep_norm, self.step.norm, slots)
         device, state = self.norm.mean.device, self.step.p.dtype
         self.h = torch.zeros(2, slots, sizes.model_dim, sizes.cema_ndim, dtype=state, device=device)  # (re, im)
@@ -121,8 +121,10 @@ class SlotDecoder:
         self.positions = [0] * self.slots
         capacity = -(-self.sizes.chunk_size // 32) * 32  # keeps every row of the buffers on a 64-byte boundary
         with torch.inference_mode():
+            packed = can_pack(linear_layers(model.model))
             self.layers = [
-                SlotLayer(block, self.slots, self.sizes, capacity, model.dtype) for block in model.model.layers
+                SlotLayer(BlockStep(block, packed), self.slots, self.sizes, capacity, model.dtype)
+                for block in model.model.layers
             ]
             final = model.model.final_norm
             self.final = SlotNorm(final, NormStep(final), self.slots)
@@ -174,8 +176,9 @@ class SlotDecoder:
         n = layer.norm.step(x[: len(share)], share)
         m = padded(step.average(n, *layer.h[:, : len(n)]), len(x))
         n = padded(n, len(x))
-        q, k = step.queries_and_keys(m, turns)
-        return step.finish(x, m, layer.attend(q, k, step.values(n), active))
+        z, r, h = step.from_memory(m)
+        q, k = step.queries_and_keys(z, turns)
+        return step.finish(x, r, h, layer.attend(q, k, step.values(n), active))
 
     # --- sequences in and out ---------------------------------------------------------------------------------------
 
@@ -231,31 +234,38 @@ class SlotDecoder:
 def choose_buckets(model: MegalodonForCausalLM, candidates: Sequence[int]) -> tuple[int, ...]:
     """The candidates whose matrix products give each row, wherever it stands, the same bits as the largest candidate.
 
-    Every distinct shape among the model's matrices is multiplied with random rows. The largest candidate always stays;
-    its own rows must not depend on their place.
+    Every distinct shape among the products of a step is multiplied with random rows. The largest candidate always
+    stays; its own rows must not depend on their place.
 
     Raises:
         RuntimeError: if they do: results on this machine would depend on who else is being served.
     """
     largest = max(candidates)
-    shapes: dict[tuple[int, ...], nn.Linear] = {
-        tuple(module.weight.shape): module for module in model.modules() if isinstance(module, nn.Linear)
-    }
+    packed = can_pack(linear_layers(model.model))
+    products = [Projection(model.lm_head, packed=False)]
+    for block in model.model.layers:
+        products += BlockStep(block, packed).products
+    shapes = {tuple(tuple(layer.weight.shape) for layer in product.layers): product for product in products}
     alike = set(candidates)
     generator = torch.Generator().manual_seed(0)
-    for linear in shapes.values():
-        x = torch.randn(largest, linear.in_features, generator=generator).to(model.device, linear.weight.dtype)
-        whole = linear(x)
+    for product in shapes.values():
+        weight = product.layers[0].weight
+
+        def multiply(x: Tensor, product: Projection = product) -> Tensor:
+            return torch.cat(list(product(x)), dim=1)
+
+        x = torch.randn(largest, weight.shape[1], generator=generator).to(model.device, weight.dtype)
+        whole = multiply(x)
         order = torch.randperm(largest, generator=generator).to(model.device)
-        if not torch.equal(linear(x[order]), whole[order]):
+        if not torch.equal(multiply(x[order]), whole[order]):
             raise RuntimeError(
-                f"a product of {largest} rows with a matrix of {linear.in_features} x {linear.out_features} gives a "
+                f"a product of {largest} rows with a matrix of {weight.shape[1]} x {whole.shape[1]} gives a "
                 "row other bits in another place: this machine's matrix library cannot serve reproducibly"
             )
         for size in candidates:
             places = [*range(0, largest - size + 1, max(1, size // 2)), largest - size]
             if not all(
-                torch.equal(linear(x[start : start + size].clone()), whole[start : start + size]) for start in places
+                torch.equal(multiply(x[start : start + size].clone()), whole[start : start + size]) for start in places
             ):
                 alike.discard(size)
     return tuple(sorted(alike | {largest}))

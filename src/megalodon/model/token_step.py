@@ -29,6 +29,7 @@ from megalodon.model.block import MegalodonBlock
 from megalodon.model.cema import CEMA
 from megalodon.model.chunk_attention import GatedChunkAttention
 from megalodon.model.feed_forward import FeedForward
+from megalodon.model.projection import Projection, can_pack
 from megalodon.model.state import LayerState, MegalodonState
 from megalodon.model.timestep_norm import Moments, TimestepNorm
 from megalodon.ops.backend import backend_for, full_precision
@@ -75,10 +76,16 @@ class NormStep:
 class BlockStep:
     """A block for one token a row; its memory belongs to the caller."""
 
-    def __init__(self, block: MegalodonBlock) -> None:
-        attention = block.attention
+    def __init__(self, block: MegalodonBlock, packed: bool) -> None:
+        attention, feed_forward = block.attention, block.feed_forward
         self.block, self.attention = block, attention
         self.norm = NormStep(block.timestep_norm)
+        self.from_input = Projection(attention.v_proj, packed=packed)
+        self.from_memory = Projection(attention.z_proj, attention.r_proj, attention.h_proj, packed=packed)
+        self.output = Projection(attention.o_proj, packed=packed)
+        wide = [feed_forward.up_proj, feed_forward.gate_proj]
+        self.wide = Projection(*(layer for layer in wide if layer is not None), packed=packed)
+        self.down = Projection(feed_forward.down_proj, packed=packed)
         p, q, gamma = (x.detach() for x in block.cema.coefficients())
         self.p = p
         self.q_real, self.q_imag = (x.contiguous() for x in torch.view_as_real(q).unbind(-1))
@@ -89,6 +96,11 @@ class BlockStep:
         self.qk_scale = scale.view(2, heads, -1)
         self.qk_bias = attention.qk_bias.detach().view(2, heads, -1)
 
+    @property
+    def products(self) -> list[Projection]:
+        """All products with weights."""
+        return [self.from_input, self.from_memory, self.output, self.wide, self.down]
+
     def average(self, n: Tensor, real: Tensor, imag: Tensor) -> Tensor:
         """CEMA and its norm: n [M, D] -> [M, D]; h = real + i imag, [M, D, N] each, is moved on in place."""
         wide = n.to(self.p.dtype)
@@ -98,10 +110,10 @@ class BlockStep:
         y = (real * self.gamma_real).sub_(imag * self.gamma_imag).sum(-1)
         return self.block.memory_norm(torch.addcmul(y, self.omega, wide).to(n.dtype))
 
-    def queries_and_keys(self, m: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-        """m [M, D] and turns complex [1 or M, d/2] -> queries and keys, rotated, [M, H, d] each."""
+    def queries_and_keys(self, z: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """z [M, Z] and turns complex [1 or M, d/2] -> queries and keys, rotated, [M, H, d] each."""
         _, heads, size = self.qk_scale.shape
-        z = F.rms_norm(self.attention.z_proj(m).view(-1, 1, heads, size), (size,), None, self.attention.eps)
+        z = F.rms_norm(z.unflatten(1, (1, heads, size)), (size,), None, self.attention.eps)
         both = torch.addcmul(self.qk_bias, z, self.qk_scale).to(z.dtype)
         turns = turns.expand(len(both), -1)
         queries, keys = _uncut(_rotated, both, turns).unbind(1)
@@ -109,22 +121,17 @@ class BlockStep:
 
     def values(self, n: Tensor) -> Tensor:
         """[M, D] -> [M, H, e]."""
-        return silu(self.attention.v_proj(n)).view(len(n), self.attention.num_heads, -1)
+        (v,) = self.from_input(n)
+        return silu(v).view(len(n), self.attention.num_heads, -1)
 
-    def finish(self, x: Tensor, m: Tensor, o: Tensor) -> Tensor:
-        """The rest of the block, given what attention found: x, m [M, D], o [M, H, e] -> [M, D]."""
-        r = self.attention.r_proj(m)
-        branch = self.attention.h_proj(m) + self.attention.o_proj(silu(r) * o.flatten(1).to(r.dtype))
-        return x + self._feed_forward(x + branch)
-
-    def _feed_forward(self, y: Tensor) -> Tensor:
-        layer = self.block.feed_forward
-        n = layer.norm(y)
-        hidden = silu(layer.up_proj(n))
-        if layer.gate_proj is not None:
-            hidden = hidden * layer.gate_proj(n)
-        out = layer.down_proj(hidden)
-        return out if layer.alpha is None else out * layer.alpha
+    def finish(self, x: Tensor, r: Tensor, h: Tensor, o: Tensor) -> Tensor:
+        """The rest of the block: x, h [M, D], r [M, V] and what attention found, o [M, H, e] -> [M, D]."""
+        (o,) = self.output(silu(r) * o.flatten(1).to(r.dtype))
+        feed_forward = self.block.feed_forward
+        up, *gate = self.wide(feed_forward.norm(x + h + o))
+        hidden = silu(up) * gate[0] if gate else silu(up)
+        (out,) = self.down(hidden)
+        return x + out if feed_forward.alpha is None else x + out * feed_forward.alpha
 
 
 def silu(x: Tensor) -> Tensor:
@@ -151,14 +158,15 @@ def _uncut(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 class TokenStep:
     """A model's blocks and final norm for one token a row; made anew when a weight has changed."""
 
-    def __init__(self, model: MegalodonModel) -> None:
+    def __init__(self, model: MegalodonModel, plain: bool) -> None:
+        self.plain, packed = plain, plain and can_pack(linear_layers(model))
         self.weights = [
             (module._parameters, name, parameter, *_version(parameter))
-            for module in _prepared(model)
+            for module in (*_prepared(model), *(linear_layers(model) if packed else ()))
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
-        self.blocks = [BlockStep(block) for block in model.layers]
+        self.blocks = [BlockStep(block, packed) for block in model.layers]
         self.final = NormStep(model.final_norm)
 
     @staticmethod
@@ -182,9 +190,10 @@ class TokenStep:
             return None
         if any(map(_is_not_ours_alone, _bypassed(model))):
             return None
+        plain = not any(map(_is_not_ours_alone, linear_layers(model)))
         step = _STEPS.get(model)
-        if step is None or not step._is_current():
-            step = _STEPS[model] = TokenStep(model)
+        if step is None or step.plain != plain or not step._is_current():
+            step = _STEPS[model] = TokenStep(model, plain)
         return step
 
     def _is_current(self) -> bool:
@@ -210,10 +219,11 @@ class TokenStep:
             moments, h = Moments(*(value.clone() for value in memory.moments)), memory.cema.clone()
             n = step.norm(x, share, *moments).to(x.dtype)
             m = step.average(n, *torch.view_as_real(h).unbind(-1))
-            q, k = step.queries_and_keys(m, turns)
+            z, r, h_proj = step.from_memory(m)
+            q, k = step.queries_and_keys(z, turns)
             chunk = memory.chunk.with_token(k, step.values(n), offset, sizes.chunk_size)
             keys, values = (buffer[:, : offset + 1] for buffer in chunk)
-            x = step.finish(x, m, ops.causal_attention(q[:, None], keys, values, offset)[:, 0])
+            x = step.finish(x, r, h_proj, ops.causal_attention(q[:, None], keys, values, offset)[:, 0])
             layers.append(LayerState(moments, h, chunk))
         final = Moments(*(value.clone() for value in state.final))
         x = self.final(x, share, *final).to(x.dtype)
@@ -221,7 +231,7 @@ class TokenStep:
 
 
 _STEPS: WeakKeyDictionary[nn.Module, TokenStep] = WeakKeyDictionary()
-_OURS = (MegalodonBlock, TimestepNorm, CEMA, GatedChunkAttention, FeedForward)
+_OURS = (MegalodonBlock, TimestepNorm, CEMA, GatedChunkAttention, FeedForward, nn.Linear)
 
 
 def _prepared(model: MegalodonModel) -> Iterator[nn.Module]:
@@ -231,10 +241,20 @@ def _prepared(model: MegalodonModel) -> Iterator[nn.Module]:
         yield from (block.timestep_norm, block.cema, block.attention)
 
 
+def linear_layers(model: MegalodonModel) -> Iterator[nn.Module]:
+    """The blocks' linear layers, whatever has taken their place."""
+    for block in model.layers:
+        attention, feed_forward = block.attention, block.feed_forward
+        yield from (attention.v_proj, attention.z_proj, attention.r_proj, attention.h_proj, attention.o_proj)
+        yield from (feed_forward.up_proj, feed_forward.down_proj)
+        if feed_forward.gate_proj is not None:
+            yield feed_forward.gate_proj
+
+
 def _bypassed(model: MegalodonModel) -> Iterator[nn.Module]:
-    yield from model.layers
-    yield from (block.feed_forward for block in model.layers)
     yield from _prepared(model)
+    for block in model.layers:
+        yield from (block, block.feed_forward)
 
 
 def _is_not_ours_alone(module: nn.Module) -> bool:

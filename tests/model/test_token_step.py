@@ -130,9 +130,9 @@ def test_a_layer_that_others_listen_to_or_replace_is_called(taken) -> None:
     model = model_of()
     state = read(model, 5)
     expected = step(model, 5, state).logits
-    seen: list[str] = []
+    seen: list[str] = []  # these are called, and so the short way stays open
     handle = model.model.layers[1].feed_forward.down_proj.register_forward_hook(lambda *_: seen.append("hook"))
-    assert relative(step(model, 5, state).logits, expected) < 1e-12 and seen == ["hook"]
+    assert relative(step(model, 5, state).logits, expected) < 1e-12 and seen == ["hook"] and len(taken) == 2
     handle.remove()
 
     class Adapted(torch.nn.Module):
@@ -146,11 +146,16 @@ def test_a_layer_that_others_listen_to_or_replace_is_called(taken) -> None:
     attention = model.model.layers[0].attention
     attention.o_proj = Adapted(attention.o_proj)
     adapted = step(model, 5, state).logits
-    assert relative(adapted, expected) > 1e-3 and len(taken) == 3
+    assert relative(adapted, expected) > 1e-3
     with torch.no_grad():
         whole = model(TOKENS[:, :6]).logits[:, 5:]
     other = step(model, 5, read(model, 5)).logits
     assert relative(other, whole) < 1e-12
+
+    attention.o_proj = attention.o_proj.base
+    assert relative(step(model, 5, state).logits, expected) < 1e-12
+    attention.h_proj = torch.nn.Linear(attention.h_proj.in_features, attention.h_proj.out_features).double()
+    assert relative(step(model, 5, state).logits, expected) > 1e-3
 
 
 def test_what_needs_the_long_way_takes_it(taken, monkeypatch: pytest.MonkeyPatch) -> None:

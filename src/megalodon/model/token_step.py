@@ -158,8 +158,9 @@ def _uncut(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 class TokenStep:
     """A model's blocks and final norm for one token a row; made anew when a weight has changed."""
 
-    def __init__(self, model: MegalodonModel, plain: bool) -> None:
-        self.plain, packed = plain, plain and can_pack(linear_layers(model))
+    def __init__(self, model: MegalodonModel, modules: tuple[nn.Module, ...], plain: bool) -> None:
+        self.modules, self.plain = modules, plain
+        packed = plain and can_pack(linear_layers(model))
         self.weights = [
             (module._parameters, name, parameter, *_version(parameter))
             for module in (*_prepared(model), *(linear_layers(model) if packed else ()))
@@ -188,12 +189,13 @@ class TokenStep:
         chunk = state.dimensions.chunk_size
         if min(positions) == 0 or len({position % chunk for position in positions}) > 1:
             return None
-        if any(map(_is_not_ours_alone, _bypassed(model))):
+        bypassed, linear = tuple(_bypassed(model)), tuple(linear_layers(model))
+        if any(map(_is_not_ours_alone, bypassed)):
             return None
-        plain = not any(map(_is_not_ours_alone, linear_layers(model)))
+        modules, plain = bypassed + linear, not any(map(_is_not_ours_alone, linear))
         step = _STEPS.get(model)
-        if step is None or step.plain != plain or not step._is_current():
-            step = _STEPS[model] = TokenStep(model, plain)
+        if step is None or step.modules != modules or step.plain != plain or not step._is_current():
+            step = _STEPS[model] = TokenStep(model, modules, plain)
         return step
 
     def _is_current(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 from transformers import AutoModelForCausalLM
 
+from megalodon import cli
 from megalodon.data import Loader
 from megalodon.parallel import ParallelModel
 from megalodon.training import launch, mesh_run, processes
@@ -165,6 +166,17 @@ def test_a_mesh_that_cannot_work_is_one_error(ranks, values, changes, message):
 def test_a_mesh_without_a_launcher_says_how_to_launch(values):
     with pytest.raises(ValueError, match="torchrun --nproc-per-node=4"):
         launch.train(launch.resolve(check_config(with_changes(values, shard=2, tensor=2), "test"), "test"))
+
+
+def test_another_process_leaves_bad_input_to_the_first(monkeypatch, capsys):
+    waits: list[float] = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "missing.yaml"])
+    assert ended.value.code == 2
+    assert waits == [cli.SECONDS_FOR_THE_FIRST]
+    assert "missing.yaml" in capsys.readouterr().err
 
 
 def old_torch(rank: int):

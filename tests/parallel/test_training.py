@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from living import Living
 from torch.distributed.checkpoint import FileSystemWriter
 from transformers import AutoModelForCausalLM
 
-from megalodon import cli
+from megalodon import MegalodonConfig, cli
 from megalodon.data import Loader
-from megalodon.parallel import ParallelModel
+from megalodon.parallel import ParallelModel, sharded
 from megalodon.training import launch, mesh_run, processes
 from megalodon.training.checkpoint import list_checkpoints
 from megalodon.training.config_file import check_config
@@ -133,6 +134,22 @@ def test_fine_tuning_starts_from_the_same_weights(ranks, values, tmp_path):
     assert train(with_changes(values, steps=3, folder="whole")) == "done"
     assert set(ranks.launch(2, train, with_changes(values, steps=3, shard=2))) == {"done"}
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_checkpoint_is_made_whole_a_few_parameters_at_a_time(ranks, values, tmp_path, monkeypatch):
+    assert set(ranks.launch(2, train, with_changes(values, steps=3, shard=2))) == {"done"}
+    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    largest = max(shape.numel() * dtype.itemsize for shape, dtype in sharded.weight_shapes(checkpoint).values())
+    monkeypatch.setattr(sharded, "BYTES_AT_ONCE", largest)
+    (tmp_path / "model").mkdir()
+    with Living() as living:
+        sharded.write_whole_model(checkpoint, tmp_path / "model", MegalodonConfig.from_pretrained(checkpoint / "model"))
+    models = [AutoModelForCausalLM.from_pretrained(folder / "model") for folder in (tmp_path, tmp_path / "run")]
+    total = sum(p.nbytes for p in models[0].parameters())
+    assert living.peak < 3 * largest < total  # what a file takes, what is read for it, and what is copied
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def test_one_process_goes_on_without_a_launcher(ranks, values, tmp_path):

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from living import Living
 from torch.distributed.checkpoint import FileSystemWriter
 from transformers import AutoModelForCausalLM
 
+from megalodon import MegalodonConfig, cli
 from megalodon.data import Loader
-from megalodon.parallel import ParallelModel
+from megalodon.parallel import ParallelModel, sharded
 from megalodon.training import launch, mesh_run, processes
 from megalodon.training.checkpoint import list_checkpoints
 from megalodon.training.config_file import check_config
@@ -134,6 +136,22 @@ def test_fine_tuning_starts_from_the_same_weights(ranks, values, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_checkpoint_is_made_whole_a_few_parameters_at_a_time(ranks, values, tmp_path, monkeypatch):
+    assert set(ranks.launch(2, train, with_changes(values, steps=3, shard=2))) == {"done"}
+    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    largest = max(shape.numel() * dtype.itemsize for shape, dtype in sharded.weight_shapes(checkpoint).values())
+    monkeypatch.setattr(sharded, "BYTES_AT_ONCE", largest)
+    (tmp_path / "model").mkdir()
+    with Living() as living:
+        sharded.write_whole_model(checkpoint, tmp_path / "model", MegalodonConfig.from_pretrained(checkpoint / "model"))
+    models = [AutoModelForCausalLM.from_pretrained(folder / "model") for folder in (tmp_path, tmp_path / "run")]
+    total = sum(p.nbytes for p in models[0].parameters())
+    assert living.peak < 3 * largest < total  # what a file takes, what is read for it, and what is copied
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_one_process_goes_on_without_a_launcher(ranks, values, tmp_path):
     assert train(with_changes(values, folder="whole")) == "done"
     assert set(ranks.launch(2, train, with_changes(values, steps=5, shard=2))) == {"done"}
@@ -165,6 +183,17 @@ def test_a_mesh_that_cannot_work_is_one_error(ranks, values, changes, message):
 def test_a_mesh_without_a_launcher_says_how_to_launch(values):
     with pytest.raises(ValueError, match="torchrun --nproc-per-node=4"):
         launch.train(launch.resolve(check_config(with_changes(values, shard=2, tensor=2), "test"), "test"))
+
+
+def test_another_process_leaves_bad_input_to_the_first(monkeypatch, capsys):
+    waits: list[float] = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "missing.yaml"])
+    assert ended.value.code == 2
+    assert waits == [cli.SECONDS_FOR_THE_FIRST]
+    assert "missing.yaml" in capsys.readouterr().err
 
 
 def old_torch(rank: int):

@@ -8,8 +8,12 @@ import difflib
 import importlib
 import os
 import sys
+import time
 
 from megalodon import __version__
+
+SECONDS_FOR_THE_FIRST = 10.0
+"""How long another process than the first waits before it reports bad input itself."""
 
 COMMANDS = {
     "train": "train a model from a YAML config",
@@ -57,6 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"megalodon: serve needs {error.name}: pip install 'megalodon-lm[{extra}]'", file=sys.stderr)
         raise SystemExit(2) from None
     except (ValueError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that one launcher started, one says it
-            print(f"megalodon: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # Of the processes that a launcher started, the first says it, and then the launcher ends the others. Were
+            # this one to exit before, the first might be ended before it could.
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        print(f"megalodon: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -26,6 +26,9 @@ FOUND = (ValueError, OSError)
 GRACE = 5.0
 """Seconds that the first rank that sees a failure leaves the others to see theirs."""
 
+SAYING = 0.5
+"""Seconds that rank 0 has to say what is wrong, before another rank's exit has the launcher end it."""
+
 
 class QuietExit(SystemExit):
     """This rank ends because of an error that rank 0 reports."""
@@ -138,6 +141,7 @@ class Processes:
         if not failed:
             return
         if self.rank != 0:
+            time.sleep(SAYING)
             raise QuietExit(2)
         if error is not None:
             raise error

@@ -55,7 +55,7 @@ class _Powers(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         """`sum_t conj(t q**(t-1)) grad_t`."""
         (pairs,) = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # of one power, it may have any strides
         products = torch.conj_physical(_as_complex(grad[:, 1:])).mul_(_as_complex(pairs[:, :-1]))
         weights = torch.arange(2, pairs.shape[1] + 1, dtype=pairs.dtype, device=pairs.device)
         sums = weights.expand(len(pairs), 1, -1) @ _as_pairs(products)

@@ -234,17 +234,15 @@ class SlotDecoder:
 def choose_buckets(model: MegalodonForCausalLM, candidates: Sequence[int]) -> tuple[int, ...]:
     """The candidates whose matrix products give each row, wherever it stands, the same bits as the largest candidate.
 
-    Every distinct shape among the products of a step is multiplied with random rows. The largest candidate always
-    stays; its own rows must not depend on their place.
+    Every distinct shape among the products of a block, which are those of all blocks, and the head are multiplied with
+    random rows. The largest candidate always stays; its own rows must not depend on their place.
 
     Raises:
         RuntimeError: if they do: results on this machine would depend on who else is being served.
     """
     largest = max(candidates)
-    packed = can_pack(linear_layers(model.model))
-    products = [Projection(model.lm_head, packed=False)]
-    for block in model.model.layers:
-        products += BlockStep(block, packed).products
+    block = BlockStep(model.model.layers[0], can_pack(linear_layers(model.model)))
+    products = [Projection(model.lm_head, packed=False), *block.products]
     shapes = {tuple(tuple(layer.weight.shape) for layer in product.layers): product for product in products}
     alike = set(candidates)
     generator = torch.Generator().manual_seed(0)

@@ -115,6 +115,15 @@ def _mirrored(p: Tensor) -> Tensor:
     return torch.stack([p, -p], dim=-1).flatten(1)[:, None]
 
 
+class Coefficients(NamedTuple):
+    """p real, q and gamma complex [D, N]; omega real [D] or None: see `megalodon.ops.cema`."""
+
+    p: Tensor
+    q: Tensor
+    gamma: Tensor
+    omega: Tensor | None
+
+
 class Tables(NamedTuple):
     """What p, q, gamma and omega become for blocks of T tokens.
 
@@ -153,14 +162,13 @@ class KeptTables:
     """
 
     def __init__(self) -> None:
-        self._coefficients: tuple[Tensor | None, ...] = ()
+        self._known: tuple[Tensor | None, ...] = ()
 
-    def of(self, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None) -> Tables:
+    def of(self, given: Coefficients) -> Tables:
         """`tables` for blocks of `BLOCK` tokens."""
-        given = (p, q, gamma, omega)
-        if not self._coefficients or not all(map(_same, given, self._coefficients)):
-            self._tables = tables(powers(q, BLOCK), p, gamma, omega)
-            self._coefficients = tuple(None if x is None else x.clone() for x in given)
+        if not self._known or not all(map(_same, given, self._known)):
+            self._tables = tables(powers(given.q, BLOCK), given.p, given.gamma, given.omega)
+            self._known = tuple(None if x is None else x.clone() for x in given)
         return self._tables
 
 
@@ -300,23 +308,18 @@ def cema(
         u = x.to(full_precision(x.dtype))
         if x.shape[1] == 0:
             return x, _or_zeros(initial_state, x, q)
+        coefficients = Coefficients(p, q, gamma, omega)
         if x.shape[1] == 1 and layout.plain:
-            y, last_state = step(u, p, q, gamma, omega, initial_state)
+            y, last_state = step(u, *coefficients, initial_state)
         elif layout.plain:
-            y, last_state = _plain(u, p, q, gamma, omega, initial_state, kept)
+            y, last_state = _plain(u, coefficients, initial_state, kept)
         else:
-            y, last_state = _ragged(u, p, q, gamma, omega, initial_state, layout)
+            y, last_state = _ragged(u, coefficients, initial_state, layout)
         return y.to(x.dtype), last_state
 
 
 def _plain(
-    x: Tensor,
-    p: Tensor,
-    q: Tensor,
-    gamma: Tensor,
-    omega: Tensor | None,
-    initial_state: Tensor | None,
-    kept: KeptTables | None,
+    x: Tensor, coefficients: Coefficients, initial_state: Tensor | None, kept: KeptTables | None
 ) -> tuple[Tensor, Tensor]:
     batch, length, dim = x.shape
     size = min(BLOCK, length)
@@ -324,33 +327,33 @@ def _plain(
     padded = F.pad(x, (0, 0, 0, size - rest)) if rest else x
     u = _Transpose.apply(padded.reshape(-1, dim)).view(dim, -1, size)  # [D, B n, T]
     if kept is None or size < BLOCK or torch.is_grad_enabled():
-        table = powers(q, size)
-        y, states = _blocks(u, table, p, gamma, omega, batch, initial_state, None)
+        table = powers(coefficients.q, size)
+        y, states = _blocks(u, table, coefficients, batch, initial_state, None)
     else:
-        found = kept.of(p, q, gamma, omega)
+        found = kept.of(coefficients)
         table = found.powers
-        y, states, _ = _multiply(u, found, _conjugate(initial_state), None, batch)
+        y, states, _ = _multiply(u, found, None if initial_state is None else _conjugate(initial_state), None, batch)
         y = _Transpose.apply(y.flatten(1))
-    last_state = states[-1].conj().resolve_conj()
     if rest:
         tail = u.view(dim, batch, -1, size)[:, :, -1, :rest].contiguous()
-        entering = states[-2].conj()
-        last_state = _after(tail, table, p) + _as_complex(table[:, rest - 1]) * entering
+        last_state = _after(tail, table, coefficients.p) + _as_complex(table[:, rest - 1]) * states[-2].conj()
+    else:
+        last_state = _conjugate(states[-1])
     return y.view(batch, -1, dim)[:, :length], last_state
 
 
 def _ragged(
-    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, initial_state: Tensor | None, layout: Layout
+    x: Tensor, coefficients: Coefficients, initial_state: Tensor | None, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     batch, length, dim = x.shape
     size = min(BLOCK, length)
     blocks = layout.blocks(size)
-    table = powers(q, size)
+    table = powers(coefficients.q, size)
     tokens = x.reshape(batch * length, dim)
     aligned = move_rows(tokens, blocks.source, blocks.target, batch * blocks.count * size)
     u = _Transpose.apply(aligned).view(dim, -1, size)
-    keep = (~blocks.fresh).t()[:, :, None, None].to(q.dtype)
-    y, states = _blocks(u, table, p, gamma, omega, batch, initial_state, keep)
+    keep = (~blocks.fresh).t()[:, :, None, None].to(coefficients.q.dtype)
+    y, states = _blocks(u, table, coefficients, batch, initial_state, keep)
     y = move_rows(y, blocks.target, blocks.source, batch * length)
 
     tail = move_rows(tokens, blocks.tail_source, blocks.tail_target, batch * size)
@@ -358,15 +361,13 @@ def _ragged(
     entering = states[blocks.tail, torch.arange(batch, device=x.device)].conj()
     decays = torch.cat([_ones(table), table], dim=1).index_select(1, blocks.tail_length)
     decays = _as_complex(decays.transpose(0, 1).contiguous())  # [B, D, N]
-    return y.view(batch, length, dim), _after(tail, table, p) + decays * entering
+    return y.view(batch, length, dim), _after(tail, table, coefficients.p) + decays * entering
 
 
 def _blocks(
     u: Tensor,
     table: Tensor,
-    p: Tensor,
-    gamma: Tensor,
-    omega: Tensor | None,
+    coefficients: Coefficients,
     batch: int,
     initial_state: Tensor | None,
     keep: Tensor | None,
@@ -375,12 +376,14 @@ def _blocks(
 
     `keep` [n, B, 1, 1] is 0 where a block starts a document and 1 elsewhere; None: all 1.
     """
-    y, states = _Blocks.apply(u, table, p, gamma, omega, _conjugate(initial_state), keep, batch)
+    p, _, gamma, omega = coefficients
+    initial = None if initial_state is None else _conjugate(initial_state)
+    y, states = _Blocks.apply(u, table, p, gamma, omega, initial, keep, batch)
     return _Transpose.apply(y.flatten(1)), states
 
 
-def _conjugate(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.conj().resolve_conj()
+def _conjugate(state: Tensor) -> Tensor:
+    return state.conj().resolve_conj()
 
 
 def _after(tail: Tensor, powers: Tensor, p: Tensor) -> Tensor:

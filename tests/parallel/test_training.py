@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from living import Living
 from torch.distributed.checkpoint import FileSystemWriter
 from transformers import AutoModelForCausalLM
@@ -295,7 +297,7 @@ def hanging(rank: int):
         nonlocal calls
         calls += 1
         if rank == 1 and calls == 3:
-            time.sleep(6)
+            time.sleep(8)
         return before(self, *arguments)
 
     ParallelModel.accumulate_gradients = accumulate_gradients
@@ -306,12 +308,16 @@ def hanging(rank: int):
     return undo
 
 
-def test_a_rank_that_hangs_in_a_step_is_named(ranks, values):
-    changed = with_changes(values, shard=2, timeout_seconds=2)
-    first, second = ranks.launch(2, train_with, hanging, changed)
+@pytest.mark.parametrize("axes", [{"shard": 2}, {"replicate": 2, "chunk": 2}], ids=["whole", "part"])
+def test_a_rank_that_hangs_in_a_step_is_named(ranks, values, axes):
+    """Also where it is waited for in a group of some of the ranks, which has a timeout of its own."""
+    size = math.prod(axes.values())
+    ranks.run(size, dist.get_rank)  # processes that were still to start would be late for their meeting
+    changed = with_changes(values, **axes, timeout_seconds=3)
+    first, second, *others = ranks.launch(size, train_with, hanging, changed)
     assert "UnresponsiveError: rank 0: step 3" in first
     assert "ranks that no longer answer: 1" in first
-    assert "UnresponsiveError" in second
+    assert all("UnresponsiveError" in answer for answer in (second, *others))
 
 
 def defective(rank: int):

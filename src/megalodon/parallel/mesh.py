@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megalodon.model.config import MegalodonConfig
 
@@ -129,16 +131,22 @@ def pipeline_problems(size: int, virtual_stages: int, accumulation_steps: int, c
 class Mesh:
     """A built mesh: this process's place in it and the groups it talks to.
 
+    Args:
+        timeout: seconds after which a collective of any axis fails; None leaves each group what PyTorch gives it.
+
     Raises:
         ValueError: the process group has another number of ranks than the sizes make.
     """
 
-    def __init__(self, sizes: MeshSizes, device_type: str) -> None:
+    def __init__(self, sizes: MeshSizes, device_type: str, timeout: float | None = None) -> None:
         if dist.get_world_size() != sizes.world_size:
             raise ValueError(f"mesh: {sizes} makes {sizes.world_size} processes, and there are {dist.get_world_size()}")
         self.sizes, self.device_type = sizes, device_type
         self.root = init_device_mesh(device_type, sizes.values(), mesh_dim_names=AXES)
         self.parameters = self._parameters()
+        if timeout is not None:  # groups of some of the ranks do not take over the default group's
+            for group in (*self.root.get_all_groups(), *self.parameters.get_all_groups()):
+                _set_pg_timeout(timedelta(seconds=timeout), group)
 
     def _parameters(self) -> DeviceMesh:
         """The same ranks as a mesh of PARAMETER_AXES, of the same groups."""

@@ -163,7 +163,7 @@ def _build(
     resolved: launch.Resolved, documents: tuple, device: torch.device, processes: Processes
 ) -> tuple[Parts, ParallelModel]:
     config, data = resolved.config, resolved.config.data
-    mesh = Mesh(config.mesh.sizes, device.type)
+    mesh = Mesh(config.mesh.sizes, device.type, config.mesh.timeout_seconds)
     rank, world_size = mesh.data_rank, mesh.sizes.data
     loader = processes.together(lambda: launch.build_loader(config, documents[0], rank, world_size))
     whole = empty_model(resolved.model_config)

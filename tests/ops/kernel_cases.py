@@ -73,8 +73,8 @@ def largest_error(
 
 def _error(actual: Tensor | None, expected: Tensor, least: float) -> float:
     """The largest difference over the largest expected magnitude, or over `least`: inputs are of order 1, and random
-    sums that cancel, few numbers as they are, must not be judged by what is left of them. Gradients are sums of more and
-    larger terms than outputs, and in attention to one key those of q and k cancel to zero.
+    sums that cancel, few numbers as they are, must not be judged by what is left of them. Gradients are sums of more
+    and larger terms than outputs, and in attention to one key those of q and k cancel to zero.
     """
     assert actual is not None
     assert actual.shape == expected.shape

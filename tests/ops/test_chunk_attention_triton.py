@@ -55,7 +55,10 @@ def test_bfloat16(device: str) -> None:
     out = chunk_attention(**inputs, chunk_size=70, backend="triton")
     assert out.dtype == torch.bfloat16
     errors = largest_error((out,), (chunk_attention(**wide, chunk_size=70, backend="reference"),), inputs, wide)
-    assert max(errors.values()) < 2**-6, errors
+    assert errors.pop("output 0") < 2**-6
+    assert max(errors.values()) < 0.05, (
+        errors
+    )  # as of plain PyTorch in bfloat16: 0.01 as a rule, 0.026 in one of 60 draws
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -40,11 +40,13 @@ def serve(rank: int, connection: Connection) -> None:
                 timeout=timedelta(seconds=120),
             )
             try:
+                dist.barrier()  # a rank with nothing to say to the others would be gone before they have met it
                 connection.send((function(*arguments), None))
             finally:
                 dist.destroy_process_group()
                 forget_groups()
         except BaseException:
+            dist.distributed_c10d._world.group_count = 0  # a group that failed was counted; the next has a name by it
             connection.send((None, traceback.format_exc()))
 
 

@@ -337,7 +337,7 @@ def defective(rank: int):
 
 
 def test_a_defect_of_one_rank_is_not_taken_for_the_network(ranks, values):
-    first, second = ranks.launch(2, train_with, defective, with_changes(values, shard=2, timeout_seconds=2))
+    first, second = ranks.launch(2, train_with, defective, with_changes(values, shard=2, timeout_seconds=4))
     assert "UnresponsiveError: rank 0: step 1" in first
     assert "ranks that no longer answer: 1" in first
     assert second == "RuntimeError: out of memory"

@@ -213,6 +213,19 @@ def test_beginnings_are_not_shared_between_owners_unless_allowed() -> None:
         assert call.usage.cached_tokens == (96 if share else 0)
 
 
+@pytest.mark.parametrize("length", [95, 96, 97, 98, 112])
+def test_a_context_of_a_known_text_is_not_read_again(length: int) -> None:
+    """Also where one token is left after the known blocks: there is nothing to generate from it."""
+    engine, tokens = with_cache(), text_tokens(1, 112)
+    expected = run(engine, submit(engine, tokens[:length], max_tokens=9)).tokens()
+    read = engine.counters.read_tokens
+    call = run(engine, submit(engine, tokens[:length], read_only=True, keep=True))
+    assert call.failed is None and call.snapshot.tokens == length
+    assert call.snapshot.position == (length - 1) // CHUNK * CHUNK
+    assert engine.counters.read_tokens == read
+    assert run(engine, submit(engine, start=call.snapshot, max_tokens=9)).tokens() == expected
+
+
 def test_what_was_generated_is_not_taken_for_read() -> None:
     """A state after generated tokens differs in its last bits from one after reading them."""
     engine = with_cache()

@@ -119,7 +119,7 @@ class Reader:
         Report a piece with `fed`, replayed tokens with `replayed`.
         """
         self._take()
-        if self._only and not self._completes_block():
+        if self._is_enough():
             return Finished() if self._closed else Waiting()
         while self._stages:
             stage = self._stages.popleft()
@@ -138,6 +138,8 @@ class Reader:
 
     def _next_of_text(self, most: int) -> Next | None:
         self._jump()
+        if self._is_enough():  # what the cache had may be all that was needed
+            return Finished() if self._closed else Waiting()
         room = self._room()
         length = min(room, len(self._buffer) - 1)
         if length == room or (self._closed and length > 0):
@@ -190,8 +192,9 @@ class Reader:
         stages = sum(len(stage.tokens) if isinstance(stage, Replay) else len(stage) for stage in self._stages)
         return stages + (self._held is not None) + len(self._buffer)
 
-    def _completes_block(self) -> bool:
-        return self.position % self._block + self._unfed() > self._block
+    def _is_enough(self) -> bool:
+        """Nothing will be generated, and no more than one block is unfed: a snapshot's tail has room for it."""
+        return self._only and self.position % self._block + self._unfed() <= self._block
 
     def _room(self) -> int:
         return self._piece - self.position % self._piece

@@ -54,8 +54,8 @@ class SlotLayer:
     def __init__(self, step: BlockStep, slots: int, sizes: Dimensions, capacity: int, dtype: torch.dtype) -> None:
         self.step, block = step, step.block
         self.norm = SlotNorm(block.timestep_norm, self.step.norm, slots)
-        device, state = self.norm.mean.device, self.step.p.dtype
-        self.h = torch.zeros(2, slots, sizes.model_dim, sizes.cema_ndim, dtype=state, device=device)  # (re, im)
+        device, q = self.norm.mean.device, self.step.q
+        self.h = torch.zeros(slots, *q.shape, dtype=q.dtype, device=device)
         heads = (slots, sizes.num_heads, capacity)
         self.keys = torch.zeros(*heads, sizes.head_dim, dtype=dtype, device=device)
         self.values = torch.zeros(*heads, sizes.value_head_dim, dtype=dtype, device=device)
@@ -123,7 +123,7 @@ class SlotDecoder:
         with torch.inference_mode():
             packed = can_pack(linear_layers(model.model))
             self.layers = [
-                SlotLayer(BlockStep(block, packed), self.slots, self.sizes, capacity, model.dtype)
+                SlotLayer(BlockStep(block, packed, model.dtype), self.slots, self.sizes, capacity, model.dtype)
                 for block in model.model.layers
             ]
             final = model.model.final_norm
@@ -174,7 +174,7 @@ class SlotDecoder:
     def _block(self, layer: SlotLayer, x: Tensor, share: Tensor, turns: Tensor, active: Active) -> Tensor:
         step = layer.step
         n = layer.norm.step(x[: len(share)], share)
-        m = padded(step.average(n, *layer.h[:, : len(n)]), len(x))
+        m = padded(step.average(n, layer.h[: len(n)]), len(x))
         n = padded(n, len(x))
         z, r, h = step.from_memory(m)
         q, k = step.queries_and_keys(z, turns)
@@ -194,7 +194,7 @@ class SlotDecoder:
             mine.mean[slot] = theirs.mean[0] if position else prior.mean
             mine.var[slot] = theirs.var[0] if position else prior.var
         for layer, memory in zip(self.layers, state.layers, strict=True):
-            layer.h[:, slot] = torch.view_as_real(memory.cema[0]).movedim(-1, 0)
+            layer.h[slot] = memory.cema[0]
             layer.keys[slot, :, :filled] = memory.chunk.keys[0, :filled].transpose(0, 1)
             layer.values[slot, :, :filled] = memory.chunk.values[0, :filled].transpose(0, 1)
 
@@ -210,7 +210,7 @@ class SlotDecoder:
         layers = [
             LayerState(
                 moments(layer.norm),
-                torch.complex(*layer.h[:, rows]),
+                layer.h[rows].clone(),
                 OpenChunk(*(x[rows, :, :filled].transpose(1, 2).clone() for x in (layer.keys, layer.values))),
             )
             for layer in self.layers
@@ -225,7 +225,7 @@ class SlotDecoder:
         for norm in [self.final, *(layer.norm for layer in self.layers)]:
             norm.mean[target], norm.var[target] = norm.mean[source], norm.var[source]
         for layer in self.layers:
-            layer.h[:, target] = layer.h[:, source]
+            layer.h[target] = layer.h[source]
             for buffer in (layer.keys, layer.values):
                 buffer[target, :, :filled] = buffer[source, :, :filled]
 
@@ -241,7 +241,7 @@ def choose_buckets(model: MegalodonForCausalLM, candidates: Sequence[int]) -> tu
         RuntimeError: if they do: results on this machine would depend on who else is being served.
     """
     largest = max(candidates)
-    block = BlockStep(model.model.layers[0], can_pack(linear_layers(model.model)))
+    block = BlockStep(model.model.layers[0], can_pack(linear_layers(model.model)), model.dtype)
     products = [Projection(model.lm_head, packed=False), *block.products]
     shapes = {tuple(tuple(layer.weight.shape) for layer in product.layers): product for product in products}
     alike = set(candidates)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def _effective(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`weight + 1`, rounded once: bfloat16 cannot hold the sum of 1 and a small offset."""
+def effective(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`weight + 1` in `dtype`, rounded once: bfloat16 cannot hold the sum of 1 and a small offset."""
     if weight is None or weight.dtype == dtype == torch.float32:
         return None if weight is None else weight + 1
     return (weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1).to(dtype)
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return F.rms_norm(x, x.shape[-1:], _effective(self.weight, x.dtype), self.eps)
+        return F.rms_norm(x, x.shape[-1:], effective(self.weight, x.dtype), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -39,4 +39,4 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, x.shape[-1:], _effective(self.weight, x.dtype), bias, self.eps)
+        return F.layer_norm(x, x.shape[-1:], effective(self.weight, x.dtype), bias, self.eps)

@@ -51,7 +51,8 @@ class Projection:
             return [layer(x) for layer in self.layers]
         rows = x.expand(len(self.weight), *x.shape)
         y = torch.bmm(rows, self.weight) if self.bias is None else torch.baddbmm(self.bias, rows, self.weight)
-        return y.transpose(0, 1).reshape(len(x), -1).split(self.sizes, dim=1)[: len(self.layers)]
+        y = y.transpose(0, 1).reshape(len(x), -1)
+        return (y,) if len(self.sizes) == 1 else y.split_with_sizes(self.sizes, 1)[: len(self.layers)]
 
 
 def can_pack(layers: Iterable[nn.Module]) -> bool:

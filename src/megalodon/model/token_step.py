@@ -16,7 +16,7 @@ never bypassed: `TokenStep.of` says None, and the caller takes the long way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -29,9 +29,11 @@ from megalodon.model.block import MegalodonBlock
 from megalodon.model.cema import CEMA
 from megalodon.model.chunk_attention import GatedChunkAttention
 from megalodon.model.feed_forward import FeedForward
+from megalodon.model.norms import LayerNorm, RMSNorm, effective
 from megalodon.model.projection import Projection, can_pack
 from megalodon.model.state import LayerState, MegalodonState
 from megalodon.model.timestep_norm import Moments, TimestepNorm
+from megalodon.model.watch import Watch, is_forwarded_as_written
 from megalodon.ops.backend import backend_for, full_precision
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ class NormStep:
 class BlockStep:
     """A block for one token a row; its memory belongs to the caller."""
 
-    def __init__(self, block: MegalodonBlock, packed: bool) -> None:
+    def __init__(self, block: MegalodonBlock, packed: bool, dtype: torch.dtype) -> None:
+        """`packed`: see `Projection`. `dtype`: of the activations."""
         attention, feed_forward = block.attention, block.feed_forward
         self.block, self.attention = block, attention
         self.norm = NormStep(block.timestep_norm)
@@ -86,11 +89,13 @@ class BlockStep:
         wide = [feed_forward.up_proj, feed_forward.gate_proj]
         self.wide = Projection(*(layer for layer in wide if layer is not None), packed=packed)
         self.down = Projection(feed_forward.down_proj, packed=packed)
-        p, q, gamma = (x.detach() for x in block.cema.coefficients())
-        self.p = p
-        self.q_real, self.q_imag = (x.contiguous() for x in torch.view_as_real(q).unbind(-1))
-        self.gamma_real, self.gamma_imag = (x.contiguous() for x in torch.view_as_real(gamma).unbind(-1))
+        p, self.q, gamma = (x.detach() for x in block.cema.coefficients())
+        self.p = _in_parts(p.to(self.q.dtype))
+        self.gamma = _in_parts(gamma.conj())  # times h in parts, summed: the real part of gamma h
         self.omega = block.cema.omega.detach().to(p.dtype).flatten()
+        self.memory_scale = _detached(effective(block.memory_norm.weight, dtype))
+        self.input_scale = _detached(effective(feed_forward.norm.weight, dtype))
+        self.input_bias = _detached(feed_forward.norm.bias)
         heads = attention.num_heads
         scale = (attention.qk_weight.detach() + 1) / math.sqrt(attention.qk_weight.shape[1] // heads)
         self.qk_scale = scale.view(2, heads, -1)
@@ -101,14 +106,14 @@ class BlockStep:
         """All products with weights."""
         return [self.from_input, self.from_memory, self.output, self.wide, self.down]
 
-    def average(self, n: Tensor, real: Tensor, imag: Tensor) -> Tensor:
-        """CEMA and its norm: n [M, D] -> [M, D]; h = real + i imag, [M, D, N] each, is moved on in place."""
+    def average(self, n: Tensor, h: Tensor) -> Tensor:
+        """CEMA and its norm: n [M, D] -> [M, D]; h complex [M, D, N] is moved on in place."""
         wide = n.to(self.p.dtype)
-        turned = imag * self.q_imag
-        imag.mul_(self.q_real).addcmul_(real, self.q_imag)
-        real.mul_(self.q_real).sub_(turned).addcmul_(wide[..., None], self.p)
-        y = (real * self.gamma_real).sub_(imag * self.gamma_imag).sum(-1)
-        return self.block.memory_norm(torch.addcmul(y, self.omega, wide).to(n.dtype))
+        for rows in _uncut_parts(h):
+            rows.mul_(self.q)
+        parts = _in_parts(h).addcmul_(wide[..., None], self.p)
+        m = torch.addcmul((parts * self.gamma).sum(-1), self.omega, wide).to(n.dtype)
+        return F.rms_norm(m, m.shape[1:], self.memory_scale, self.block.memory_norm.eps)
 
     def queries_and_keys(self, z: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         """z [M, Z] and turns complex [1 or M, d/2] -> queries and keys, rotated, [M, H, d] each."""
@@ -128,7 +133,8 @@ class BlockStep:
         """The rest of the block: x, h [M, D], r [M, V] and what attention found, o [M, H, e] -> [M, D]."""
         (o,) = self.output(silu(r) * o.flatten(1).to(r.dtype))
         feed_forward = self.block.feed_forward
-        up, *gate = self.wide(feed_forward.norm(x + h + o))
+        n = F.layer_norm(x + h + o, x.shape[1:], self.input_scale, self.input_bias, feed_forward.norm.eps)
+        up, *gate = self.wide(n)
         hidden = silu(up) * gate[0] if gate else silu(up)
         (out,) = self.down(hidden)
         return x + out if feed_forward.alpha is None else x + out * feed_forward.alpha
@@ -147,27 +153,35 @@ def _rotated(x: Tensor, turns: Tensor) -> Tensor:
     return ops.rotate(x.flatten(1, 2)[:, None], turns[:, None]).view(x.shape)
 
 
+def _uncut_parts(x: Tensor) -> Sequence[Tensor]:
+    """As many rows at a time as PyTorch gives to one thread."""
+    return (x,) if x.numel() <= PART else x.split(max(PART // x[0].numel(), 1))
+
+
 def _uncut(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """The function of as many rows at a time as PyTorch gives to one thread."""
-    rows = max(PART // tensors[0][0].numel(), 1)
-    if len(tensors[0]) <= rows:
+    """The function of so many rows at a time."""
+    if tensors[0].numel() <= PART:
         return function(*tensors)
+    rows = max(PART // tensors[0][0].numel(), 1)
     return torch.cat([function(*parts) for parts in zip(*(x.split(rows) for x in tensors), strict=True)])
+
+
+def _in_parts(z: Tensor) -> Tensor:
+    """Complex [..., N] -> real [..., 2 N]: re, im, re, im, ..., in the same memory unless z is conjugated lazily."""
+    return torch.view_as_real(z.resolve_conj()).flatten(-2)
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
 
 
 class TokenStep:
     """A model's blocks and final norm for one token a row; made anew when a weight has changed."""
 
-    def __init__(self, model: MegalodonModel, modules: tuple[nn.Module, ...], plain: bool) -> None:
-        self.modules, self.plain = modules, plain
-        packed = plain and can_pack(linear_layers(model))
-        self.weights = [
-            (module._parameters, name, parameter, *_version(parameter))
-            for module in (*_prepared(model), *(linear_layers(model) if packed else ()))
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
-        self.blocks = [BlockStep(block, packed) for block in model.layers]
+    def __init__(self, model: MegalodonModel) -> None:
+        linear = list(linear_layers(model))
+        packed = all(is_forwarded_as_written(layer, (nn.Linear,)) for layer in linear) and can_pack(linear)
+        self.blocks = [BlockStep(block, packed, model.dtype) for block in model.layers]
         self.final = NormStep(model.final_norm)
 
     @staticmethod
@@ -189,20 +203,12 @@ class TokenStep:
         chunk = state.dimensions.chunk_size
         if min(positions) == 0 or len({position % chunk for position in positions}) > 1:
             return None
-        bypassed, linear = tuple(_bypassed(model)), tuple(linear_layers(model))
-        if any(map(_is_not_ours_alone, bypassed)):
-            return None
-        modules, plain = bypassed + linear, not any(map(_is_not_ours_alone, linear))
-        step = _STEPS.get(model)
-        if step is None or step.modules != modules or step.plain != plain or not step._is_current():
-            step = _STEPS[model] = TokenStep(model, modules, plain)
+        watch, step = _STEPS.get(model, (None, None))
+        if watch is None or not watch.unchanged():
+            ours_alone = all(is_forwarded_as_written(module, _OURS) for module in _bypassed(model))
+            step = TokenStep(model) if ours_alone else None
+            _STEPS[model] = (Watch(model), step)
         return step
-
-    def _is_current(self) -> bool:
-        return all(
-            owner.get(name) is parameter and (pointer, version) == _version(parameter)
-            for owner, name, parameter, pointer, version in self.weights
-        )
 
     def advance(self, x: Tensor, state: MegalodonState) -> tuple[Tensor, MegalodonState]:
         """Embeddings x [M, D] and the state before them, which `of` has looked at.
@@ -220,7 +226,7 @@ class TokenStep:
         for step, memory in zip(self.blocks, state.layers, strict=True):
             moments, h = Moments(*(value.clone() for value in memory.moments)), memory.cema.clone()
             n = step.norm(x, share, *moments).to(x.dtype)
-            m = step.average(n, *torch.view_as_real(h).unbind(-1))
+            m = step.average(n, h)
             z, r, h_proj = step.from_memory(m)
             q, k = step.queries_and_keys(z, turns)
             chunk = memory.chunk.with_token(k, step.values(n), offset, sizes.chunk_size)
@@ -232,15 +238,8 @@ class TokenStep:
         return x, MegalodonState(layers, final, state.position + 1, sizes)
 
 
-_STEPS: WeakKeyDictionary[nn.Module, TokenStep] = WeakKeyDictionary()
-_OURS = (MegalodonBlock, TimestepNorm, CEMA, GatedChunkAttention, FeedForward, nn.Linear)
-
-
-def _prepared(model: MegalodonModel) -> Iterator[nn.Module]:
-    """The modules whose own weights a step keeps in another form."""
-    yield model.final_norm
-    for block in model.layers:
-        yield from (block.timestep_norm, block.cema, block.attention)
+_STEPS: WeakKeyDictionary[nn.Module, tuple[Watch, TokenStep | None]] = WeakKeyDictionary()
+_OURS = (MegalodonBlock, TimestepNorm, CEMA, RMSNorm, GatedChunkAttention, FeedForward, LayerNorm)
 
 
 def linear_layers(model: MegalodonModel) -> Iterator[nn.Module]:
@@ -254,17 +253,8 @@ def linear_layers(model: MegalodonModel) -> Iterator[nn.Module]:
 
 
 def _bypassed(model: MegalodonModel) -> Iterator[nn.Module]:
-    yield from _prepared(model)
+    """The modules that a step does not call."""
+    yield model.final_norm
     for block in model.layers:
-        yield from (block, block.feed_forward)
-
-
-def _is_not_ours_alone(module: nn.Module) -> bool:
-    return type(module) not in _OURS or bool(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    )
-
-
-def _version(parameter: Tensor) -> tuple[int, int]:
-    """What changes with a tensor's storage or, unless it was made in inference mode, its values."""
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+        yield from (block, block.timestep_norm, block.cema, block.memory_norm, block.attention)
+        yield from (block.feed_forward, block.feed_forward.norm)

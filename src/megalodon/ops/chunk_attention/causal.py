@@ -20,6 +20,12 @@ from megalodon.ops.backend import full_precision, matmul_dtype
 STRIP = 128
 """Rows of queries computed together."""
 
+PARTS = 8
+"""Parts of the keys that a single query's values are summed in."""
+
+LEAST_PART = 4096
+"""Numbers that make a part worth its own product."""
+
 
 def hidden(rows: range, keys: int, offset: int | Tensor, first: Tensor | None, device: torch.device) -> Tensor | None:
     """bool, True where query `i` of `rows` may not see key `j` of `keys`: unless `first[i] <= j <= i + offset`.
@@ -105,6 +111,27 @@ class _CausalAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
+def _weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
+    """`weights [N, H, 1, K] @ v [N, H, K, e]`.
+
+    On a CPU, a product in float32 reads v with one thread for each row and head. Where those are few, keys are cut into
+    parts, so that all threads read. (The bfloat16 products have threads of their own.)
+    """
+    rows, heads, keys, size = v.shape
+    few = rows * heads < PARTS and keys // PARTS * size >= LEAST_PART
+    if not few or v.device.type != "cpu" or v.dtype == torch.bfloat16:
+        return torch.matmul(weights, v)
+    whole = keys // PARTS * PARTS
+    sums = []
+    for row in range(rows):
+        for head in range(heads):
+            w, x = weights[row, head], v[row, head]
+            parts = w[:, :whole].view(PARTS, 1, -1)
+            total = torch.bmm(parts, x[:whole].unflatten(0, (PARTS, -1))).sum(0)
+            sums.append(total if whole == keys else total.addmm_(w[:, whole:], x[whole:]))
+    return torch.stack(sums).view(rows, heads, 1, size)
+
+
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -132,7 +159,7 @@ def causal_attention(
     if dropout == 0 and q.shape[2] == 1 and first is None and isinstance(offset, int):
         scores = torch.matmul(q, k[:, :, : offset + 1].transpose(2, 3))
         weights = torch.softmax(scores, dim=-1, dtype=full_precision(wide))
-        out = torch.matmul(weights.to(wide), v[:, :, : offset + 1])
+        out = _weighted_sum(weights.to(wide), v[:, :, : offset + 1])
     elif dropout > 0:
         out = _with_dropout(q, k, v, offset, first, dropout, dropkey)
     else:

@@ -19,7 +19,7 @@ def test_gives_what_the_layers_give(rows: int, dtype: torch.dtype) -> None:
     x = torch.randn(rows, 24, dtype=dtype)
     with torch.no_grad():
         for group in (layers, layers[1:2]):
-            for y, layer in zip(Projection(*group, packed=True)(x), group, strict=True):
+            for y, layer in zip(Projection(*group, packed=dtype)(x), group, strict=True):
                 assert y.shape == (rows, layer.out_features)
                 assert relative(y, layer(x)) < (1e-12 if dtype == torch.float64 else 0.02)
 
@@ -28,7 +28,7 @@ def test_without_a_copy_the_layers_are_called() -> None:
     layer = nn.Linear(4, 3)
     seen: list[int] = []
     layer.register_forward_hook(lambda *_: seen.append(1))
-    (y,) = Projection(layer, packed=False)(torch.ones(2, 4))
+    (y,) = Projection(layer, packed=None)(torch.ones(2, 4))
     assert seen == [1] and y.shape == (2, 3)
 
 
@@ -36,8 +36,8 @@ def test_what_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Adapted(nn.Linear):
         pass
 
-    assert can_pack([nn.Linear(4, 3)])
-    assert not can_pack([nn.Linear(4, 3), Adapted(4, 3)])
-    assert not can_pack([nn.Linear(4, 3).half()])
+    assert can_pack([nn.Linear(4, 3)], torch.float32)
+    assert not can_pack([nn.Linear(4, 3), Adapted(4, 3)], torch.float32)
+    assert not can_pack([nn.Linear(4, 3).half()], torch.float32)
     monkeypatch.setattr(projection, "PACKED_AT_MOST", 4 * 3 * 4 - 1)
-    assert not can_pack([nn.Linear(4, 3)])
+    assert not can_pack([nn.Linear(4, 3)], torch.float32)

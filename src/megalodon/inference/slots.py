@@ -121,9 +121,9 @@ class SlotDecoder:
         self.positions = [0] * self.slots
         capacity = -(-self.sizes.chunk_size // 32) * 32  # keeps every row of the buffers on a 64-byte boundary
         with torch.inference_mode():
-            packed = can_pack(linear_layers(model.model))
+            packed = can_pack(linear_layers(model.model), model.dtype)
             self.layers = [
-                SlotLayer(BlockStep(block, packed, model.dtype), self.slots, self.sizes, capacity, model.dtype)
+                SlotLayer(BlockStep(block, model.dtype, packed), self.slots, self.sizes, capacity, model.dtype)
                 for block in model.model.layers
             ]
             final = model.model.final_norm
@@ -241,8 +241,8 @@ def choose_buckets(model: MegalodonForCausalLM, candidates: Sequence[int]) -> tu
         RuntimeError: if they do: results on this machine would depend on who else is being served.
     """
     largest = max(candidates)
-    block = BlockStep(model.model.layers[0], can_pack(linear_layers(model.model)), model.dtype)
-    products = [Projection(model.lm_head, packed=False), *block.products]
+    block = BlockStep(model.model.layers[0], model.dtype, can_pack(linear_layers(model.model), model.dtype))
+    products = [Projection(model.lm_head, packed=None), *block.products]
     shapes = {tuple(tuple(layer.weight.shape) for layer in product.layers): product for product in products}
     alike = set(candidates)
     generator = torch.Generator().manual_seed(0)

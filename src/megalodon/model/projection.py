@@ -26,23 +26,23 @@ class Projection:
 
     Args:
         layers: of one input width.
-        packed: copy the weights, as they are now, into blocks of columns (see `can_pack`). Otherwise the layers
-            themselves are called.
+        packed: copy the weights, as they are now, into blocks of columns of this dtype, which is then that of inputs
+            and outputs (see `can_pack`). None: the layers themselves are called.
     """
 
-    def __init__(self, *layers: nn.Module, packed: bool) -> None:
+    def __init__(self, *layers: nn.Module, packed: torch.dtype | None) -> None:
         self.layers = layers
         self.weight: Tensor | None = None  # [k, in, columns]
-        if packed:
+        if packed is not None:
             self.sizes = [len(layer.weight) for layer in layers]
-            weight = torch.cat([layer.weight.detach() for layer in layers])
-            columns = COLUMNS[weight.dtype]
+            weight = torch.cat([layer.weight.detach().to(packed) for layer in layers])
+            columns = COLUMNS[packed]
             unused = -len(weight) % columns
             self.weight = F.pad(weight, (0, 0, 0, unused)).unflatten(0, (-1, columns)).transpose(1, 2).contiguous()
             self.bias = None  # [k, 1, columns]
             if any(layer.bias is not None for layer in layers):
                 parts = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
-                self.bias = F.pad(torch.cat(parts).detach(), (0, unused)).view(-1, 1, columns)
+                self.bias = F.pad(torch.cat(parts).detach().to(packed), (0, unused)).view(-1, 1, columns)
             self.sizes += [unused] if unused else []
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
@@ -55,11 +55,11 @@ class Projection:
         return (y,) if len(self.sizes) == 1 else y.split_with_sizes(self.sizes, 1)[: len(self.layers)]
 
 
-def can_pack(layers: Iterable[nn.Module]) -> bool:
-    """Whether a second copy of these layers' weights is worth having: plain layers on a CPU, not too large."""
+def can_pack(layers: Iterable[nn.Module], dtype: torch.dtype) -> bool:
+    """Whether a second copy of these layers' weights in `dtype` is worth having: plain layers on a CPU, not too large."""
     size = 0
     for layer in layers:
         if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or layer.weight.dtype not in COLUMNS:
             return False
-        size += layer.weight.nbytes
+        size += layer.weight.numel() * dtype.itemsize
     return size <= PACKED_AT_MOST

@@ -78,26 +78,25 @@ class NormStep:
 class BlockStep:
     """A block for one token a row; its memory belongs to the caller."""
 
-    def __init__(self, block: MegalodonBlock, packed: bool, dtype: torch.dtype) -> None:
-        """`packed`: see `Projection`. `dtype`: of the activations."""
+    @torch.no_grad()
+    def __init__(self, block: MegalodonBlock, dtype: torch.dtype, packed: bool) -> None:
+        """`dtype`: of the activations, which is that of the model unless `packed` (see `Projection`)."""
         attention, feed_forward = block.attention, block.feed_forward
         self.block, self.attention = block, attention
         self.norm = NormStep(block.timestep_norm)
-        self.from_input = Projection(attention.v_proj, packed=packed)
-        self.from_memory = Projection(attention.z_proj, attention.r_proj, attention.h_proj, packed=packed)
-        self.output = Projection(attention.o_proj, packed=packed)
-        wide = [feed_forward.up_proj, feed_forward.gate_proj]
-        self.wide = Projection(*(layer for layer in wide if layer is not None), packed=packed)
-        self.down = Projection(feed_forward.down_proj, packed=packed)
-        p, self.q, gamma = (x.detach() for x in block.cema.coefficients())
+        self.from_input, self.from_memory, self.output, self.wide, self.down = (
+            Projection(*layers, packed=dtype if packed else None) for layers in _products(block)
+        )
+        p, self.q, gamma = block.cema.coefficients()
         self.p = _in_parts(p.to(self.q.dtype))
         self.gamma = _in_parts(gamma.conj())  # times h in parts, summed: the real part of gamma h
-        self.omega = block.cema.omega.detach().to(p.dtype).flatten()
-        self.memory_scale = _detached(effective(block.memory_norm.weight, dtype))
-        self.input_scale = _detached(effective(feed_forward.norm.weight, dtype))
-        self.input_bias = _detached(feed_forward.norm.bias)
+        self.omega = block.cema.omega.to(p.dtype).flatten()
+        self.memory_scale = effective(block.memory_norm.weight, dtype)
+        self.input_scale = effective(feed_forward.norm.weight, dtype)
+        bias = feed_forward.norm.bias
+        self.input_bias = None if bias is None else bias.detach().to(dtype)
         heads = attention.num_heads
-        scale = (attention.qk_weight.detach() + 1) / math.sqrt(attention.qk_weight.shape[1] // heads)
+        scale = (attention.qk_weight + 1) / math.sqrt(attention.qk_weight.shape[1] // heads)
         self.qk_scale = scale.view(2, heads, -1)
         self.qk_bias = attention.qk_bias.detach().view(2, heads, -1)
 
@@ -171,17 +170,15 @@ def _in_parts(z: Tensor) -> Tensor:
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
-
-
 class TokenStep:
     """A model's blocks and final norm for one token a row; made anew when a weight has changed."""
 
     def __init__(self, model: MegalodonModel) -> None:
         linear = list(linear_layers(model))
-        packed = all(is_forwarded_as_written(layer, (nn.Linear,)) for layer in linear) and can_pack(linear)
-        self.blocks = [BlockStep(block, packed, model.dtype) for block in model.layers]
+        wide = full_precision(model.dtype)  # for one row, products in float32 are the quickest, bfloat16 weights or not
+        packed = all(is_forwarded_as_written(layer, (nn.Linear,)) for layer in linear) and can_pack(linear, wide)
+        self.dtype = wide if packed else model.dtype
+        self.blocks = [BlockStep(block, self.dtype, packed) for block in model.layers]
         self.final = NormStep(model.final_norm)
 
     @staticmethod
@@ -222,19 +219,19 @@ class TokenStep:
         share = seen[:, None].to(device=x.device, dtype=state.final.mean.dtype).reciprocal()
         place = torch.tensor([offset], device=x.device)
         turns = ops.rotations(place, sizes.head_dim, sizes.rope_base)
-        layers = []
+        kept, x, layers = x.dtype, x.to(self.dtype), []
         for step, memory in zip(self.blocks, state.layers, strict=True):
             moments, h = Moments(*(value.clone() for value in memory.moments)), memory.cema.clone()
-            n = step.norm(x, share, *moments).to(x.dtype)
+            n = step.norm(x, share, *moments).to(self.dtype)
             m = step.average(n, h)
             z, r, h_proj = step.from_memory(m)
             q, k = step.queries_and_keys(z, turns)
-            chunk = memory.chunk.with_token(k, step.values(n), offset, sizes.chunk_size)
+            chunk = memory.chunk.with_token(k.to(kept), step.values(n).to(kept), offset, sizes.chunk_size)
             keys, values = (buffer[:, : offset + 1] for buffer in chunk)
             x = step.finish(x, r, h_proj, ops.causal_attention(q[:, None], keys, values, offset)[:, 0])
             layers.append(LayerState(moments, h, chunk))
         final = Moments(*(value.clone() for value in state.final))
-        x = self.final(x, share, *final).to(x.dtype)
+        x = self.final(x, share, *final).to(kept)
         return x, MegalodonState(layers, final, state.position + 1, sizes)
 
 
@@ -242,14 +239,19 @@ _STEPS: WeakKeyDictionary[nn.Module, tuple[Watch, TokenStep | None]] = WeakKeyDi
 _OURS = (MegalodonBlock, TimestepNorm, CEMA, RMSNorm, GatedChunkAttention, FeedForward, LayerNorm)
 
 
+def _products(block: MegalodonBlock) -> Iterator[list[nn.Module]]:
+    """The block's linear layers, whatever has taken their place, by what they are applied to."""
+    attention, feed_forward = block.attention, block.feed_forward
+    yield [attention.v_proj]
+    yield [attention.z_proj, attention.r_proj, attention.h_proj]
+    yield [attention.o_proj]
+    yield [layer for layer in (feed_forward.up_proj, feed_forward.gate_proj) if layer is not None]
+    yield [feed_forward.down_proj]
+
+
 def linear_layers(model: MegalodonModel) -> Iterator[nn.Module]:
-    """The blocks' linear layers, whatever has taken their place."""
-    for block in model.layers:
-        attention, feed_forward = block.attention, block.feed_forward
-        yield from (attention.v_proj, attention.z_proj, attention.r_proj, attention.h_proj, attention.o_proj)
-        yield from (feed_forward.up_proj, feed_forward.down_proj)
-        if feed_forward.gate_proj is not None:
-            yield feed_forward.gate_proj
+    """The blocks' linear layers."""
+    return (layer for block in model.layers for layers in _products(block) for layer in layers)
 
 
 def _bypassed(model: MegalodonModel) -> Iterator[nn.Module]:

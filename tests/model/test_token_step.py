@@ -172,3 +172,26 @@ def test_what_needs_the_long_way_takes_it(taken, monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv("MEGALODON_BACKEND")
     output = model(one, past_key_values=state, use_cache=True)
     assert output.logits.requires_grad and taken == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_head_counts_as_it_is_now(dtype: torch.dtype, taken) -> None:
+    model = model_of(dtype)
+    state, seen = read(model, 5), []
+    old = step(model, 5, state).logits
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    bound = 1e-12 if dtype == torch.float64 else 0.02
+    assert relative(step(model, 5, state).logits, 2 * old) < bound
+    handle = model.lm_head.register_forward_hook(lambda *_: seen.append("hook"))
+    assert relative(step(model, 5, state).logits, 2 * old) < bound and seen == ["hook"]
+    handle.remove()
+    with torch.no_grad():
+        model.lm_head.weight.data.mul_(2)  # leaves no trace: known once a prompt has been read
+        read(model, 2)
+    assert relative(step(model, 5, state).logits, 4 * old) < bound
+    model.lm_head = torch.nn.Linear(model.config.model_dim, 50, bias=True, dtype=dtype)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert relative(step(model, 5, state).logits, model.lm_head.bias.float().expand(2, 1, -1)) < bound
+    assert len(taken) == 5

@@ -121,7 +121,8 @@ class SlotDecoder:
         self.positions = [0] * self.slots
         capacity = -(-self.sizes.chunk_size // 32) * 32  # keeps every row of the buffers on a 64-byte boundary
         with torch.inference_mode():
-            packed = can_pack(linear_layers(model.model), model.dtype)
+            packed = _can_pack(model)
+            self.head = Projection(model.lm_head, packed=model.dtype if packed else None)
             self.layers = [
                 SlotLayer(BlockStep(block, model.dtype, packed), self.slots, self.sizes, capacity, model.dtype)
                 for block in model.model.layers
@@ -169,7 +170,8 @@ class SlotDecoder:
         x = padded(self.final.step(x[:live], share), rows)
         for slot in active:
             self.positions[slot] += 1
-        return self.model.lm_head(x)[where.slots].float()
+        (logits,) = self.head(x)
+        return logits[where.slots].float()
 
     def _block(self, layer: SlotLayer, x: Tensor, share: Tensor, turns: Tensor, active: Active) -> Tensor:
         step = layer.step
@@ -230,6 +232,10 @@ class SlotDecoder:
                 buffer[target, :, :filled] = buffer[source, :, :filled]
 
 
+def _can_pack(model: MegalodonForCausalLM) -> bool:
+    return can_pack([*linear_layers(model.model), model.lm_head], model.dtype)
+
+
 @torch.inference_mode()
 def choose_buckets(model: MegalodonForCausalLM, candidates: Sequence[int]) -> tuple[int, ...]:
     """The candidates whose matrix products give each row, wherever it stands, the same bits as the largest candidate.
@@ -241,8 +247,9 @@ def choose_buckets(model: MegalodonForCausalLM, candidates: Sequence[int]) -> tu
         RuntimeError: if they do: results on this machine would depend on who else is being served.
     """
     largest = max(candidates)
-    block = BlockStep(model.model.layers[0], model.dtype, can_pack(linear_layers(model.model), model.dtype))
-    products = [Projection(model.lm_head, packed=None), *block.products]
+    packed = _can_pack(model)
+    block = BlockStep(model.model.layers[0], model.dtype, packed)
+    products = [Projection(model.lm_head, packed=model.dtype if packed else None), *block.products]
     shapes = {tuple(tuple(layer.weight.shape) for layer in product.layers): product for product in products}
     alike = set(candidates)
     generator = torch.Generator().manual_seed(0)

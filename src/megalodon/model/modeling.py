@@ -28,7 +28,7 @@ from megalodon.model.norms import LayerNorm, RMSNorm
 from megalodon.model.padding import RealTokens
 from megalodon.model.state import Dimensions, MegalodonState
 from megalodon.model.timestep_norm import TimestepNorm
-from megalodon.model.token_step import TokenStep
+from megalodon.model.token_step import TokenStep, apply_head
 from megalodon.ops.layout import Layout
 
 LOGITS_AT_ONCE = 1 << 25
@@ -341,7 +341,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         loss = logits = None
         if return_logits or shift_labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(x[:, kept]).float()
+            decoding = past_key_values is not None and x.shape[1] == 1 and not self.training
+            logits = apply_head(self.lm_head, x[:, kept], decoding).float()
             if shift_labels is not None:
                 total = F.cross_entropy(
                     logits.flatten(0, 1), shift_labels[:, kept].flatten().to(x.device), reduction="sum"

@@ -17,6 +17,9 @@ from torch.nn import functional as F
 COLUMNS = {torch.float32: 32, torch.float64: 32, torch.bfloat16: 64}
 """Columns of a block, by dtype."""
 
+MOST_ROWS = 64
+"""Rows up to which packed weights are the quicker ones."""
+
 PACKED_AT_MOST = 1 << 31
 """Bytes of weights that steps may hold a second time (2 GiB); the layers of larger models are called as they are."""
 
@@ -56,7 +59,7 @@ class Projection:
 
 
 def can_pack(layers: Iterable[nn.Module], dtype: torch.dtype) -> bool:
-    """Whether a second copy of these layers' weights in `dtype` is worth having: plain layers on a CPU, not too large."""
+    """Whether these layers' weights are worth a second copy in `dtype`: plain layers on a CPU, not too large."""
     size = 0
     for layer in layers:
         if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or layer.weight.dtype not in COLUMNS:

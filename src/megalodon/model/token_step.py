@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +29,10 @@ from megalodon.model.cema import CEMA
 from megalodon.model.chunk_attention import GatedChunkAttention
 from megalodon.model.feed_forward import FeedForward
 from megalodon.model.norms import LayerNorm, RMSNorm, effective
-from megalodon.model.projection import Projection, can_pack
+from megalodon.model.projection import MOST_ROWS, Projection, can_pack
 from megalodon.model.state import LayerState, MegalodonState
 from megalodon.model.timestep_norm import Moments, TimestepNorm
-from megalodon.model.watch import Watch, is_forwarded_as_written
+from megalodon.model.watch import Prepared, is_forwarded_as_written
 from megalodon.ops.backend import backend_for, full_precision
 
 if TYPE_CHECKING:
@@ -65,14 +64,14 @@ class NormStep:
         Returns:
             [M, D] in float32 or better.
         """
-        u = x.to(self.scale.dtype).view(len(x), self.groups, -1)
-        s, m = torch.var_mean(u, -1, correction=0)
-        step = m.to(mean.dtype) - mean
+        u = x.to(mean.dtype).view(len(x), self.groups, -1)
+        m = u.mean(-1)
+        s = (u - m[..., None]).square_().mean(-1)  # quicker than var_mean, by far where rows are many
+        step = m.sub_(mean)
         mean.addcmul_(share, step)
-        var.addcmul_(share * step, step).lerp_(s.to(var.dtype), share)
-        inverse = torch.rsqrt(var + self.eps).to(u.dtype)[..., None]
-        y = ((u - mean.to(u.dtype)[..., None]) * inverse).view(len(x), -1)
-        return torch.addcmul(self.bias, y, self.scale)
+        var.addcmul_(share * step, step).lerp_(s, share)
+        y = (u - mean[..., None]).mul_(torch.rsqrt(var + self.eps)[..., None]).view(len(x), -1)
+        return torch.addcmul(self.bias, y.to(self.scale.dtype), self.scale)
 
 
 class BlockStep:
@@ -192,7 +191,7 @@ class TokenStep:
         if torch.compiler.is_compiling():
             return None
         if x.shape[1] != 1 or state is None or torch.is_grad_enabled() or model.training:
-            _STEPS.pop(model, None)
+            _STEPS.forget(model)
             return None
         if torch.is_autocast_enabled(x.device.type) or backend_for(x.device, x.dtype)[0] != "blocked":
             return None
@@ -200,12 +199,7 @@ class TokenStep:
         chunk = state.dimensions.chunk_size
         if min(positions) == 0 or len({position % chunk for position in positions}) > 1:
             return None
-        watch, step = _STEPS.get(model, (None, None))
-        if watch is None or not watch.unchanged():
-            ours_alone = all(is_forwarded_as_written(module, _OURS) for module in _bypassed(model))
-            step = TokenStep(model) if ours_alone else None
-            _STEPS[model] = (Watch(model), step)
-        return step
+        return _STEPS.of(model)
 
     def advance(self, x: Tensor, state: MegalodonState) -> tuple[Tensor, MegalodonState]:
         """Embeddings x [M, D] and the state before them, which `of` has looked at.
@@ -235,7 +229,6 @@ class TokenStep:
         return x, MegalodonState(layers, final, state.position + 1, sizes)
 
 
-_STEPS: WeakKeyDictionary[nn.Module, tuple[Watch, TokenStep | None]] = WeakKeyDictionary()
 _OURS = (MegalodonBlock, TimestepNorm, CEMA, RMSNorm, GatedChunkAttention, FeedForward, LayerNorm)
 
 
@@ -260,3 +253,34 @@ def _bypassed(model: MegalodonModel) -> Iterator[nn.Module]:
     for block in model.layers:
         yield from (block, block.timestep_norm, block.cema, block.memory_norm, block.attention)
         yield from (block.feed_forward, block.feed_forward.norm)
+
+
+def _step_of(model: MegalodonModel) -> TokenStep | None:
+    ours_alone = all(is_forwarded_as_written(module, _OURS) for module in _bypassed(model))
+    return TokenStep(model) if ours_alone else None
+
+
+def _product_of(head: nn.Module) -> Projection | None:
+    """The head's product with few rows, in float32 or better; None where only the head itself will do."""
+    if not is_forwarded_as_written(head, (nn.Linear,)):
+        return None
+    wide = full_precision(head.weight.dtype)
+    return Projection(head, packed=wide) if can_pack([head], wide) else None
+
+
+_STEPS: Prepared[MegalodonModel, TokenStep | None] = Prepared(_step_of)
+_HEADS: Prepared[nn.Module, Projection | None] = Prepared(_product_of)
+
+
+def apply_head(head: nn.Module, x: Tensor, decoding: bool) -> Tensor:
+    """The head's output for x [B, L, D]; `decoding`: single tokens are on their way, and nothing is differentiated."""
+    if torch.compiler.is_compiling():
+        return head(x)
+    if not decoding or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        _HEADS.forget(head)
+        return head(x)
+    product = _HEADS.of(head) if x.shape[:-1].numel() <= MOST_ROWS else None
+    if product is None:
+        return head(x)
+    (y,) = product(x.flatten(0, -2).to(product.weight.dtype))
+    return y.unflatten(0, x.shape[:-1])

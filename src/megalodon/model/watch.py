@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
+from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+Made = TypeVar("Made")
 
 
 class Watch:
@@ -38,6 +44,30 @@ class Watch:
             list(map(Tensor.data_ptr, self._weights)),
             list(map(attrgetter("_version"), self._versioned)),
         )
+
+
+class Prepared(Generic[Module, Made]):
+    """What `make` makes of a module, kept until the module changes, is forgotten, or dies."""
+
+    def __init__(self, make: Callable[[Module], Made]) -> None:
+        self._make = make
+        self._kept: WeakKeyDictionary[Module, tuple[Watch, Made]] = WeakKeyDictionary()
+
+    def of(self, module: Module) -> Made:
+        """It, made anew if need be."""
+        watch, made = self._kept.get(module, (None, None))
+        if watch is None or not watch.unchanged():
+            made = self._make(module)
+            self._kept[module] = (Watch(module), made)
+        return made
+
+    def forget(self, module: Module) -> None:
+        """Make it anew next time, for instance because values may have been written through `.data`."""
+        self._kept.pop(module, None)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept.clear()
 
 
 def is_forwarded_as_written(module: nn.Module, classes: tuple[type, ...]) -> bool:

@@ -157,8 +157,10 @@ def causal_attention(
     dtype, wide = v.dtype, matmul_dtype(v)
     q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
     if dropout == 0 and q.shape[2] == 1 and first is None and isinstance(offset, int):
-        scores = torch.matmul(q, k[:, :, : offset + 1].transpose(2, 3))
-        weights = torch.softmax(scores, dim=-1, dtype=full_precision(wide))
+        full = full_precision(wide)
+        exact = full if q.device.type == "cpu" else wide  # there, a row of scores is quickest in float32
+        scores = torch.matmul(q.to(exact), k[:, :, : offset + 1].to(exact).transpose(2, 3))
+        weights = torch.softmax(scores, dim=-1, dtype=full)
         out = _weighted_sum(weights.to(wide), v[:, :, : offset + 1])
     elif dropout > 0:
         out = _with_dropout(q, k, v, offset, first, dropout, dropkey)

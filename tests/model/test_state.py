@@ -192,3 +192,44 @@ def test_long_texts_go_through_in_pieces_unseen(start: int, embedded: bool, monk
     with model.model.layers[0].cema.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1])):
         model(**rest, past_key_values=state)
     assert seen == [53 - start]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_long_rows_train_in_pieces(monkeypatch, checkpointing: bool, use_cache: bool):
+    """Losses, states, and gradients of weights and of what was carried in are those of the whole row."""
+    model = tiny_model(chunk_size=8).double().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    x = tokens(2, 77)
+    lengths: list[int] = []
+    run = type(model.model)._run
+
+    def counted(self, x, *given):
+        lengths.append(x.shape[1])
+        return run(self, x, *given)
+
+    monkeypatch.setattr(type(model.model), "_run", counted)
+
+    def trained():
+        model.zero_grad()
+        state = model(x[:, :5], use_cache=True).past_key_values
+        output = model(x[:, 5:], labels=x[:, 5:], past_key_values=state, use_cache=use_cache)
+        after = output.past_key_values
+        total = output.loss
+        if after is not None:
+            total = total + sum(
+                value.square().sum() for value in after.state_dict().values() if value.is_floating_point()
+            )
+        total.backward()
+        return total.detach(), after, [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected, state, gradients = trained()
+    assert lengths == [5, 72]
+    monkeypatch.setattr(modeling, "READ_AT_ONCE", 16)
+    actual, again, others = trained()
+    assert lengths[2:] == [5, 11, 16, 16, 16, 13]
+    assert relative(actual, expected) < 1e-12
+    assert (again is None) == (state is None) == (not use_cache)
+    assert state is None or state_difference(again, state) < 1e-12
+    assert all(relative(other, gradient) < 1e-10 for other, gradient in zip(others, gradients, strict=True))

@@ -36,7 +36,8 @@ LOGITS_AT_ONCE = 1 << 25
 
 
 READ_AT_ONCE = 4096
-"""Tokens that a CPU runs through all layers at a time without gradients: activations of more outgrow its caches."""
+"""Tokens that a CPU runs through all layers at a time. Activations of more outgrow its caches, and tensors of more than
+32 MiB are taken from the system anew each time, page by page; a token of a long text would cost 1.4 times as much."""
 
 
 class MegalodonPreTrainedModel(PreTrainedModel):
@@ -169,7 +170,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             x, state = step.advance(x[:, 0], past_key_values)
             x = x[:, None]
         elif plain and self._reads_in_pieces(x):
-            x, state = self._read_in_pieces(x, state)
+            x, state = self._read_in_pieces(x, state, use_cache)
         else:
             rows = None
             if attention_mask is not None:
@@ -220,20 +221,22 @@ class MegalodonModel(MegalodonPreTrainedModel):
 
     def _reads_in_pieces(self, x: Tensor) -> bool:
         """Nobody could tell that a long text went through in pieces, and it is quicker."""
-        short = x.shape[1] <= max(READ_AT_ONCE, self.config.chunk_size)
-        if short or x.device.type != "cpu" or torch.is_grad_enabled() or self.training:
+        if x.shape[1] <= max(READ_AT_ONCE, self.config.chunk_size) or x.device.type != "cpu":
             return False
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        called_often = (*self.layers.modules(), self.final_norm)
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in called_often)
         return not hooked and not torch.compiler.is_compiling()
 
-    def _read_in_pieces(self, x: Tensor, state: MegalodonState | None) -> tuple[Tensor, MegalodonState | None]:
+    def _read_in_pieces(
+        self, x: Tensor, state: MegalodonState | None, use_cache: bool
+    ) -> tuple[Tensor, MegalodonState | None]:
         """`_run` on `READ_AT_ONCE` tokens at a time, with the state; pieces end where the first row's chunks do."""
         chunk = self.config.chunk_size
         piece = max(READ_AT_ONCE // chunk, 1) * chunk
         first = piece if state is None else piece - int(state.position[0]) % chunk
-        hidden = []
-        for part in (x[:, :first], *x[:, first:].split(piece, 1)):
-            part, state = self._run(part, state, True)
+        parts, hidden = (x[:, :first], *x[:, first:].split(piece, 1)), []
+        for i, part in enumerate(parts):
+            part, state = self._run(part, state, use_cache or i + 1 < len(parts))
             hidden.append(part)
         return torch.cat(hidden, dim=1), state
 

@@ -52,9 +52,9 @@ class Projection:
         """x [M, in] -> [M, out] of each layer."""
         if self.weight is None:
             return [layer(x) for layer in self.layers]
-        rows = x.expand(len(self.weight), *x.shape)
+        rows = x.expand(self.weight.shape[0], *x.shape)
         y = torch.bmm(rows, self.weight) if self.bias is None else torch.baddbmm(self.bias, rows, self.weight)
-        y = y.transpose(0, 1).reshape(len(x), -1)
+        y = y.transpose(0, 1).reshape(x.shape[0], -1)
         return (y,) if len(self.sizes) == 1 else y.split_with_sizes(self.sizes, 1)[: len(self.layers)]
 
 

@@ -16,7 +16,7 @@ never bypassed: `TokenStep.of` says None, and the caller takes the long way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,13 +64,13 @@ class NormStep:
         Returns:
             [M, D] in float32 or better.
         """
-        u = x.to(mean.dtype).view(len(x), self.groups, -1)
+        u = x.to(mean.dtype).view(x.shape[0], self.groups, -1)
         m = u.mean(-1)
         s = (u - m[..., None]).square_().mean(-1)  # quicker than var_mean, by far where rows are many
         step = m.sub_(mean)
         mean.addcmul_(share, step)
         var.addcmul_(share * step, step).lerp_(s, share)
-        y = (u - mean[..., None]).mul_(torch.rsqrt(var + self.eps)[..., None]).view(len(x), -1)
+        y = (u - mean[..., None]).mul_(torch.rsqrt(var + self.eps)[..., None]).view(x.shape)
         return torch.addcmul(self.bias, y.to(self.scale.dtype), self.scale)
 
 
@@ -107,8 +107,9 @@ class BlockStep:
     def average(self, n: Tensor, h: Tensor) -> Tensor:
         """CEMA and its norm: n [M, D] -> [M, D]; h complex [M, D, N] is moved on in place."""
         wide = n.to(self.p.dtype)
-        for rows in _uncut_parts(h):
-            rows.mul_(self.q)
+        rows = _rows_uncut(h)
+        for part in (h,) if h.shape[0] <= rows else h.split(rows):
+            part.mul_(self.q)
         parts = _in_parts(h).addcmul_(wide[..., None], self.p)
         m = torch.addcmul((parts * self.gamma).sum(-1), self.omega, wide).to(n.dtype)
         return F.rms_norm(m, m.shape[1:], self.memory_scale, self.block.memory_norm.eps)
@@ -116,16 +117,16 @@ class BlockStep:
     def queries_and_keys(self, z: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         """z [M, Z] and turns complex [1 or M, d/2] -> queries and keys, rotated, [M, H, d] each."""
         _, heads, size = self.qk_scale.shape
-        z = F.rms_norm(z.unflatten(1, (1, heads, size)), (size,), None, self.attention.eps)
+        z = F.rms_norm(z.view(-1, 1, heads, size), (size,), None, self.attention.eps)
         both = torch.addcmul(self.qk_bias, z, self.qk_scale).to(z.dtype)
-        turns = turns.expand(len(both), -1)
+        turns = turns.expand(both.shape[0], -1)
         queries, keys = _uncut(_rotated, both, turns).unbind(1)
         return queries, keys
 
     def values(self, n: Tensor) -> Tensor:
         """[M, D] -> [M, H, e]."""
         (v,) = self.from_input(n)
-        return silu(v).view(len(n), self.attention.num_heads, -1)
+        return silu(v).view(v.shape[0], self.attention.num_heads, -1)
 
     def finish(self, x: Tensor, r: Tensor, h: Tensor, o: Tensor) -> Tensor:
         """The rest of the block: x, h [M, D], r [M, V] and what attention found, o [M, H, e] -> [M, D]."""
@@ -151,17 +152,17 @@ def _rotated(x: Tensor, turns: Tensor) -> Tensor:
     return ops.rotate(x.flatten(1, 2)[:, None], turns[:, None]).view(x.shape)
 
 
-def _uncut_parts(x: Tensor) -> Sequence[Tensor]:
-    """As many rows at a time as PyTorch gives to one thread."""
-    return (x,) if x.numel() <= PART else x.split(max(PART // x[0].numel(), 1))
-
-
 def _uncut(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """The function of so many rows at a time."""
-    if tensors[0].numel() <= PART:
+    """The function of as many rows at a time as PyTorch gives to one thread."""
+    rows = _rows_uncut(tensors[0])
+    if tensors[0].shape[0] <= rows:
         return function(*tensors)
-    rows = max(PART // tensors[0][0].numel(), 1)
     return torch.cat([function(*parts) for parts in zip(*(x.split(rows) for x in tensors), strict=True)])
+
+
+def _rows_uncut(x: Tensor) -> int:
+    rows = x.shape[0]
+    return rows if x.numel() <= PART or x.device.type != "cpu" else max(PART * rows // x.numel(), 1)
 
 
 def _in_parts(z: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def _weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
         for head in range(heads):
             w, x = weights[row, head], v[row, head]
             parts = w[:, :whole].view(PARTS, 1, -1)
-            total = torch.bmm(parts, x[:whole].unflatten(0, (PARTS, -1))).sum(0)
+            total = torch.bmm(parts, x[:whole].view(PARTS, -1, size)).sum(0)
             sums.append(total if whole == keys else total.addmm_(w[:, whole:], x[whole:]))
     return torch.stack(sums).view(rows, heads, 1, size)
 

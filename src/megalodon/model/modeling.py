@@ -7,6 +7,7 @@ token, which is where its chunks are counted from.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ LOGITS_AT_ONCE = 1 << 25
 
 
 READ_AT_ONCE = 4096
-"""Tokens that a CPU runs through all layers at a time. Activations of more outgrow its caches, and tensors of more than
+"""Tokens that a CPU runs through a layer at a time. Activations of more outgrow its caches, and tensors of more than
 32 MiB are taken from the system anew each time, page by page; a token of a long text would cost 1.4 times as much."""
 
 
@@ -169,8 +170,6 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if step is not None:
             x, state = step.advance(x[:, 0], past_key_values)
             x = x[:, None]
-        elif plain and self._reads_in_pieces(x):
-            x, state = self._read_in_pieces(x, state, use_cache)
         else:
             rows = None
             if attention_mask is not None:
@@ -197,48 +196,59 @@ class MegalodonModel(MegalodonPreTrainedModel):
 
         `hidden` collects the input of each block and the final hidden states.
         """
-        layout = Layout(
-            *x.shape[:2],
-            x.device,
-            segment_ids=segment_ids,
-            lengths=lengths,
-            positions=None if state is None else state.position,
-            chunk_size=self.config.chunk_size,
-        )
-        turns = ops.rotations(layout.chunk_positions, self.config.head_dim, self.config.rope_base)
+        whole = segment_ids is not None or lengths is not None
+        sizes = [x.shape[1]] if whole else self._pieces(x, state)
+        positions = None if state is None else state.position
+        layouts: list[Layout] = []
+        for size in sizes:
+            layout = Layout(
+                x.shape[0],
+                size,
+                x.device,
+                segment_ids=segment_ids,
+                lengths=lengths,
+                positions=positions,
+                chunk_size=self.config.chunk_size,
+            )
+            layouts.append(layout)
+            positions = torch.from_numpy(layout.end_positions)
+        turns = [
+            ops.rotations(layout.chunk_positions, self.config.head_dim, self.config.rope_base) for layout in layouts
+        ]
         layers = []
         for i, block in enumerate(self.layers):
             if hidden is not None:
                 hidden.append(x)
-            x, memory = block(x, None if state is None else state.layers[i], turns, layout, use_cache)
+            memory, outs = None if state is None else state.layers[i], []
+            for piece, turn, layout in zip(_split(x, sizes), turns, layouts, strict=True):
+                out, memory = block(piece, memory, turn, layout, use_cache or layout is not layouts[-1])
+                outs.append(out)
+            x = _joined(outs)
             layers.append(memory)
-        x, final = self.final_norm(x, None if state is None else state.final, layout)
+        final, outs = None if state is None else state.final, []
+        for piece, layout in zip(_split(x, sizes), layouts, strict=True):
+            out, final = self.final_norm(piece, final, layout)
+            outs.append(out)
+        x = _joined(outs)
         if hidden is not None:
             hidden.append(x)
-        if not use_cache:
-            return x, None
-        return x, MegalodonState(layers, final, torch.from_numpy(layout.end_positions), Dimensions.of(self.config))
+        return x, MegalodonState(layers, final, positions, Dimensions.of(self.config)) if use_cache else None
 
-    def _reads_in_pieces(self, x: Tensor) -> bool:
-        """Nobody could tell that a long text went through in pieces, and it is quicker."""
-        if x.shape[1] <= max(READ_AT_ONCE, self.config.chunk_size) or x.device.type != "cpu":
-            return False
+    def _pieces(self, x: Tensor, state: MegalodonState | None) -> list[int]:
+        """How many tokens go through a layer at a time: all, unless on a CPU `READ_AT_ONCE` are quicker unseen.
+
+        Pieces end where the first row's chunks do.
+        """
+        length, chunk = x.shape[1], self.config.chunk_size
+        if length <= max(READ_AT_ONCE, chunk) or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return [length]
         called_often = (*self.layers.modules(), self.final_norm)
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in called_often)
-        return not hooked and not torch.compiler.is_compiling()
-
-    def _read_in_pieces(
-        self, x: Tensor, state: MegalodonState | None, use_cache: bool
-    ) -> tuple[Tensor, MegalodonState | None]:
-        """`_run` on `READ_AT_ONCE` tokens at a time, with the state; pieces end where the first row's chunks do."""
-        chunk = self.config.chunk_size
+        if any(module._forward_hooks or module._forward_pre_hooks for module in called_often):
+            return [length]
         piece = max(READ_AT_ONCE // chunk, 1) * chunk
         first = piece if state is None else piece - int(state.position[0]) % chunk
-        parts, hidden = (x[:, :first], *x[:, first:].split(piece, 1)), []
-        for i, part in enumerate(parts):
-            part, state = self._run(part, state, use_cache or i + 1 < len(parts))
-            hidden.append(part)
-        return torch.cat(hidden, dim=1), state
+        ends = [*range(min(first, length), length, piece), length]
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -370,6 +380,14 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         if not torch.is_grad_enabled():
             return torch.stack([loss_of(*pair) for pair in slices]).sum()
         return torch.stack([checkpoint(loss_of, *pair, use_reentrant=False) for pair in slices]).sum()
+
+
+def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return (x,) if len(sizes) == 1 else x.split(sizes, 1)
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def _mean(total: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:

@@ -166,15 +166,8 @@ def test_state_of_another_model_is_refused() -> None:
         tiny_model(norm_num_groups=8)(tokens(1, 2), past_key_values=state_at(4))
 
 
-@pytest.mark.parametrize("start", [0, 3, 8])
-@pytest.mark.parametrize("embedded", [False, True])
-@torch.no_grad()
-def test_long_texts_go_through_in_pieces_unseen(start: int, embedded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model().double().eval()
-    x = tokens(2, 53)
-    state = model(x[:, :start], use_cache=True).past_key_values if start else None
-    rest = {"inputs_embeds": model.model.embed_tokens(x[:, start:])} if embedded else {"input_ids": x[:, start:]}
-    whole = model(**rest, past_key_values=state, use_cache=True)
+def lengths_of_pieces(model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the length of every piece that goes through the model."""
     lengths: list[int] = []
     forward = TimestepNorm.forward
 
@@ -184,6 +177,19 @@ def test_long_texts_go_through_in_pieces_unseen(start: int, embedded: bool, monk
         return forward(self, x, *given)
 
     monkeypatch.setattr(TimestepNorm, "forward", counted)
+    return lengths
+
+
+@pytest.mark.parametrize("start", [0, 3, 8])
+@pytest.mark.parametrize("embedded", [False, True])
+@torch.no_grad()
+def test_long_texts_go_through_in_pieces_unseen(start: int, embedded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model().double().eval()
+    x = tokens(2, 53)
+    state = model(x[:, :start], use_cache=True).past_key_values if start else None
+    rest = {"inputs_embeds": model.model.embed_tokens(x[:, start:])} if embedded else {"input_ids": x[:, start:]}
+    whole = model(**rest, past_key_values=state, use_cache=True)
+    lengths = lengths_of_pieces(model, monkeypatch)
     monkeypatch.setattr(modeling, "READ_AT_ONCE", 16)
     out = model(**rest, past_key_values=state, use_cache=True)
     assert len(lengths) > 2 and sum(lengths) == 53 - start and (start + lengths[0]) % 8 == 0
@@ -204,15 +210,7 @@ def test_long_rows_train_in_pieces(monkeypatch, checkpointing: bool, use_cache: 
     if checkpointing:
         model.gradient_checkpointing_enable()
     x = tokens(2, 77)
-    lengths: list[int] = []
-    forward = TimestepNorm.forward
-
-    def counted(self, x, *given):
-        if self is model.model.final_norm:
-            lengths.append(x.shape[1])
-        return forward(self, x, *given)
-
-    monkeypatch.setattr(TimestepNorm, "forward", counted)
+    lengths = lengths_of_pieces(model, monkeypatch)
 
     def trained():
         model.zero_grad()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from megalodon.data import ByteTokenizer, Corpus, TokenizedCorpus, check_vocabulary, load_tokenizer
+from megalodon.data import ByteTokenizer, TokenizedCorpus, check_vocabulary, load_tokenizer
 from megalodon.data.bpe import train_bpe, train_bpe_folder
 from megalodon.data.pretrained import PretrainedTokenizer, cut_at_words
 
@@ -169,7 +169,7 @@ def test_bpe_training_refuses_what_cannot_work(tmp_path):
         train_bpe([[""], []], 300)
     (tmp_path / "t.txt").write_text(SAMPLE)
     with pytest.raises(FileExistsError, match="exists already"):
-        train_bpe_folder(Corpus({"source": str(tmp_path)}), tmp_path, 300)
+        train_bpe_folder([[SAMPLE]], tmp_path, 300)
 
 
 def test_a_sentencepiece_tokenizer_maps_tokens_to_bytes(byte_fallback):

@@ -33,7 +33,8 @@ def tokenizer(
 
     options = {"kind": kind, "field": field, "name": name, "split": split, "max_documents": max_documents}
     corpus = Corpus({"source": source} | options)
-    trained = train_bpe_folder(corpus, output, vocab_size, min_frequency, show_progress=sys.stderr.isatty())
+    texts = (document.pieces for document in corpus.documents())
+    trained = train_bpe_folder(texts, output, vocab_size, min_frequency, show_progress=sys.stderr.isatty())
     print(f"{output}: {trained.vocab_size} ids, end of document {trained.eos_token_id}")
     if trained.vocab_size < vocab_size:
         print(f"the text has no more pairs that occur {min_frequency} times, so there are fewer ids than {vocab_size}")

@@ -14,7 +14,6 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megalodon.data.corpus import Corpus
 from megalodon.data.pretrained import PretrainedTokenizer, cut_at_words
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -65,17 +64,19 @@ def train_bpe(
 
 
 def train_bpe_folder(
-    corpus: Corpus, folder: Path, vocab_size: int, min_frequency: int = 2, show_progress: bool = False
+    documents: Iterable[Iterable[str]],
+    folder: Path,
+    vocab_size: int,
+    min_frequency: int = 2,
+    show_progress: bool = False,
 ) -> PretrainedTokenizer:
-    """Train on a corpus and save the tokenizer in `folder`, which appears complete or not at all.
+    """`train_bpe`, saved in `folder`, which appears complete or not at all.
 
     Raises FileExistsError, before any work, for a folder that exists and is not empty.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists already: give a new or empty folder for the tokenizer")
-    trained = train_bpe(
-        (document.pieces for document in corpus.documents()), vocab_size, min_frequency, show_progress=show_progress
-    )
+    trained = train_bpe(documents, vocab_size, min_frequency, show_progress=show_progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         complete = Path(temporary) / folder.name

@@ -7,13 +7,12 @@ token, which is where its chunks are counted from.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -25,16 +24,13 @@ from megalodon.model.chunk_attention import GatedChunkAttention
 from megalodon.model.config import MegalodonConfig
 from megalodon.model.feed_forward import FeedForward
 from megalodon.model.generation import MegalodonGenerationMixin
+from megalodon.model.loss import LOGITS_AT_ONCE, sum_in_slices
 from megalodon.model.norms import LayerNorm, RMSNorm
 from megalodon.model.padding import RealTokens
 from megalodon.model.state import Dimensions, MegalodonState
 from megalodon.model.timestep_norm import TimestepNorm
 from megalodon.model.token_step import TokenStep, apply_head
 from megalodon.ops.layout import Layout
-
-LOGITS_AT_ONCE = 1 << 25
-"""Logits that the loss computes at a time when it is not asked to return them (128 MiB in float32)."""
-
 
 READ_AT_ONCE = 4096
 """Tokens that a CPU runs through a layer at a time. Activations of more outgrow its caches, and tensors of more than
@@ -196,11 +192,35 @@ class MegalodonModel(MegalodonPreTrainedModel):
 
         `hidden` collects the input of each block and the final hidden states.
         """
+        layouts, positions = self._layouts(x, state, segment_ids, lengths)
+        places = [
+            (
+                ops.rotations(layout.chunk_positions, self.config.head_dim, self.config.rope_base),
+                layout,
+                use_cache or layout is not layouts[-1],
+            )
+            for layout in layouts
+        ]
+        layers = []
+        for i, block in enumerate(self.layers):
+            if hidden is not None:
+                hidden.append(x)
+            x, memory = _in_turn(block, x, None if state is None else state.layers[i], layouts, places)
+            layers.append(memory)
+        final = None if state is None else state.final
+        x, final = _in_turn(self.final_norm, x, final, layouts, [(layout,) for layout in layouts])
+        if hidden is not None:
+            hidden.append(x)
+        return x, MegalodonState(layers, final, positions, Dimensions.of(self.config)) if use_cache else None
+
+    def _layouts(
+        self, x: Tensor, state: MegalodonState | None, segment_ids: Tensor | None, lengths: Tensor | None
+    ) -> tuple[list[Layout], Tensor | None]:
+        """Where the tokens of each piece of x stand that goes through a layer at a time, and where those after x do."""
         whole = segment_ids is not None or lengths is not None
-        sizes = [x.shape[1]] if whole else self._pieces(x, state)
         positions = None if state is None else state.position
         layouts: list[Layout] = []
-        for size in sizes:
+        for size in [x.shape[1]] if whole else self._pieces(x, state):
             layout = Layout(
                 x.shape[0],
                 size,
@@ -212,27 +232,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             )
             layouts.append(layout)
             positions = torch.from_numpy(layout.end_positions)
-        turns = [
-            ops.rotations(layout.chunk_positions, self.config.head_dim, self.config.rope_base) for layout in layouts
-        ]
-        layers = []
-        for i, block in enumerate(self.layers):
-            if hidden is not None:
-                hidden.append(x)
-            memory, outs = None if state is None else state.layers[i], []
-            for piece, turn, layout in zip(_split(x, sizes), turns, layouts, strict=True):
-                out, memory = block(piece, memory, turn, layout, use_cache or layout is not layouts[-1])
-                outs.append(out)
-            x = _joined(outs)
-            layers.append(memory)
-        final, outs = None if state is None else state.final, []
-        for piece, layout in zip(_split(x, sizes), layouts, strict=True):
-            out, final = self.final_norm(piece, final, layout)
-            outs.append(out)
-        x = _joined(outs)
-        if hidden is not None:
-            hidden.append(x)
-        return x, MegalodonState(layers, final, positions, Dimensions.of(self.config)) if use_cache else None
+        return layouts, positions
 
     def _pieces(self, x: Tensor, state: MegalodonState | None) -> list[int]:
         """How many tokens go through a layer at a time: all, unless on a CPU `READ_AT_ONCE` are quicker unseen.
@@ -362,32 +362,25 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
                 )
                 loss = _mean(total, shift_labels[:, kept], num_items_in_batch)
         else:
-            loss = _mean(self._loss_in_slices(x, shift_labels.to(x.device)), shift_labels, num_items_in_batch)
+            total = sum_in_slices(self._summed_loss, x, shift_labels.to(x.device), LOGITS_AT_ONCE // self.vocab_size)
+            loss = _mean(total, shift_labels, num_items_in_batch)
         output = CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
         return output if return_dict is not False else output.to_tuple()
 
-    def _loss_in_slices(self, x: Tensor, targets: Tensor) -> Tensor:
-        """The summed loss; never more than `LOGITS_AT_ONCE` logits exist."""
-
-        def loss_of(x: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
-
-        x, targets = x.flatten(0, 1), targets.flatten()
-        rows = max(LOGITS_AT_ONCE // self.vocab_size, 1)
-        if len(x) <= rows:
-            return loss_of(x, targets)
-        slices = zip(x.split(rows), targets.split(rows), strict=True)
-        if not torch.is_grad_enabled():
-            return torch.stack([loss_of(*pair) for pair in slices]).sum()
-        return torch.stack([checkpoint(loss_of, *pair, use_reentrant=False) for pair in slices]).sum()
+    def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
 
 
-def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    return (x,) if len(sizes) == 1 else x.split(sizes, 1)
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+def _in_turn(
+    module: nn.Module, x: Tensor, memory: Any, layouts: Sequence[Layout], arguments: Iterable[tuple[Any, ...]]
+) -> tuple[Tensor, Any]:
+    """What `module` makes of x, piece by piece: each has its own arguments, and the memory that the last one left."""
+    pieces = (x,) if len(layouts) == 1 else x.split([layout.length for layout in layouts], dim=1)
+    outs = []
+    for piece, given in zip(pieces, arguments, strict=True):
+        out, memory = module(piece, memory, *given)
+        outs.append(out)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1), memory
 
 
 def _mean(total: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megalodon.model.config import MegalodonConfig
-from megalodon.model.modeling import LOGITS_AT_ONCE, MegalodonForCausalLM
+from megalodon.model.loss import LOGITS_AT_ONCE
+from megalodon.model.modeling import MegalodonForCausalLM
 from megalodon.parallel.block import Axes
 from megalodon.parallel.mesh import MeshSizes
 from megalodon.parallel.stage import Rows, Stage

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from megalodon import ops
 from megalodon.model.config import MegalodonConfig
-from megalodon.model.modeling import LOGITS_AT_ONCE, MegalodonForCausalLM
+from megalodon.model.loss import LOGITS_AT_ONCE, sum_in_slices
+from megalodon.model.modeling import MegalodonForCausalLM
 from megalodon.model.state import Dimensions, MegalodonState
 from megalodon.model.timestep_norm import Moments
 from megalodon.ops.layout import Layout
@@ -123,9 +123,8 @@ class Stage(nn.Module):
         return F.dropout(x * self.embedding_scale, self.config.dropout, self.training)
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """The summed loss; never more than `LOGITS_AT_ONCE` logits exist."""
+        """The summed loss."""
         group = self.axes.tensor
-        x, targets = gather_last(x, group).flatten(0, 1), targets.flatten()
 
         def loss_of(x: Tensor, targets: Tensor) -> Tensor:
             logits = self.lm_head(x).float()
@@ -134,13 +133,7 @@ class Stage(nn.Module):
             return tensor.cross_entropy(logits, targets, group)
 
         share = 1 if group is None else group.size()
-        size = max(LOGITS_AT_ONCE * share // self.vocab_size, 1)
-        if len(x) <= size:
-            return loss_of(x, targets)
-        slices = zip(x.split(size), targets.split(size), strict=True)
-        if not torch.is_grad_enabled():
-            return torch.stack([loss_of(*pair) for pair in slices]).sum()
-        return torch.stack([checkpoint(loss_of, *pair, use_reentrant=False) for pair in slices]).sum()
+        return sum_in_slices(loss_of, gather_last(x, group), targets, LOGITS_AT_ONCE * share // self.vocab_size)
 
     def _state(self, layers: Sequence, final: Moments | None, layout: Layout) -> MegalodonState:
         if final is None:  # a state has a final norm; that of an earlier stage means nothing

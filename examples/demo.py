@@ -10,35 +10,54 @@ import gzip
 import json
 import lzma
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import megalodon
-from megalodon.data import Document, DocumentSet, prepare_documents
+from megalodon.data import ByteTokenizer, Document, DocumentSet, Tokenizer, prepare_documents
+from megalodon.data.bpe import train_bpe_folder
 from megalodon.evaluation import evaluate_perplexity, plot_by_position
 from megalodon.inference import Sampling, Session, generate_text, load_model
-from megalodon.training import load_config, resolve, train
+from megalodon.training import TrainConfig, load_config, resolve, train
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+VOCABULARY = 1024
+"""Tokens to learn. Each stands for some three bytes, so that as much more text is seen in the same minutes."""
 MOST_BYTES = 400_000
 """Held-out text that is measured: enough for two digits, little enough for half a minute."""
 
 
-def held_out_texts(resolved) -> list[tuple[str, str]]:
-    """(name, text) of the held-out files, the longest first, until `MOST_BYTES`."""
-    data, tokenizer = resolved.config.data, resolved.tokenizer
-    _, held_out = prepare_documents(
-        data.corpus, data.held_out, tokenizer, data.sequence_length, resolved.config.run.seed, data.cache_folder
+def split(config: TrainConfig, tokenizer: Tokenizer) -> tuple[DocumentSet, DocumentSet]:
+    """(training, held-out) documents; which they are does not depend on the tokenizer."""
+    data = config.data
+    return prepare_documents(
+        data.corpus, data.held_out, tokenizer, data.sequence_length, config.run.seed, data.cache_folder
     )
-    return [*_until_enough(held_out, tokenizer)]
 
 
-def _until_enough(documents: DocumentSet, tokenizer):
-    total = 0
-    for index in sorted(range(len(documents)), key=lambda i: -documents.lengths[i]):
-        text = tokenizer.decode(documents.tokens(index)).removesuffix("\0")
+def texts(documents: DocumentSet, tokenizer: Tokenizer, indices: Iterable[int]) -> Iterator[tuple[str, str]]:
+    """(name, text) of these documents."""
+    for i in indices:
+        yield documents.name(i), tokenizer.decode(documents.tokens(i))
+
+
+def learn_tokens(config: TrainConfig, folder: Path) -> None:
+    """Byte-pair encoding of the training documents; those held out have no part in it."""
+    training, _ = split(config, ByteTokenizer())
+    documents = ([text] for _, text in texts(training, ByteTokenizer(), range(len(training))))
+    learned = train_bpe_folder(documents, folder, VOCABULARY)
+    print(f"learned {learned.vocab_size} tokens from {len(training)} files: {folder}")
+
+
+def held_out_texts(config: TrainConfig, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """(name, text) of the held-out files, the longest first, until `MOST_BYTES`."""
+    _, held_out = split(config, tokenizer)
+    total, chosen = 0, []
+    for name, text in texts(held_out, tokenizer, sorted(range(len(held_out)), key=lambda i: -held_out.lengths[i])):
         if total + len(text) <= MOST_BYTES:
             total += len(text)
-            yield documents.name(index), text
+            chosen.append((name, text))
+    return chosen
 
 
 def compressors(texts: list[bytes]) -> dict[str, float]:
@@ -50,25 +69,31 @@ def compressors(texts: list[bytes]) -> dict[str, float]:
 
 def main() -> None:
     """Train, measure, generate, and say where everything is."""
-    resolved = resolve(load_config(CONFIG, sys.argv[1:]), CONFIG.stem)
-    folder = Path(resolved.config.run.folder)
+    config = load_config(CONFIG, sys.argv[1:])
     print(f"megalodon {megalodon.__version__}: training on the Python standard library's source\n")
+    folder = Path(config.run.folder or "runs/demo")
+    if config.tokenizer is None:
+        tokens = folder.with_name(f"{folder.name}-tokenizer")
+        if not tokens.exists():
+            learn_tokens(config, tokens)
+        config = config.model_copy(update={"tokenizer": str(tokens)})
+    resolved = resolve(config, folder.name)
     stopped = train(resolved)
     if stopped:
         raise SystemExit("interrupted and saved: `make demo` goes on from here")
     model, tokenizer = load_model(folder / "model"), resolved.tokenizer
 
-    texts = held_out_texts(resolved)
-    print(f"\nmeasuring on {len(texts)} held-out files ...", flush=True)
-    report = evaluate_perplexity(model, tokenizer, [Document(name, [text]) for name, text in texts])
+    kept = held_out_texts(config, tokenizer)
+    print(f"\nmeasuring on {len(kept)} held-out files ...", flush=True)
+    report = evaluate_perplexity(model, tokenizer, [Document(name, [text]) for name, text in kept])
     (folder / "perplexity.json").write_text(json.dumps(report, indent=1) + "\n")
     plot_by_position(report, folder / "perplexity.png")
-    rates = {"megalodon": report["overall"]["bits_per_byte"], **compressors([t.encode() for _, t in texts])}
+    rates = {"megalodon": report["overall"]["bits_per_byte"], **compressors([t.encode() for _, t in kept])}
     print("bits per byte of held-out code, each file alone (smaller is better):")
     for name, rate in sorted(rates.items(), key=lambda item: item[1]):
         print(f"  {name:<10} {rate:.3f}")
 
-    name, text = texts[len(texts) // 2]
+    name, text = kept[len(kept) // 2]
     prompt = text[:1200]
     print(f"\nheld-out {Path(name).name}, continued from its first {len(prompt)} characters:\n")
     print("\n".join("  | " + line for line in prompt.splitlines()[-6:]))

@@ -21,6 +21,8 @@ from megalodon.inference import Sampling, Session, generate_text, load_model
 from megalodon.training import TrainConfig, load_config, resolve, train
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+HELD_OUT = "data.held_out={documents: 25}"
+"""A number, not a fraction of the tokens: which files these are must not depend on how they are cut into tokens."""
 VOCABULARY = 1024
 """Tokens to learn. Each stands for some three bytes, so that as much more text is seen in the same minutes."""
 MOST_BYTES = 400_000
@@ -69,7 +71,7 @@ def compressors(texts: list[bytes]) -> dict[str, float]:
 
 def main() -> None:
     """Train, measure, generate, and say where everything is."""
-    config = load_config(CONFIG, sys.argv[1:])
+    config = load_config(CONFIG, [HELD_OUT, *sys.argv[1:]])
     print(f"megalodon {megalodon.__version__}: training on the Python standard library's source\n")
     folder = Path(config.run.folder or "runs/demo")
     if config.tokenizer is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from transformers.utils.import_utils import is_mambapy_available
 Precision = Literal["float32", "bf16-autocast", "bf16-weights"]
 
 OURS = "megalodon"
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # the first since Transformers 5.24
 VOCABULARY, WIDTH, DEPTH = 256, 384, 8
 CHUNK = 512
 DECODED_TOKENS = 16  # per timed call; they end at the stated context, which for us is the full chunk: the dearest place
@@ -41,14 +43,20 @@ class Contestant:
         name: how tables call it.
         model: a Transformers causal language model in float32.
         description: size and origin, for the head of the table.
-        cache_argument: the keyword under which its forward takes, and its output returns, the cache.
+        cache_argument: the keyword under which its forward takes, and its output returns, the cache. None: the first of
+            Transformers' names for it that the forward has.
     """
 
     name: str
     model: PreTrainedModel
     description: str
-    cache_argument: str = "past_key_values"
+    cache_argument: str | None = None
     _bf16: PreTrainedModel | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.cache_argument is None:
+            known = inspect.signature(self.model.forward).parameters
+            self.cache_argument = next(name for name in CACHE_ARGUMENTS if name in known)
 
     @property
     def parameters(self) -> int:
@@ -103,7 +111,7 @@ def decode(contestant: Contestant, precision: Precision, cache: Any, token: Tens
     with autocast(precision):
         for _ in range(DECODED_TOKENS):
             output = model(input_ids=token, **{contestant.cache_argument: cache}, use_cache=True, logits_to_keep=1)
-            cache = output[contestant.cache_argument]
+            cache = getattr(output, contestant.cache_argument)
             token = output.logits[:, -1:].argmax(-1)
     return {"decode": perf_counter() - start}
 
@@ -140,7 +148,7 @@ def prepare_decoding(contestant: Contestant, precision: Precision, length: int) 
         for piece in tokens.split(PREFILL_PIECE, dim=1):
             given: dict[str, Any] = {} if cache is None else {contestant.cache_argument: cache}
             output = model(input_ids=piece, **given, use_cache=True, logits_to_keep=1)
-            cache = output[contestant.cache_argument]
+            cache = getattr(output, contestant.cache_argument)
     token = output.logits[:, -1:].argmax(-1)
     return partial(decode, contestant, precision, cache, token)
 
@@ -225,7 +233,7 @@ def build_mamba(parameters: int) -> Contestant:
     layers = nearest_size(parameters, lambda units: count_parameters(partial(build, units)))
     scan = "mambapy's scan" if mambapy else "Transformers' own scan, token by token"
     model = build(layers)
-    return Contestant("mamba", model, f"{layers} layers, hidden {WIDTH}, {scan}", cache_argument="cache_params")
+    return Contestant("mamba", model, f"{layers} layers, hidden {WIDTH}, {scan}")
 
 
 def build_also(source: str, parameters: int) -> Contestant:
@@ -244,7 +252,7 @@ def build_also(source: str, parameters: int) -> Contestant:
         getattr(module, "NAME", Path(source).stem),
         module.build(vocab_size=VOCABULARY, width=WIDTH, depth=DEPTH, parameters=parameters),
         getattr(module, "DESCRIPTION", source),
-        getattr(module, "CACHE_ARGUMENT", "past_key_values"),
+        getattr(module, "CACHE_ARGUMENT", None),
     )
 
 

@@ -23,8 +23,8 @@ from megalodon.training import TrainConfig, load_config, resolve, train
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 HELD_OUT = "data.held_out={documents: 25}"
 """A number, not a fraction of the tokens: which files these are must not depend on how they are cut into tokens."""
-VOCABULARY = 1024
-"""Tokens to learn. Each stands for some three bytes, so that as much more text is seen in the same minutes."""
+VOCABULARY = 2048
+"""Tokens to learn. Each stands for more than three bytes, so that as much more text is seen in the same minutes."""
 MOST_BYTES = 400_000
 """Held-out text that is measured: enough for two digits, little enough for half a minute."""
 

@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> str:
 
 def test_the_demo_learns_tokens_trains_measures_and_writes(arguments: list[str], tmp_path: Path):
     out = run(arguments)
-    assert "learned 1024 tokens from 4 files" in out
+    assert "learned 2048 tokens from 4 files" in out
     assert all(f"\n  {name} " in out for name in ("megalodon", "gzip -9", "xz -9"))
     for name in ("loss.png", "metrics.jsonl", "perplexity.png", "perplexity.json", "model/tokenizer.json"):
         assert (tmp_path / "run" / name).stat().st_size > 0

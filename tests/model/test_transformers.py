@@ -100,6 +100,9 @@ def test_bfloat16_loads_with_its_recurrence_in_float32(model: MegalodonForCausal
     # bfloat16 keeps 8 bits: a few units in the last place after two layers
     torch.testing.assert_close(logits, model(x).logits, rtol=0.05, atol=0.05)
     assert half.generate(x, max_new_tokens=4, do_sample=False).shape == (2, 44)
+    fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
+    assert fresh.dtype == torch.bfloat16
+    assert {weight.dtype for weight in fresh.model.layers[0].cema.parameters()} == {torch.float32}
 
 
 def test_float16_is_refused_on_loading_and_on_running(model: MegalodonForCausalLM, tmp_path: Path) -> None:
@@ -232,6 +235,24 @@ def test_a_state_without_its_text_is_refused(model: MegalodonForCausalLM) -> Non
 def test_transformers_caches_are_refused(model: MegalodonForCausalLM) -> None:
     with pytest.raises(ValueError, match="cache_implementation='static'"):
         model.generate(tokens(1, 5), cache_implementation="static", max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_the_state_has_both_of_transformers_names(
+    model: MegalodonForCausalLM, capfd: pytest.CaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    text = tokens(1, 20)
+    for run in (model, model.model):
+        state = run(text, use_cache=True).past_key_values
+        old = run(text, past_key_values=state, use_cache=True)
+        new = run(text, cache=state, use_cache=True)
+        assert torch.equal(old[0], new[0]) and int(new.cache.position) == 40
+        assert new.past_key_values is new.cache and state is not new.cache
+        with pytest.raises(ValueError, match="give past_key_values or cache, and not both"):
+            run(text, past_key_values=state, cache=state)
+    model.generate(text, max_new_tokens=2)
+    said = [capfd.readouterr().err, *(str(warning.message) for warning in recwarn)]
+    assert not [words for words in said if "past_key_values" in words], "Transformers has nothing to complain of"
 
 
 def test_streamer_receives_the_generated_text(model: MegalodonForCausalLM) -> None:

@@ -13,15 +13,17 @@ from megalodon.ops.layout import Layout
 
 
 class CEMA(nn.Module):
-    """Parameters: `alpha`, `delta` [D, N, 1]; `theta` [D, 1, 1]; `gamma` [D, N, 2] (re, im); `omega` [D, 1]."""
+    """Parameters: `alpha`, `delta` [D, N, 1]; `theta` [D, 1, 1]; `gamma` [D, N, 2] (re, im); `omega` [D, 1]; in float32
+    or better, whatever the default dtype: powers of q forget what bfloat16 rounds away."""
 
     def __init__(self, dim: int, components: int) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.empty(dim, components, 1))
-        self.delta = nn.Parameter(torch.empty(dim, components, 1))
-        self.theta = nn.Parameter(torch.empty(dim, 1, 1))
-        self.gamma = nn.Parameter(torch.empty(dim, components, 2))
-        self.omega = nn.Parameter(torch.empty(dim, 1))
+        wide = full_precision(torch.get_default_dtype())
+        self.alpha = nn.Parameter(torch.empty(dim, components, 1, dtype=wide))
+        self.delta = nn.Parameter(torch.empty(dim, components, 1, dtype=wide))
+        self.theta = nn.Parameter(torch.empty(dim, 1, 1, dtype=wide))
+        self.gamma = nn.Parameter(torch.empty(dim, components, 2, dtype=wide))
+        self.omega = nn.Parameter(torch.empty(dim, 1, dtype=wide))
         self.kept: ops.KeptTables | None = None  # for whoever reads many pieces and has the memory
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -108,7 +108,7 @@ class MegalodonConfig(PreTrainedConfig):
     """
 
     model_type = "megalodon"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "model_dim",
         "num_hidden_layers": "num_layers",

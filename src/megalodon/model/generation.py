@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
+from megalodon.model.output import CACHE, the_state
 from megalodon.model.state import MegalodonState
 
 
@@ -28,13 +29,13 @@ class MegalodonGenerationMixin(GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: Megalodon's memory is its state, "
                 "of constant size; leave cache_implementation out"
             )
-        state = model_kwargs.get("past_key_values")
+        state = model_kwargs.get(CACHE)
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         if state is not None:
-            model_kwargs["past_key_values"] = state.repeat(copies) if copies > 1 else state
+            model_kwargs[CACHE] = state.repeat(copies) if copies > 1 else state
         elif generation_config.use_cache:
             nothing = torch.zeros(batch_size * copies, 0, dtype=torch.int64, device=self.device)
-            model_kwargs["past_key_values"] = self.model(nothing, use_cache=True).past_key_values
+            model_kwargs[CACHE] = self.model(nothing, use_cache=True).past_key_values
 
     def prepare_inputs_for_generation(
         self,
@@ -44,6 +45,7 @@ class MegalodonGenerationMixin(GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        cache: MegalodonState | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What `generate` passes to the next forward pass: the columns of the prompt that the state has not read.
@@ -51,21 +53,22 @@ class MegalodonGenerationMixin(GenerationMixin):
         Raises:
             ValueError: a state is given, but not the whole text that it has read the beginning of.
         """
-        if is_first_iteration and next_sequence_length is not None and past_key_values is not None:
+        state = the_state(past_key_values, cache)
+        if is_first_iteration and next_sequence_length is not None and state is not None:
             columns = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            next_sequence_length = columns - _columns_read(past_key_values, attention_mask)
+            next_sequence_length = columns - _columns_read(state, attention_mask)
             if next_sequence_length < 1 <= columns:
                 raise ValueError(
-                    f"past_key_values has read {past_key_values.get_seq_length()} tokens, input_ids has {columns}: "
+                    f"{CACHE} has read {state.get_seq_length()} tokens, input_ids has {columns}: "
                     "give the whole text, or only its new part with an attention_mask [B, read + new] for the whole"
                 )
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE: state},
             **kwargs,
         )
 

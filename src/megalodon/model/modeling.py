@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from megalodon import ops
 from megalodon.model.block import MegalodonBlock
@@ -26,6 +25,7 @@ from megalodon.model.feed_forward import FeedForward
 from megalodon.model.generation import MegalodonGenerationMixin
 from megalodon.model.loss import LOGITS_AT_ONCE, sum_in_slices
 from megalodon.model.norms import LayerNorm, RMSNorm
+from megalodon.model.output import MegalodonModelOutput, MegalodonOutput, the_state
 from megalodon.model.padding import RealTokens
 from megalodon.model.state import Dimensions, MegalodonState
 from megalodon.model.timestep_norm import TimestepNorm
@@ -133,15 +133,17 @@ class MegalodonModel(MegalodonPreTrainedModel):
         segment_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: MegalodonState | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+    ) -> MegalodonModelOutput | tuple[Any, ...]:
         """Run the network.
 
         Args:
             input_ids: int64 [B, L]; or inputs_embeds [B, L, D] in its place.
             attention_mask: [B, L], or [B, P + L] of which the last L columns count; 0 where a token is padding, which
                 may stand anywhere. Padding gives zeros and leaves the state alone.
-            past_key_values: the state before the first token; None for new sequences. It is not changed.
+            past_key_values: the state before the first token; None for new sequences. It is not changed. `cache` is the
+                same by the name that Transformers uses since 5.24.
             use_cache: return the state after the last token. None: the config's value, or False in training.
             segment_ids: int [B, L]; a change along L starts a document, isolated from what came before. The first
                 document of a row continues its state.
@@ -157,14 +159,15 @@ class MegalodonModel(MegalodonPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        state = the_state(past_key_values, cache)
         x = self._embed(input_ids, inputs_embeds)
         length = x.shape[1]
-        self._check(x, attention_mask, past_key_values, segment_ids)
+        self._check(x, attention_mask, state, segment_ids)
         plain = attention_mask is None and segment_ids is None and not output_hidden_states
-        step = TokenStep.of(self, x, past_key_values if plain and use_cache else None)
-        state, hidden = past_key_values, [] if output_hidden_states else None
+        step = TokenStep.of(self, x, state if plain and use_cache else None)
+        hidden: list[Tensor] | None = [] if output_hidden_states else None
         if step is not None:
-            x, state = step.advance(x[:, 0], past_key_values)
+            x, state = step.advance(x[:, 0], state)
             x = x[:, None]
         else:
             rows = None
@@ -176,7 +179,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             x, state = self._run(x, state, use_cache, segment_ids, None if rows is None else rows.lengths, hidden)
             if rows is not None:
                 x, hidden = rows.unpack(x, length), hidden and [rows.unpack(h, length) for h in hidden]
-        output = BaseModelOutputWithPast(x, state if use_cache else None, None if hidden is None else tuple(hidden))
+        output = MegalodonModelOutput(x, state if use_cache else None, None if hidden is None else tuple(hidden))
         return output if return_dict is not False else output.to_tuple()
 
     def _run(
@@ -319,8 +322,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: MegalodonState | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> MegalodonOutput | tuple[Any, ...]:
         """Predict the next token at every position. Arguments that `MegalodonModel.forward` has mean the same.
 
         Args:
@@ -335,10 +339,11 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         Returns:
             loss (scalar, nats per target), logits float32 [B, L, vocab], past_key_values (a `MegalodonState`).
         """
+        state = the_state(past_key_values, cache)
         outputs = self.model(
             input_ids,
             attention_mask,
-            past_key_values,
+            state,
             inputs_embeds,
             use_cache,
             segment_ids,
@@ -354,7 +359,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         loss = logits = None
         if return_logits or shift_labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            decoding = past_key_values is not None and x.shape[1] == 1 and not self.training
+            decoding = state is not None and x.shape[1] == 1 and not self.training
             logits = apply_head(self.lm_head, x[:, kept], decoding).float()
             if shift_labels is not None:
                 total = F.cross_entropy(
@@ -364,7 +369,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         else:
             total = sum_in_slices(self._summed_loss, x, shift_labels.to(x.device), LOGITS_AT_ONCE // self.vocab_size)
             loss = _mean(total, shift_labels, num_items_in_batch)
-        output = CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        output = MegalodonOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
         return output if return_dict is not False else output.to_tuple()
 
     def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:

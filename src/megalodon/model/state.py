@@ -398,6 +398,11 @@ class MegalodonState:
 
     # --- what Transformers' generation asks of a cache ------------------------------------------------------------
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers cannot tell how much they have read, as Transformers asks since 5.24: none."""
+        return [False] * len(self.layers)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read by the row that has read most."""
         return int(self.position.max()) if self.batch_size else 0

@@ -1,0 +1,46 @@
+"""What the model returns: Transformers' outputs, with the state under either of the names that Transformers gives it.
+
+Transformers calls what a model remembers `past_key_values` up to version 5.23, and `cache` from 5.24 on. Here both
+names are good with every version, as arguments and in outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from megalodon.model.state import MegalodonState
+
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+"""The name in the installed version: that of the field of outputs, and of the argument in `generate`."""
+
+
+class _BothNames:
+    if CACHE == "cache":
+
+        @property
+        def past_key_values(self) -> MegalodonState | None:
+            return self.cache
+    else:
+
+        @property
+        def cache(self) -> MegalodonState | None:
+            return self.past_key_values
+
+
+@dataclass
+class MegalodonModelOutput(_BothNames, BaseModelOutputWithPast):
+    """last_hidden_state [B, L, D], past_key_values (a `MegalodonState` or None) and hidden_states."""
+
+
+@dataclass
+class MegalodonOutput(_BothNames, CausalLMOutputWithPast):
+    """loss, logits float32 [B, L, vocab], past_key_values (a `MegalodonState` or None) and hidden_states."""
+
+
+def the_state(past_key_values: MegalodonState | None, cache: MegalodonState | None) -> MegalodonState | None:
+    """The one that is given. Raises ValueError where both are."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("give past_key_values or cache, and not both: they are two names for the state")
+    return cache if past_key_values is None else past_key_values

@@ -18,6 +18,7 @@ test-slow: $(INSTALLED)  ## what takes longer
 lint: $(INSTALLED)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/python -m mypy
 
 conformance: $(INSTALLED)  ## Transformers' own model tests; fetches the source of the installed version with pip
 	OMP_NUM_THREADS=1 $(RUN)/python conformance/run.py $(if $(SOURCE),--source $(SOURCE))

@@ -207,6 +207,7 @@ class Reader:
         while len(self._ahead) < blocks:
             start = len(self._ahead) * self._block
             before = self._ahead[-1] if self._ahead else self.history.base.digest
+            assert before is not None
             self._ahead.append(extend_digest(before, self._buffer[start : start + self._block]))
         count, state = self._cache.find(self._ahead[:blocks])
         if state is not None:
@@ -221,8 +222,9 @@ class Reader:
             return
         inner = len(self._buffer) > KEPT_AT_END * self._block or not self._closed
         if not inner or self.position // self._block % KEPT_APART == 0:
-            assert self.state is not None
-            self._cache.put(self.history.base.digest, self.state)
+            digest = self.history.base.digest
+            assert self.state is not None and digest is not None
+            self._cache.put(digest, self.state)
 
 
 def compact(state: MegalodonState) -> MegalodonState:

@@ -209,11 +209,14 @@ class SlotDecoder:
         def moments(norm: SlotNorm) -> Moments:
             return Moments(norm.mean[rows].clone(), norm.var[rows].clone())
 
+        def open_part(buffer: Tensor) -> Tensor:
+            return buffer[rows, :, :filled].transpose(1, 2).clone()
+
         layers = [
             LayerState(
                 moments(layer.norm),
                 layer.h[rows].clone(),
-                OpenChunk(*(x[rows, :, :filled].transpose(1, 2).clone() for x in (layer.keys, layer.values))),
+                OpenChunk(open_part(layer.keys), open_part(layer.values)),
             )
             for layer in self.layers
         ]

@@ -136,7 +136,7 @@ class StaticDecoder:
                 LayerState(
                     Moments(layer.norm.mean.clone(), layer.norm.var.clone()),
                     layer.h.clone(),
-                    OpenChunk(*(x[:, :width].masked_fill(free, 0) for x in (layer.keys, layer.values))),
+                    OpenChunk(layer.keys[:, :width].masked_fill(free, 0), layer.values[:, :width].masked_fill(free, 0)),
                 )
                 for layer in self._layers
             ]

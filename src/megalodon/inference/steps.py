@@ -231,10 +231,9 @@ class Steps(Schedule):
         continuations = [self._rows[slot].continuations[slot] for slot in choosing]
         chosen = dict(zip(choosing, choose_tokens(continuations, logits[list(choosing.values())]), strict=True))
         for row, (slot, (kind, token)) in enumerate(zip(active, fed, strict=True)):
-            work = self._rows.get(slot)
-            if work is not None:
-                after = partial(self._after_step, work, slot, kind, token, chosen.get(slot), logits[row])
-                self._guarded(work, after)
+            if (going := self._rows.get(slot)) is not None:
+                after = partial(self._after_step, going, slot, kind, token, chosen.get(slot), logits[row])
+                self._guarded(going, after)
         return True
 
     def _next_token(self, slot: int) -> tuple[Kind, int]:

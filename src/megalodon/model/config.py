@@ -69,7 +69,7 @@ def _checked(cls: type["MegalodonConfig"]) -> type["MegalodonConfig"]:
         except StrictDataclassError as error:
             raise ValueError(str(error.__cause__ or error)) from None
 
-    cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__init__ = __init__  # type: ignore[assignment, method-assign]
     return cls
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,16 +11,25 @@ from transformers import GenerationConfig, GenerationMixin
 from megalodon.model.output import CACHE, the_state
 from megalodon.model.state import MegalodonState
 
+if TYPE_CHECKING:
+    from megalodon.model.modeling import MegalodonModel
+
 
 class MegalodonGenerationMixin(GenerationMixin):
     """`generate` with prompts in pieces (`prefill_chunk_size`), states given by the user, beams and padding."""
+
+    if TYPE_CHECKING:  # what the class it is mixed into has
+        model: MegalodonModel
+
+        @property
+        def device(self) -> torch.device: ...
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         """Transformers must not make a cache of its own: the model returns its state."""
         return False
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: Any, batch_size: int, length: int
     ) -> None:
         """Called once by `generate`, after repeating the prompts for beams or samples: give each copy its state."""

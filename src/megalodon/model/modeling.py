@@ -44,8 +44,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     config: MegalodonConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("MegalodonBlock",)
-    _keep_in_fp32_modules_strict = ("cema",)
+    _no_split_modules = ["MegalodonBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["cema"]  # noqa: RUF012
     _is_stateful = True
 
     def __init__(self, config: MegalodonConfig, *args: Any, **kwargs: Any) -> None:
@@ -98,7 +98,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std)
 
 
-def _refuse_float16(*dtypes: torch.dtype | None) -> None:
+def _refuse_float16(*dtypes: torch.dtype | str | None) -> None:
     if torch.float16 in dtypes:
         raise ValueError("float16 has too little range for Megalodon's memory: use bfloat16 or float32")
 
@@ -120,7 +120,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         self.embed_tokens = value
 
     def forward(
@@ -166,7 +166,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         plain = attention_mask is None and segment_ids is None and not output_hidden_states
         step = TokenStep.of(self, x, state if plain and use_cache else None)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
-        if step is not None:
+        if step is not None and state is not None:
             x, state = step.advance(x[:, 0], state)
             x = x[:, None]
         else:
@@ -179,7 +179,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
             x, state = self._run(x, state, use_cache, segment_ids, None if rows is None else rows.lengths, hidden)
             if rows is not None:
                 x, hidden = rows.unpack(x, length), hidden and [rows.unpack(h, length) for h in hidden]
-        output = MegalodonModelOutput(x, state if use_cache else None, None if hidden is None else tuple(hidden))
+        kept: Any = state if use_cache else None
+        output = MegalodonModelOutput(x, kept, None if hidden is None else tuple(hidden))
         return output if return_dict is not False else output.to_tuple()
 
     def _run(
@@ -195,7 +196,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
 
         `hidden` collects the input of each block and the final hidden states.
         """
-        layouts, positions = self._layouts(x, state, segment_ids, lengths)
+        layouts = self._layouts(x, state, segment_ids, lengths)
         places = [
             (
                 ops.rotations(layout.chunk_positions, self.config.head_dim, self.config.rope_base),
@@ -214,12 +215,15 @@ class MegalodonModel(MegalodonPreTrainedModel):
         x, final = _in_turn(self.final_norm, x, final, layouts, [(layout,) for layout in layouts])
         if hidden is not None:
             hidden.append(x)
-        return x, MegalodonState(layers, final, positions, Dimensions.of(self.config)) if use_cache else None
+        if not use_cache:
+            return x, None
+        positions = torch.from_numpy(layouts[-1].end_positions)
+        return x, MegalodonState(layers, final, positions, Dimensions.of(self.config))
 
     def _layouts(
         self, x: Tensor, state: MegalodonState | None, segment_ids: Tensor | None, lengths: Tensor | None
-    ) -> tuple[list[Layout], Tensor | None]:
-        """Where the tokens of each piece of x stand that goes through a layer at a time, and where those after x do."""
+    ) -> list[Layout]:
+        """Where the tokens of each piece of x stand that goes through a layer at a time."""
         whole = segment_ids is not None or lengths is not None
         positions = None if state is None else state.position
         layouts: list[Layout] = []
@@ -235,7 +239,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             )
             layouts.append(layout)
             positions = torch.from_numpy(layout.end_positions)
-        return layouts, positions
+        return layouts
 
     def _pieces(self, x: Tensor, state: MegalodonState | None) -> list[int]:
         """How many tokens go through a layer at a time: all, unless on a CPU `READ_AT_ONCE` are quicker unseen.

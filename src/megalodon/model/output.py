@@ -30,12 +30,12 @@ class _BothNames:
 
 
 @dataclass
-class MegalodonModelOutput(_BothNames, BaseModelOutputWithPast):
+class MegalodonModelOutput(_BothNames, BaseModelOutputWithPast):  # type: ignore[misc]
     """last_hidden_state [B, L, D], past_key_values (a `MegalodonState` or None) and hidden_states."""
 
 
 @dataclass
-class MegalodonOutput(_BothNames, CausalLMOutputWithPast):
+class MegalodonOutput(_BothNames, CausalLMOutputWithPast):  # type: ignore[misc]
     """loss, logits float32 [B, L, vocab], past_key_values (a `MegalodonState` or None) and hidden_states."""
 
 

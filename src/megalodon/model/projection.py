@@ -9,6 +9,7 @@ share: two to three times as quick from 1 row to 64.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,12 @@ class Projection:
     """Linear layers of one input, as one product.
 
     Args:
-        layers: of one input width.
+        layers: of one input width: `nn.Linear`, or what has taken its place.
         packed: copy the weights, as they are now, into blocks of columns of this dtype, which is then that of inputs
             and outputs (see `can_pack`). None: the layers themselves are called.
     """
 
-    def __init__(self, *layers: nn.Module, packed: torch.dtype | None) -> None:
+    def __init__(self, *layers: Any, packed: torch.dtype | None) -> None:
         self.layers = layers
         self.weight: Tensor | None = None  # [k, in, columns]
         if packed is not None:

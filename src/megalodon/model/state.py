@@ -59,9 +59,9 @@ class OpenChunk:
         else:
             rows, tokens = np.nonzero(np.arange(layout.length) < layout.lengths[:, None])
             places = torch.from_numpy(layout.offsets[rows] + tokens).to(k.device)
-            rows, tokens = torch.from_numpy(rows).to(k.device), torch.from_numpy(tokens).to(k.device)
-            chunk.keys[rows, places] = k[rows, tokens].to(chunk.keys.dtype)
-            chunk.values[rows, places] = v[rows, tokens].to(chunk.values.dtype)
+            row, token = torch.from_numpy(rows).to(k.device), torch.from_numpy(tokens).to(k.device)
+            chunk.keys[row, places] = k[row, token].to(chunk.keys.dtype)
+            chunk.values[row, places] = v[row, token].to(chunk.values.dtype)
         return OpenChunk(chunk.keys, chunk.values, chunk._appends)
 
     def with_token(self, k: Tensor, v: Tensor, offset: int, chunk_size: int) -> OpenChunk:
@@ -82,7 +82,7 @@ class OpenChunk:
         cached, cached_target, token, token_target, left = layout.open_chunk()
         width, cached_width = int(left.max(initial=0)), int(layout.offsets.max(initial=0))
         if layout.uniform_offset is not None and width <= layout.length:
-            last = OpenChunk(*(x[:, layout.length - width :] for x in (k, v)))
+            last = OpenChunk(k[:, layout.length - width :], v[:, layout.length - width :])
             exact = not width or (torch.is_grad_enabled() and k.requires_grad)
             return last._grown(width, width if exact else _capacity(width, layout.chunk_size), k, v)
 
@@ -113,7 +113,7 @@ class OpenChunk:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> OpenChunk:
         """A chunk of its own, with copies of what `function` makes of keys and values."""
-        return OpenChunk(*(function(x).clone() for x in self))
+        return OpenChunk(function(self.keys).clone(), function(self.values).clone())
 
     def detach(self) -> OpenChunk:
         """The same chunk without its history; the buffers stay shared."""

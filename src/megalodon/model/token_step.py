@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +178,7 @@ class TokenStep:
         wide = full_precision(model.dtype)  # for one row, products in float32 are the quickest, bfloat16 weights or not
         packed = all(is_forwarded_as_written(layer, (nn.Linear,)) for layer in linear) and can_pack(linear, wide)
         self.dtype = wide if packed else model.dtype
-        self.blocks = [BlockStep(block, self.dtype, packed) for block in model.layers]
+        self.blocks = [BlockStep(block, self.dtype, packed) for block in blocks_of(model)]
         self.final = NormStep(model.final_norm)
 
     @staticmethod
@@ -243,15 +243,20 @@ def _products(block: MegalodonBlock) -> Iterator[list[nn.Module]]:
     yield [feed_forward.down_proj]
 
 
+def blocks_of(model: MegalodonModel) -> list[MegalodonBlock]:
+    """The model's blocks, by their type, which a ModuleList does not tell."""
+    return cast(list[MegalodonBlock], list(model.layers))
+
+
 def linear_layers(model: MegalodonModel) -> Iterator[nn.Module]:
     """The blocks' linear layers."""
-    return (layer for block in model.layers for layers in _products(block) for layer in layers)
+    return (layer for block in blocks_of(model) for layers in _products(block) for layer in layers)
 
 
 def _bypassed(model: MegalodonModel) -> Iterator[nn.Module]:
     """The modules that a step does not call."""
     yield model.final_norm
-    for block in model.layers:
+    for block in blocks_of(model):
         yield from (block, block.timestep_norm, block.cema, block.memory_norm, block.attention)
         yield from (block.feed_forward, block.feed_forward.norm)
 
@@ -263,7 +268,7 @@ def _step_of(model: MegalodonModel) -> TokenStep | None:
 
 def _product_of(head: nn.Module) -> Projection | None:
     """The head's product with few rows, in float32 or better; None where only the head itself will do."""
-    if not is_forwarded_as_written(head, (nn.Linear,)):
+    if not isinstance(head, nn.Linear) or not is_forwarded_as_written(head, (nn.Linear,)):
         return None
     wide = full_precision(head.weight.dtype)
     return Projection(head, packed=wide) if can_pack([head], wide) else None
@@ -281,7 +286,7 @@ def apply_head(head: nn.Module, x: Tensor, decoding: bool) -> Tensor:
         _HEADS.forget(head)
         return head(x)
     product = _HEADS.of(head) if x.shape[:-1].numel() <= MOST_ROWS else None
-    if product is None:
+    if product is None or product.weight is None:
         return head(x)
     (y,) = product(x.flatten(0, -2).to(product.weight.dtype))
     return y.unflatten(0, x.shape[:-1])

@@ -55,11 +55,11 @@ class Prepared(Generic[Module, Made]):
 
     def of(self, module: Module) -> Made:
         """It, made anew if need be."""
-        watch, made = self._kept.get(module, (None, None))
-        if watch is None or not watch.unchanged():
+        kept = self._kept.get(module)
+        if kept is None or not kept[0].unchanged():
             made = self._make(module)
-            self._kept[module] = (Watch(module), made)
-        return made
+            kept = self._kept[module] = (Watch(module), made)
+        return kept[1]
 
     def forget(self, module: Module) -> None:
         """Make it anew next time, for instance because values may have been written through `.data`."""

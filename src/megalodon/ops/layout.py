@@ -113,8 +113,8 @@ class Layout:
         device: torch.device | str = "cpu",
         *,
         segment_ids: Tensor | None = None,
-        lengths: Sequence[int] | Tensor | None = None,
-        positions: Sequence[int] | Tensor | None = None,
+        lengths: Sequence[int] | Tensor | np.ndarray | None = None,
+        positions: Sequence[int] | Tensor | np.ndarray | None = None,
         chunk_size: int | None = None,
     ) -> None:
         if segment_ids is not None and segment_ids.shape != (batch, length):
@@ -301,13 +301,15 @@ class Layout:
         token = _ranges(rows * self.length + self.lengths - fresh, fresh)
         token_target = _ranges(rows * width + kept, fresh)
         cached, cached_target = _ranges(rows * cache_width, kept), _ranges(rows * width, kept)
-        return *(self._tensor(i) for i in (cached, cached_target, token, token_target)), left
+        return self._tensor(cached), self._tensor(cached_target), self._tensor(token), self._tensor(token_target), left
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
 
-def _whole_numbers(name: str, values: Sequence[int] | Tensor | None, batch: int, default: int) -> np.ndarray:
+def _whole_numbers(
+    name: str, values: Sequence[int] | Tensor | np.ndarray | None, batch: int, default: int
+) -> np.ndarray:
     if values is None:
         return np.full(batch, default, dtype=np.int64)
     array = np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.int64)

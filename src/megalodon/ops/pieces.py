@@ -98,5 +98,11 @@ def _cut(
     order = np.full(max(-(-len(runs) // GROUP), 1) * GROUP, -1)
     order[: len(runs)] = np.argsort(-length, kind="stable")
     tables = (runs.reshape(-1, 4), np.stack([np.cumsum(per_row) - per_row, per_row], axis=1), order)
-    on_device = (torch.from_numpy(t.astype(np.int32)).to(device) for t in tables)
-    return Pieces(*on_device, chained=bool((count > 1).any()), padding=int(tokens.sum()) < batch * width)
+    on_device = [torch.from_numpy(t.astype(np.int32)).to(device) for t in tables]
+    return Pieces(
+        runs=on_device[0],
+        rows=on_device[1],
+        order=on_device[2],
+        chained=bool((count > 1).any()),
+        padding=int(tokens.sum()) < batch * width,
+    )

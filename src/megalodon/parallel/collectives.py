@@ -6,11 +6,12 @@ All ranks of a group call the same ones in the same order, in both passes, becau
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 Group = dist.ProcessGroup
 
@@ -53,7 +54,7 @@ class Exchange:
 
 class _Begin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
         x = x.contiguous()
         out = x.new_empty(dist.get_world_size(exchange.group), *x.shape)
@@ -62,7 +63,7 @@ class _Begin(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         exchange = ctx.exchange
         exchange.wait()
         reduced, exchange.reduced = exchange.reduced, None
@@ -72,14 +73,14 @@ class _Begin(torch.autograd.Function):
 
 class _End(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, begun: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, begun: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
         exchange.wait()
         return begun.view_as(begun)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         exchange = ctx.exchange
         parts = grad.contiguous()
         exchange.reduced = parts.new_empty(parts.shape[1:])
@@ -105,25 +106,25 @@ def _scatter_last(x: Tensor, group: Group) -> Tensor:
 
 class _GatherLast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _gather_last(x, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         return _scatter_last(grad, ctx.group), None
 
 
 class _ScatterLast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _scatter_last(x, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         return _gather_last(grad, ctx.group), None
 
 
@@ -149,7 +150,7 @@ def scatter_last(x: Tensor, group: Group | None) -> Tensor:
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
         ctx.sizes, ctx.group = (sent, received), group
         out = x.new_empty(sum(received))
         dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
@@ -157,7 +158,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         sent, received = ctx.sizes
         out = grad.new_empty(sum(sent))
         dist.all_to_all_single(out, grad.contiguous(), sent, received, group=ctx.group)

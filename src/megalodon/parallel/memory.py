@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def saved_bytes(config: MegalodonConfig, length: int, precision: str) -> int:
 @cache
 def saved_bytes_fit(precision: str, swiglu: bool) -> tuple[np.ndarray, np.ndarray]:
     """Bytes that a block keeps, for each unit of `FEATURES` and of model_dim x cema_ndim: (a token, besides)."""
-    base = {
+    base: dict[str, Any] = {
         "vocab_size": 64,
         "num_heads": 1,
         "model_dim": 64,

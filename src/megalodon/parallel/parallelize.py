@@ -58,9 +58,10 @@ class ParallelModel(nn.Module):
         ranges = stage_layers(len(model.model.layers), sizes.pipeline * virtual_stages)
         own = ranges[mesh.rank("pipeline") :: sizes.pipeline]
         kind = PipelinedStage if sizes.pipeline > 1 else Stage
-        self.stages = nn.ModuleList(kind(model, layers, axes, mesh.rank("chunk"), precision) for layers in own)
+        stages: list[Any] = [kind(model, layers, axes, mesh.rank("chunk"), precision) for layers in own]
+        self.stages: Any = nn.ModuleList(stages)
         self.layers = [layer for layers in own for layer in layers]
-        for stage, layers in zip(self.stages, own, strict=True):
+        for stage, layers in zip(stages, own, strict=True):
             stage.first_memory = self.layers.index(layers.start)
             if mesh.weights is not None:
                 shard_weights(stage, mesh.weights, precision, sizes.pipeline > 1)
@@ -68,7 +69,7 @@ class ParallelModel(nn.Module):
             stage.to_empty(device=device) if empty else stage.to(device)
         self.pipeline = None
         if sizes.pipeline > 1:
-            self.pipeline = Pipeline(list(self.stages), mesh.group("pipeline"), device)
+            self.pipeline = Pipeline(stages, mesh.group("pipeline"), device)
 
     @property
     def _tied(self) -> nn.Parameter | None:

@@ -28,7 +28,7 @@ def shard_weights(stage: Stage, mesh: DeviceMesh, precision: str, pipelined: boo
     for block in stage.model.layers.values():
         if precision == "bfloat16":
             half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-            linear = [module for module in block.modules() if isinstance(module, nn.Linear)]
+            linear: list[nn.Module] = [module for module in block.modules() if isinstance(module, nn.Linear)]
             fully_shard(linear, mesh=mesh, mp_policy=half, reshard_after_forward=again)
         fully_shard(block, mesh=mesh, reshard_after_forward=again)
     fully_shard(stage, mesh=mesh, reshard_after_forward=again)

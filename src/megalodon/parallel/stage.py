@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class Stage(nn.Module):
         self.first_memory = 0  # where in the rank's states this stage's layers begin
         self.is_first, self.is_last = layers.start == 0, layers.stop == len(whole.layers)
         self.embedding_scale, self.vocab_size = whole.embedding_scale, model.vocab_size
-        self.model = nn.Module()
+        self.model: Any = nn.Module()
         if self.is_first:
             self.model.embed_tokens = whole.embed_tokens
         self.model.layers = nn.ModuleDict({str(i): whole.layers[i] for i in layers})

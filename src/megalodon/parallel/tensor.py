@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
@@ -112,7 +113,7 @@ def embed(weight: Tensor, ids: Tensor, group: Group) -> Tensor:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Group) -> Tensor:
         first = dist.get_rank(group) * logits.shape[-1]
         largest = logits.amax(-1)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group)
@@ -128,7 +129,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         shifted, total, places, own, real = ctx.saved_tensors
         d_logits = shifted.exp() / total[:, None]
         d_logits[torch.arange(len(own), device=own.device), places.where(own, 0)] -= own.to(d_logits.dtype)

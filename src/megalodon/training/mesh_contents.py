@@ -96,8 +96,8 @@ def empty_states(model: ParallelModel, rows: int, parts: int, width: int, dtype:
 
     def layer() -> LayerState:
         h = torch.zeros(batch, config.model_dim // ranks, config.cema_ndim, dtype=torch.complex64, device=device)
-        sizes = (config.head_dim, config.value_head_dim)
-        chunk = OpenChunk(*(torch.zeros(batch, width, heads, size, dtype=dtype, device=device) for size in sizes))
+        keys = torch.zeros(batch, width, heads, config.head_dim, dtype=dtype, device=device)
+        chunk = OpenChunk(keys, keys.new_zeros(batch, width, heads, config.value_head_dim))
         return LayerState(moments(), h, chunk)
 
     return [

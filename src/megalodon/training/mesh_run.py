@@ -136,7 +136,8 @@ def _run(resolved: launch.Resolved, processes: Processes, device: torch.device, 
             trainer.restore(checkpoint)
             display.say(f"resuming from {checkpoint}")
         processes.together(on_rank_0(processes, lambda: write_text(folder.config, config_text(config))))
-        with display, AgreedStop() as stop:
+        stop = AgreedStop()
+        with display, stop:
             trainer.train(stop)
         return _common(stop)
     finally:

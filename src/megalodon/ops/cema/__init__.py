@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from megalodon.ops.backend import Implementations, choose, complex_of, full_precision
@@ -12,14 +10,15 @@ from megalodon.ops.cema.blocked import KeptTables
 from megalodon.ops.layout import Layout
 
 
-def _triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton(
+    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, state: Tensor | None, layout: Layout | None
+) -> tuple[Tensor, Tensor]:
     """The kernels, imported when they are first asked for: Triton need not be installed."""
     if x.numel() == 0:
-        *others, layout = arguments
-        return blocked.cema(x, *others, layout or Layout(x.shape[0], x.shape[1], x.device))
+        return blocked.cema(x, p, q, gamma, omega, state, layout or Layout(x.shape[0], x.shape[1], x.device))
     from megalodon.ops.cema import triton
 
-    return triton.cema(x, *arguments)
+    return triton.cema(x, p, q, gamma, omega, state, layout)
 
 
 IMPLEMENTATIONS: Implementations = {"reference": reference.cema, "blocked": blocked.cema, "triton": _triton}

@@ -42,11 +42,12 @@ def _uniform(
         values = torch.cat([prefix[1][:, :offset].to(v.dtype), v[:, :head]], dim=1)
         outputs.append(causal_attention(q[:, :head], keys, values, offset, None, dropout, dropkey))
     if whole:
-        chunks = (x[:, head : head + whole].reshape(-1, chunk, *x.shape[2:]) for x in (q, k, v))
-        outputs.append(causal_attention(*chunks, 0, None, dropout, dropkey).reshape(len(q), whole, *v.shape[2:]))
+        queries, keys, values = (x[:, head : head + whole].reshape(-1, chunk, *x.shape[2:]) for x in (q, k, v))
+        out = causal_attention(queries, keys, values, 0, None, dropout, dropkey)
+        outputs.append(out.reshape(len(q), whole, *v.shape[2:]))
     if head + whole < length:
-        rest = (x[:, head + whole :] for x in (q, k, v))
-        outputs.append(causal_attention(*rest, 0, None, dropout, dropkey))
+        queries, keys, values = (x[:, head + whole :] for x in (q, k, v))
+        outputs.append(causal_attention(queries, keys, values, 0, None, dropout, dropkey))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
@@ -64,6 +65,6 @@ def _binned(
         cached_k, cached_v = (cached[:, : int(layout.offsets.max())].flatten(0, 1) for cached in prefix)
         k_slots = k_slots + move_rows(cached_k.to(k.dtype), bins.cached, bins.cached_slot, count * width)
         v_slots = v_slots + move_rows(cached_v.to(v.dtype), bins.cached, bins.cached_slot, count * width)
-    slots = (x.unflatten(0, bins.shape) for x in (q_slots, k_slots, v_slots))
-    out = causal_attention(*slots, 0, bins.first, dropout, dropkey)
+    queries, keys, values = (x.unflatten(0, bins.shape) for x in (q_slots, k_slots, v_slots))
+    out = causal_attention(queries, keys, values, 0, bins.first, dropout, dropkey)
     return move_rows(out.flatten(0, 1), bins.slot, bins.token, q.shape[0] * q.shape[1]).unflatten(0, q.shape[:2])

@@ -27,13 +27,24 @@ def _by_document_starts(run: Callable[..., Any]) -> Callable[..., Any]:
     return timestep_norm
 
 
-def _triton(x: Tensor, *arguments: Any, layout: Layout | None, eps: float) -> tuple[Tensor, Statistics]:
+def _triton(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    initial: Statistics,
+    prior: Prior | None,
+    padding_mask: Tensor | None,
+    *,
+    layout: Layout | None,
+    eps: float,
+) -> tuple[Tensor, Statistics]:
     """The kernels, imported when they are first asked for: Triton need not be installed."""
     from megalodon.ops.timestep_norm import triton
 
-    if x.numel() == 0 or not triton.fits(x, arguments[2]):
-        return blocked.timestep_norm(x, *arguments, None if layout is None else layout.restart, eps)
-    return triton.timestep_norm(x, *arguments, layout=layout, eps=eps)
+    if x.numel() == 0 or not triton.fits(x, initial):
+        start = None if layout is None else layout.restart
+        return blocked.timestep_norm(x, weight, bias, initial, prior, padding_mask, start, eps)
+    return triton.timestep_norm(x, weight, bias, initial, prior, padding_mask, layout=layout, eps=eps)
 
 
 IMPLEMENTATIONS: Implementations = {

@@ -11,7 +11,7 @@ from torch import Tensor
 class Statistics(NamedTuple):
     """count int64 [B]; mean and var [B, G], float32 or float64."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     mean: Tensor
     var: Tensor
 
@@ -19,7 +19,7 @@ class Statistics(NamedTuple):
 class Prior(NamedTuple):
     """What is assumed before the first token of a document: count of imagined tokens; mean and var [G]."""
 
-    count: int
+    count: int  # type: ignore[assignment]
     mean: Tensor
     var: Tensor
 

@@ -44,7 +44,7 @@ class Contestant:
         model: a Transformers causal language model in float32.
         description: size and origin, for the head of the table.
         cache_argument: the keyword under which its forward takes, and its output returns, the cache. None: the first of
-            Transformers' names for it that the forward has.
+            Transformers' names for it that the forward has, else `past_key_values`.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Contestant:
     def __post_init__(self) -> None:
         if self.cache_argument is None:
             known = inspect.signature(self.model.forward).parameters
-            self.cache_argument = next(name for name in CACHE_ARGUMENTS if name in known)
+            self.cache_argument = next((name for name in CACHE_ARGUMENTS if name in known), "past_key_values")
 
     @property
     def parameters(self) -> int:

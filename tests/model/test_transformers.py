@@ -250,6 +250,8 @@ def test_the_state_has_both_of_transformers_names(
         assert new.past_key_values is new.cache and state is not new.cache
         with pytest.raises(ValueError, match="give past_key_values or cache, and not both"):
             run(text, past_key_values=state, cache=state)
+        with pytest.raises(ValueError, match="memory is a MegalodonState: give it as past_key_values or cache"):
+            run(text, memory=state)
     model.generate(text, max_new_tokens=2)
     said = [capfd.readouterr().err, *(str(warning.message) for warning in recwarn)]
     assert not [words for words in said if "past_key_values" in words], "Transformers has nothing to complain of"

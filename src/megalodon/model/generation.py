@@ -62,7 +62,7 @@ class MegalodonGenerationMixin(GenerationMixin):
         Raises:
             ValueError: a state is given, but not the whole text that it has read the beginning of.
         """
-        state = the_state(past_key_values, cache)
+        state = the_state(past_key_values, cache, kwargs)
         if is_first_iteration and next_sequence_length is not None and state is not None:
             columns = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             next_sequence_length = columns - _columns_read(state, attention_mask)

@@ -159,7 +159,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        state = the_state(past_key_values, cache)
+        state = the_state(past_key_values, cache, kwargs)
         x = self._embed(input_ids, inputs_embeds)
         length = x.shape[1]
         self._check(x, attention_mask, state, segment_ids)
@@ -343,7 +343,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         Returns:
             loss (scalar, nats per target), logits float32 [B, L, vocab], past_key_values (a `MegalodonState`).
         """
-        state = the_state(past_key_values, cache)
+        state = the_state(past_key_values, cache, kwargs)
         outputs = self.model(
             input_ids,
             attention_mask,

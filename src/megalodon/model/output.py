@@ -6,6 +6,7 @@ names are good with every version, as arguments and in outputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -39,8 +40,17 @@ class MegalodonOutput(_BothNames, CausalLMOutputWithPast):  # type: ignore[misc]
     """loss, logits float32 [B, L, vocab], past_key_values (a `MegalodonState` or None) and hidden_states."""
 
 
-def the_state(past_key_values: MegalodonState | None, cache: MegalodonState | None) -> MegalodonState | None:
-    """The one that is given. Raises ValueError where both are."""
+def the_state(
+    past_key_values: MegalodonState | None, cache: MegalodonState | None, others: Mapping[str, object]
+) -> MegalodonState | None:
+    """The one that is given.
+
+    Raises:
+        ValueError: both are, or among the call's other arguments is a state, which would be forgotten in silence.
+    """
     if past_key_values is not None and cache is not None:
         raise ValueError("give past_key_values or cache, and not both: they are two names for the state")
+    for name, value in others.items():
+        if isinstance(value, MegalodonState):
+            raise ValueError(f"{name} is a MegalodonState: give it as past_key_values or cache")
     return cache if past_key_values is None else past_key_values

@@ -28,6 +28,7 @@ from _report import RESULTS, document, markdown_table, new_run, save
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM
 from megalodon.data import ByteTokenizer
+from megalodon.inference.loading import DtypeName
 
 USERS, WITHDRAWN = 6, 2
 MAX_BODY, MAX_UPLOAD = 20_000, 60_000
@@ -50,7 +51,7 @@ def make_model(folder: Path) -> None:
 class ServerProcess:
     """The server under load, and what the system says about it."""
 
-    def __init__(self, folder: Path, keys: list[str]) -> None:
+    def __init__(self, folder: Path, keys: list[str], dtype: DtypeName) -> None:
         make_model(folder / "model")
         self.key_file, self.contexts = folder / "keys", folder / "contexts"
         self.key_file.write_text("\n".join(keys))
@@ -59,6 +60,7 @@ class ServerProcess:
         command += ["--max-body", str(MAX_BODY), "--max-upload", str(MAX_UPLOAD), "--max-tokens", "500"]
         command += ["--max-concurrent", "2", "--prefix-memory", "2", "--prefix-folder", str(folder / "prefixes")]
         command += ["--prefix-disk", "2", "--max-prompt-tokens", "30000", "--request-seconds", "30"]
+        command += ["--dtype", dtype.value]
         log = (folder / "log").open("w")
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert self.process.stdout is not None
@@ -248,12 +250,13 @@ def load(users: list[User], seconds: float, threads: int) -> None:
 def main(
     seconds: Annotated[float, typer.Option(help="of load")] = 600.0,
     threads: Annotated[int, typer.Option(help="clients at once")] = 18,
+    dtype: Annotated[DtypeName, typer.Option(help="of the server's weights")] = DtypeName.float32,
     output: Annotated[Path, typer.Option()] = RESULTS,
 ) -> None:
     """Load a server, then write what was found; exit status 1 if anything was wrong."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         keys = [f"key-of-user-{i}" for i in range(USERS + WITHDRAWN)]
-        server = ServerProcess(Path(folder), keys)
+        server = ServerProcess(Path(folder), keys, dtype)
         try:
             users = [User(i, server.url, key) for i, key in enumerate(keys)]
             for user in users:
@@ -281,7 +284,7 @@ def main(
         wrong.append(f"resident memory rose from {before['resident']:,} to {after['resident']:,} bytes")
     if after["descriptors"] > before["descriptors"] + threads:
         wrong.append(f"open files rose from {before['descriptors']} to {after['descriptors']}")
-    result = new_run("soak", describe_machine(512), {"seconds": seconds, "threads": threads})
+    result = new_run("soak", describe_machine(512), {"seconds": seconds, "threads": threads, "dtype": dtype.value})
     result |= {
         "statuses": {str(status): count for status, count in sorted(statuses.items())},
         "compared": sum(user.compared for user in users),
@@ -292,7 +295,7 @@ def main(
     }
     rows = [[str(status), f"{count:,}"] for status, count in sorted(statuses.items())]
     parts = [
-        f"{seconds:g} seconds, {threads} clients of {USERS} users and {WITHDRAWN} whose keys were withdrawn.",
+        f"{seconds:g} seconds, {dtype.value}; {threads} clients of {USERS} users and {WITHDRAWN} with withdrawn keys.",
         "",
         markdown_table(["status", "answers"], rows),
         "",
@@ -303,7 +306,12 @@ def main(
         f"problems: {len(wrong)}.",
         *[f"- {problem}" for problem in wrong[:20]],
     ]
-    save(result, document("A server under mixed load", result, parts, quick=seconds < 600), output, "soak")
+    save(
+        result,
+        document("A server under mixed load", result, parts, quick=seconds < 600),
+        output,
+        "soak" if dtype == DtypeName.float32 else f"soak-{dtype.value}",
+    )
     print("\n".join(parts))
     raise SystemExit(bool(wrong))
 

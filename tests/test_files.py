@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,21 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         files.write_file(target, fail)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_two_threads_write_one_file_at_once(tmp_path):
+    both = threading.Barrier(2, timeout=60)
+
+    def write(text: str) -> None:
+        def fill(path: Path) -> None:
+            path.write_text(text)
+            both.wait()
+
+        files.write_file(tmp_path / "a", fill)
+
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(write, ["one", "two"])) == [None, None]
+    assert [path.read_text() in ("one", "two") for path in tmp_path.iterdir()] == [True]
 
 
 def test_failed_folder_leaves_the_old_one(tmp_path):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,8 +21,8 @@ PARTIAL = ".partial"  # part of the name of whatever is being written; never rea
 
 
 def partial_name(target: Path) -> Path:
-    """A hidden sibling of `target` to write to before renaming, this process's own."""
-    return target.with_name(f".{target.name}{PARTIAL}-{os.getpid()}")
+    """A hidden sibling of `target` to write to before renaming; nobody else's, be it a thread or another machine."""
+    return target.with_name(f".{target.name}{PARTIAL}-{secrets.token_hex(6)}")
 
 
 def sync_file(path: Path) -> None:
@@ -68,7 +69,6 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         OSError: as `fill` or the disk says; `target` is then as it was.
     """
     temporary = partial_name(target)
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         fill(temporary)

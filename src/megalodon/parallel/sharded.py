@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def read_weights(checkpoint: Path, names: list[str]) -> dict[str, Tensor]:
     """Some of the parameters, whole, on the CPU."""
     shapes = weight_shapes(checkpoint)
     tensors = {MODEL + name: torch.empty(*shapes[name][0], dtype=shapes[name][1]) for name in names}
-    distributed_checkpoint.load(tensors, storage_reader=FileSystemReader(checkpoint / SHARDS), no_dist=True)
+    with warnings.catch_warnings():  # it says that it loads in a single process, which is what it is told to
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        distributed_checkpoint.load(tensors, storage_reader=FileSystemReader(checkpoint / SHARDS), no_dist=True)
     return {name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}
 
 

@@ -69,6 +69,7 @@ def _checked(cls: type["MegalodonConfig"]) -> type["MegalodonConfig"]:
         except StrictDataclassError as error:
             raise ValueError(str(error.__cause__ or error)) from None
 
+    # A decorator's work, to a type checker an assignment to a method, of other arguments.
     cls.__init__ = __init__  # type: ignore[assignment, method-assign]
     return cls
 

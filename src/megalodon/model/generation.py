@@ -29,6 +29,7 @@ class MegalodonGenerationMixin(GenerationMixin):
         """Transformers must not make a cache of its own: the model returns its state."""
         return False
 
+    # Transformers returns None as well, whatever its annotation says.
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: Any, batch_size: int, length: int
     ) -> None:

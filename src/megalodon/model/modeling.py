@@ -120,6 +120,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
 
+    # Narrower than Transformers' nn.Module: the model reads num_embeddings.
     def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         self.embed_tokens = value
 

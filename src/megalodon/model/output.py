@@ -18,6 +18,9 @@ CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWith
 
 
 class _BothNames:
+    """The other name, as a property. Type checkers see it beside the field of a version that they do not check with,
+    hence their silence below."""
+
     if CACHE == "cache":
 
         @property

@@ -146,7 +146,7 @@ def parallelize_blocks(root: nn.Module, axes: Axes) -> None:
     for module in root.modules():
         if type(module) in kinds:
             module.__class__ = kinds[type(module)]
-            module.axes = axes  # type: ignore[assignment]
+            module.axes = axes  # type: ignore[assignment]  # a type checker takes a module's attributes for modules
         if isinstance(module, TimestepNorm):
             module.num_groups //= ranks
         if isinstance(module, GatedChunkAttention):

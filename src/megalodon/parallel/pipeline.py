@@ -93,4 +93,5 @@ class Pipeline:
         arguments: dict[str, Any] = {"n_microbatches": count, "loss_fn": lambda loss, _: loss[0], "scale_grads": False}
         if len(parts) == 1:
             return Schedule1F1B(parts[0], **arguments)
+        # A list of stages, where PyTorch annotates a list of their base class, which is another type.
         return ScheduleInterleaved1F1B(parts, **arguments)  # type: ignore[arg-type]

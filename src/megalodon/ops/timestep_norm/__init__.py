@@ -21,37 +21,24 @@ __all__ = ["IMPLEMENTATIONS", "Prior", "Statistics", "timestep_norm"]
 def _by_document_starts(run: Callable[..., Any]) -> Callable[..., Any]:
     """Takes a layout in place of the index of each document's first token."""
 
-    def timestep_norm(*arguments: Any, layout: Layout, eps: float) -> tuple[Tensor, Statistics]:
-        return run(*arguments, layout.restart, eps)
+    def timestep_norm(*arguments: Any, layout: Layout | None, eps: float) -> tuple[Tensor, Statistics]:
+        return run(*arguments, None if layout is None else layout.restart, eps)
 
     return timestep_norm
 
 
-def _triton(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    initial: Statistics,
-    prior: Prior | None,
-    padding_mask: Tensor | None,
-    *,
-    layout: Layout | None,
-    eps: float,
-) -> tuple[Tensor, Statistics]:
+_reference, _blocked = _by_document_starts(reference.timestep_norm), _by_document_starts(blocked.timestep_norm)
+
+
+def _triton(x: Tensor, *arguments: Any, layout: Layout | None, eps: float) -> tuple[Tensor, Statistics]:
     """The kernels, imported when they are first asked for: Triton need not be installed."""
     from megalodon.ops.timestep_norm import triton
 
-    if x.numel() == 0 or not triton.fits(x, initial):
-        start = None if layout is None else layout.restart
-        return blocked.timestep_norm(x, weight, bias, initial, prior, padding_mask, start, eps)
-    return triton.timestep_norm(x, weight, bias, initial, prior, padding_mask, layout=layout, eps=eps)
+    run = triton.timestep_norm if x.numel() and triton.fits(x, arguments[2]) else _blocked
+    return run(x, *arguments, layout=layout, eps=eps)
 
 
-IMPLEMENTATIONS: Implementations = {
-    "reference": _by_document_starts(reference.timestep_norm),
-    "blocked": _by_document_starts(blocked.timestep_norm),
-    "triton": _triton,
-}
+IMPLEMENTATIONS: Implementations = {"reference": _reference, "blocked": _blocked, "triton": _triton}
 
 
 def timestep_norm(

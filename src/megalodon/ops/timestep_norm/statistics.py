@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Statistics(NamedTuple):
-    """count int64 [B]; mean and var [B, G], float32 or float64."""
+    """count int64 [B]; mean and var [B, G], float32 or float64. (`count` hides a tuple's method, here and below.)"""
 
     count: Tensor  # type: ignore[assignment]
     mean: Tensor

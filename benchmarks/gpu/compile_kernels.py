@@ -55,7 +55,7 @@ class Launch:
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(self.kernel.arg_names)
-            if name in self.pointers or (name in ("D", "DN", "N", "E") and name not in self.constants)
+            if name in self.pointers or (name in ("D", "DN", "N", "E", "width") and name not in self.constants)
         }
         ordered = {name: types[name] for name in self.kernel.arg_names}
         return ASTSource(self.kernel, ordered, dict(self.constants), aligned)
@@ -104,7 +104,7 @@ def _number(pattern: str, text: str) -> int:
 
 def launches() -> list[Launch]:
     """Every kernel in the configurations of the presets: bfloat16 and float32, D = 4096, N = 16, G = 64, H = 4."""
-    return [*_cema(), *_timestep_norm(), *_chunk_attention()]
+    return [*_cema(), *_timestep_norm(), *_chunk_attention(), *_strips()]
 
 
 def _cema() -> list[Launch]:
@@ -218,6 +218,30 @@ def _chunk_attention() -> list[Launch]:
         add(f"decode {name}", kernels.decode_kernel, name, sizes, 8, 3, both)
         add(f"join {name}", kernels.join_kernel, name, {"BS": 64, "DV": 512}, 4, 3, both)
         add(f"delta {name}", kernels.delta_kernel, name, {"BM": 8, "DV": 256}, 4, 3, both)
+    return found
+
+
+def _strips() -> list[Launch]:
+    from megalodon.ops.chunk_attention import strip_kernels as kernels
+    from megalodon.ops.chunk_attention import strips as ours
+
+    found = []
+
+    def add(label: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int, stages: int) -> None:
+        known = {"seed": "i64", "lse": "fp32", "delta": "fp32", "d_weights": "fp32"}
+        known |= dict.fromkeys(("q", "k", "weights", "d_scores"), dtype)
+        known = {name: known[name] for name in kernel.arg_names if name in known}
+        found.append(Launch(f"strips {label}", kernel, known, constants, warps, stages, {"dropout": "fp32"}))
+
+    for name, dtype, key in (("bf16", torch.bfloat16, 256), ("fp32", torch.float32, 128)):
+        tile = ours.tile(dtype, key)
+        sizes = {k: v for k, v in tile.items() if k[:4] != "num_"} | {"FULL": True, "DROPKEY": False}
+        launch = tile["num_warps"], tile["num_stages"]
+        add(f"normaliser {name}", kernels.normaliser_kernel, name, sizes, *launch)
+        for gradient in (False, True):
+            for dropout in (False, True):
+                label = f"{'gradients' if gradient else 'weights'} {name}{' with dropout' if dropout else ''}"
+                add(label, kernels.weights_kernel, name, {**sizes, "GRADIENT": gradient, "DROPOUT": dropout}, *launch)
     return found
 
 

@@ -73,11 +73,11 @@ def choose(
         raise ValueError(
             f"{source}={name!r} is not a back end of this operator: choose from {', '.join(implementations)}"
         )
-    if name == "triton":
+    if name.startswith("triton"):
         if reason := without_kernels(device.type, device.index):
-            raise ValueError(f"{source}='triton' cannot run here: {reason}; 'blocked' runs everywhere")
+            raise ValueError(f"{source}={name!r} cannot run here: {reason}; 'blocked' runs everywhere")
         if dtype not in KERNEL_DTYPES:
-            raise ValueError(f"{source}='triton' takes bfloat16 and float32, not {dtype}: use 'blocked' for it")
+            raise ValueError(f"{source}={name!r} takes bfloat16 and float32, not {dtype}: use 'blocked' for it")
     return implementations[name]
 
 

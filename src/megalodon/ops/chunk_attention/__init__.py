@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
@@ -14,29 +14,37 @@ from megalodon.ops.layout import Layout
 __all__ = ["IMPLEMENTATIONS", "causal_attention", "chunk_attention"]
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
-    """The kernels, imported when they are first asked for: Triton need not be installed."""
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: tuple[Tensor, Tensor] | None,
+    layout: Layout | int,
+    dropout: float,
+    dropkey: bool,
+    form: str | None = None,
+) -> Tensor:
+    """The kernels, imported when they are first asked for: Triton need not be installed.
+
+    A plain batch of new sequences comes with its chunk size and no Layout: torch.compile cannot see through one.
+    """
     from megalodon.ops.chunk_attention import triton
 
     if v.numel() == 0 or not triton.fits(q, v):
-        return blocked.chunk_attention(q, k, v, *arguments)
-    return triton.chunk_attention(q, k, v, *arguments)
-
-
-def _plain_triton(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, dropout: float, dropkey: bool) -> Tensor:
-    """A plain batch of new sequences, without a Layout: torch.compile cannot see through one."""
-    from megalodon.ops.chunk_attention import triton
-
-    if v.numel() and triton.fits(q, v):
-        return triton.plain_attention(q, k, v, None, [chunk_size, 0, 0], dropout, dropkey)
-    layout = Layout(q.shape[0], q.shape[1], q.device, chunk_size=chunk_size)
-    return blocked.chunk_attention(q, k, v, None, layout, dropout, dropkey)
+        if isinstance(layout, int):
+            layout = Layout(q.shape[0], q.shape[1], q.device, chunk_size=layout)
+        return blocked.chunk_attention(q, k, v, prefix, layout, dropout, dropkey)
+    if isinstance(layout, int):
+        return triton.plain_attention(q, k, v, None, layout, 0, dropout, dropkey, form)
+    return triton.chunk_attention(q, k, v, prefix, layout, dropout, dropkey, form)
 
 
 IMPLEMENTATIONS: Implementations = {
     "reference": reference.chunk_attention,
     "blocked": blocked.chunk_attention,
     "triton": _triton,
+    "triton-fused": partial(_triton, form="fused"),
+    "triton-strips": partial(_triton, form="strips"),
 }
 
 
@@ -112,7 +120,8 @@ def chunk_attention(
         segment_ids: int [B, L]; a change along L starts a document and a chunk.
         dropout: probability of dropping a weight after the softmax, or a key before it with `dropkey`.
         dropkey: drop keys before the softmax (never a token's own).
-        backend: "reference", "blocked" or "triton"; None chooses (see `megalodon.ops.backend`).
+        backend: "reference", "blocked" or "triton"; None chooses (see `megalodon.ops.backend`). "triton" chooses by
+            shape between "triton-fused" and "triton-strips", which can be named too.
         layout: the batch's layout, in place of `segment_ids` and `prefix_lengths`, where it is already known. Tokens
             beyond its `lengths` give zero.
 
@@ -141,8 +150,9 @@ def chunk_attention(
                 )
         prefix = (prefix_k, prefix_v)
     run = choose(IMPLEMENTATIONS, backend, q.device, q.dtype)
-    if layout is None and run is _triton and segment_ids is None and prefix_k is None and prefix_lengths is None:
-        return _plain_triton(q, k, v, chunk_size, dropout, dropkey)
+    in_kernels = run not in (reference.chunk_attention, blocked.chunk_attention)
+    if layout is None and in_kernels and segment_ids is None and prefix_k is None and prefix_lengths is None:
+        return run(q, k, v, None, chunk_size, dropout, dropkey)
     if layout is None:
         positions = prefix_lengths
         if positions is None and prefix_k is not None:

@@ -1,4 +1,4 @@
-"""Spans for the attention kernels: which rows of q, k and the cache make up each chunk of each document."""
+"""Spans for attention on a GPU: which rows of q, k and the cache make up each chunk of each document."""
 
 from __future__ import annotations
 
@@ -26,56 +26,108 @@ class Spans(NamedTuple):
     key_work: Tensor
 
 
+class Group(NamedTuple):
+    """`count` spans of one shape, `query_step` rows of q and `key_step` rows of k apart; none has cached keys."""
+
+    first_query: int
+    queries: int
+    query_step: int
+    first_key: int
+    keys: int
+    key_step: int
+    count: int
+
+
 @lru_cache(maxsize=64)
 def chunks(
     batch: int, length: int, chunk: int, offset: int, cache_width: int, block: int, device: torch.device
 ) -> Spans:
     """Rows of `length` tokens that all have `offset` tokens in their open chunk."""
-    begins = np.unique(np.concatenate([[0], np.arange(chunk - offset, length, chunk)]))
-    ends = np.append(begins[1:], length)
-    row = np.repeat(np.arange(batch), len(begins))
-    first, last = np.tile(begins, batch), np.tile(ends, batch)
-    cached = np.where(first == 0, offset, 0)
-    return _tables(row * length + first, last - first, row * length + first, row * cache_width, cached, block, device)
+    return _with_work(_spans_of_chunks(batch, length, chunk, offset, cache_width), block, device)
 
 
 @lru_cache(maxsize=64)
 def window(batch: int, length: int, width: int, offset: int, block: int, device: torch.device) -> Spans:
     """Rows of `length` queries whose first stands at place `offset` of their row of `width` keys."""
-    row = np.arange(batch)
-    spans = np.stack([row * length, row * 0 + length, row * width, row * 0 + offset + length, row * 0, row * 0], axis=1)
-    return _with_work(spans, block, device)
+    return _with_work(_spans_of_window(batch, length, width, offset), block, device)
 
 
 def ragged(layout: Layout, cache_width: int, block: int) -> Spans:
     """Any layout; made once for all layers."""
     cache = layout.__dict__.setdefault("_attention_spans", {})
     if (cache_width, block) not in cache:
-        assert layout.chunk_size is not None
-        index = np.arange(layout.length)
-        begins = (layout.document_positions % layout.chunk_size == 0) | (index == 0)
-        if layout.starts is not None:
-            begins |= layout.starts
-        begins &= index < layout.lengths[:, None]
-        row, first = np.nonzero(begins)
-        last_of_row = np.append(row[1:] != row[:-1], True)[: len(row)]
-        ends = np.where(last_of_row, layout.lengths[row], np.append(first[1:], 0)[: len(row)])
-        cached = np.where(first == 0, layout.offsets[row], 0)
-        at = row * layout.length + first
-        cache[cache_width, block] = _tables(at, ends - first, at, row * cache_width, cached, block, layout.device)
+        cache[cache_width, block] = _with_work(_spans_of_layout(layout, cache_width), block, layout.device)
     return cache[cache_width, block]
 
 
-def _tables(
-    query: np.ndarray,
-    queries: np.ndarray,
-    key: np.ndarray,
-    cache: np.ndarray,
-    cached: np.ndarray,
-    block: int,
-    device: torch.device,
-) -> Spans:
-    return _with_work(np.stack([query, queries, key, queries + cached, cache, cached], axis=1), block, device)
+@lru_cache(maxsize=64)
+def groups_of_chunks(batch: int, length: int, chunk: int) -> tuple[Group, ...]:
+    """Rows of `length` tokens at the start of a chunk."""
+    return _groups(_spans_of_chunks(batch, length, chunk, 0, 0))
+
+
+@lru_cache(maxsize=64)
+def groups_of_window(batch: int, length: int, width: int, offset: int) -> tuple[Group, ...]:
+    """The rows of `window`."""
+    return _groups(_spans_of_window(batch, length, width, offset))
+
+
+def groups_of_layout(layout: Layout) -> tuple[Group, ...]:
+    """Any layout without cached keys; made once for all layers."""
+    if "_attention_groups" not in layout.__dict__:
+        layout.__dict__["_attention_groups"] = _groups(_spans_of_layout(layout, 0))
+    return layout.__dict__["_attention_groups"]
+
+
+def _spans_of_chunks(batch: int, length: int, chunk: int, offset: int, cache_width: int) -> np.ndarray:
+    begins = np.unique(np.concatenate([[0], np.arange(chunk - offset, length, chunk)]))
+    ends = np.append(begins[1:], length)
+    row = np.repeat(np.arange(batch), len(begins))
+    first, last = np.tile(begins, batch), np.tile(ends, batch)
+    return _spans(row * length + first, last - first, row * cache_width, np.where(first == 0, offset, 0))
+
+
+def _spans_of_window(batch: int, length: int, width: int, offset: int) -> np.ndarray:
+    row, zero = np.arange(batch), np.zeros(batch, dtype=np.int64)
+    return np.stack([row * length, zero + length, row * width, zero + offset + length, zero, zero], axis=1)
+
+
+def _spans_of_layout(layout: Layout, cache_width: int) -> np.ndarray:
+    assert layout.chunk_size is not None
+    index = np.arange(layout.length)
+    begins = (layout.document_positions % layout.chunk_size == 0) | (index == 0)
+    if layout.starts is not None:
+        begins |= layout.starts
+    begins &= index < layout.lengths[:, None]
+    row, first = np.nonzero(begins)
+    last_of_row = np.append(row[1:] != row[:-1], True)[: len(row)]
+    ends = np.where(last_of_row, layout.lengths[row], np.append(first[1:], 0)[: len(row)])
+    cached = np.where(first == 0, layout.offsets[row], 0)
+    return _spans(row * layout.length + first, ends - first, row * cache_width, cached)
+
+
+def _spans(at: np.ndarray, queries: np.ndarray, cache: np.ndarray, cached: np.ndarray) -> np.ndarray:
+    """Spans whose queries and fresh keys are the same tokens, from `at` on."""
+    return np.stack([at, queries, at, queries + cached, cache, cached], axis=1)
+
+
+def _groups(spans: np.ndarray) -> tuple[Group, ...]:
+    """Spans of one shape at equal distances become one group."""
+    assert not spans[:, 5].any()
+    found: list[Group] = []
+    for query, queries, key, keys in spans[np.argsort(-spans[:, 1], kind="stable")][:, :4].tolist():
+        last = found[-1] if found else None
+        if last is None or (last.queries, last.keys) != (queries, keys):
+            found.append(Group(query, queries, 0, key, keys, 0, 1))
+            continue
+        steps = query - last.first_query, key - last.first_key
+        if last.count == 1:
+            found[-1] = last._replace(query_step=steps[0], key_step=steps[1], count=2)
+        elif steps == (last.count * last.query_step, last.count * last.key_step):
+            found[-1] = last._replace(count=last.count + 1)
+        else:
+            found.append(Group(query, queries, 0, key, keys, 0, 1))
+    return tuple(found)
 
 
 def _with_work(spans: np.ndarray, block: int, device: torch.device) -> Spans:

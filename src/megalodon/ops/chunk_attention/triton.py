@@ -1,5 +1,5 @@
-"""Chunk attention on a GPU: launches of the kernels in `triton_kernels.py`, as operators that autograd and
-torch.compile know.
+"""Chunk attention on a GPU: which form a batch takes, and the fused kernels (`triton_kernels.py`) as operators that
+autograd and torch.compile know. The other form is in `strips.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from megalodon.ops.chunk_attention import spans as tables
+from megalodon.ops.chunk_attention import strips
 from megalodon.ops.chunk_attention import triton_kernels as kernels
 from megalodon.ops.chunk_attention.spans import Spans
 from megalodon.ops.launch import on_device
@@ -225,18 +226,43 @@ def _(q, k, v, places, place):
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
+def in_strips(q: Tensor, v: Tensor, tokens: float) -> bool:
+    """Whether strips are expected to be quicker than the fused kernels, for chunks of so many tokens on average.
+
+    Estimated, not yet measured (docs/kernels.md): strips pay 2 to 8 bytes for each score, which is less than making the
+    scores anew where the values take several slices; and they want products that fill a GPU.
+    """
+    slices = triton.cdiv(v.shape[-1], 256)
+    return q.dtype == torch.bfloat16 and slices >= 4 and tokens >= 512
+
+
 def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, layout: Layout, dropout: float, dropkey: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: tuple[Tensor, Tensor] | None,
+    layout: Layout,
+    dropout: float,
+    dropkey: bool,
+    form: str | None = None,
 ) -> Tensor:
-    """See `megalodon.ops.chunk_attention`; the tensors have a token at least, and pass `fits`."""
+    """See `megalodon.ops.chunk_attention`; the tensors have a token at least, and pass `fits`.
+
+    `form` is "fused" or "strips", or None for what `in_strips` says. Cached keys need the fused kernels.
+    """
     cache = None
     if prefix is not None and layout.offsets.any():
         cache = (prefix[0].to(k.dtype).contiguous(), prefix[1].to(v.dtype).contiguous())
-    width = 0 if cache is None else cache[0].shape[1]
+    chunk = layout.chunk_size
+    assert chunk is not None
     if layout.uniform_offset is not None:
-        assert layout.chunk_size is not None
-        return plain_attention(q, k, v, cache, [layout.chunk_size, layout.uniform_offset, width], dropout, dropkey)
-    plan = tables.ragged(layout, width, _block_of(q, dropout))
+        return plain_attention(q, k, v, cache, chunk, layout.uniform_offset, dropout, dropkey, form)
+    if cache is None and form != "fused":
+        groups = tables.groups_of_layout(layout)
+        tokens = sum(g.count * g.queries for g in groups) / sum(g.count for g in groups) if groups else 0
+        if groups and (form == "strips" or in_strips(q, v, tokens)):
+            return strips.attend(q, k, v, [], groups, dropout, dropkey)
+    plan = tables.ragged(layout, 0 if cache is None else cache[0].shape[1], _block_of(q, dropout))
     return _attend(q, k, v, cache, [], plan, dropout, dropkey)
 
 
@@ -245,12 +271,17 @@ def plain_attention(
     k: Tensor,
     v: Tensor,
     cache: tuple[Tensor, Tensor] | None,
-    shape: list[int],
+    chunk_size: int,
+    offset: int,
     dropout: float,
     dropkey: bool,
+    form: str | None = None,
 ) -> Tensor:
-    """Rows at one common place in their chunks: shape is [chunk size, tokens of the cache, width of its buffer]."""
-    return _attend(q, k, v, cache, shape, None, dropout, dropkey)
+    """Rows that all have `offset` tokens in their open chunk, at the start of each row of the cache."""
+    if cache is None and (form == "strips" or (form is None and in_strips(q, v, min(chunk_size, q.shape[1])))):
+        return strips.attend(q, k, v, [chunk_size], (), dropout, dropkey)
+    width = 0 if cache is None else cache[0].shape[1]
+    return _attend(q, k, v, cache, [chunk_size, offset, width], None, dropout, dropkey)
 
 
 def _attend(
@@ -281,4 +312,6 @@ def causal_attention(
         return torch.ops.megalodon.decode_attention(q.contiguous(), k.contiguous(), v.contiguous(), places, place)
     if isinstance(offset, Tensor):
         return None
+    if in_strips(q, v, q.shape[1]):
+        return strips.attend(q, k, v, [0, offset], (), dropout, dropkey)
     return _attend(q, k, v, None, [offset], None, dropout, dropkey)

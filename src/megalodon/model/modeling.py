@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +31,7 @@ from megalodon.model.padding import RealTokens
 from megalodon.model.state import Dimensions, MegalodonState
 from megalodon.model.timestep_norm import TimestepNorm
 from megalodon.model.token_step import TokenStep, apply_head
-from megalodon.ops.layout import Layout
+from megalodon.ops.layout import Layout, layout_of
 
 READ_AT_ONCE = 4096
 """Tokens that a CPU runs through a layer at a time. Activations of more outgrow its caches, and tensors of more than
@@ -226,10 +227,12 @@ class MegalodonModel(MegalodonPreTrainedModel):
     ) -> list[Layout]:
         """Where the tokens of each piece of x stand that goes through a layer at a time."""
         whole = segment_ids is not None or lengths is not None
-        positions = None if state is None else state.position
+        positions: Tensor | np.ndarray | None = None if state is None else state.position
         layouts: list[Layout] = []
         for size in [x.shape[1]] if whole else self._pieces(x, state):
-            layout = Layout(
+            if layouts:
+                positions = layouts[-1].end_positions
+            layout = layout_of(
                 x.shape[0],
                 size,
                 x.device,
@@ -239,7 +242,6 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 chunk_size=self.config.chunk_size,
             )
             layouts.append(layout)
-            positions = torch.from_numpy(layout.end_positions)
         return layouts
 
     def _pieces(self, x: Tensor, state: MegalodonState | None) -> list[int]:
@@ -265,7 +267,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
             assert input_ids is not None
             if input_ids.ndim != 2:
                 raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be [B, L]")
-            if input_ids.device.type == "cpu" and input_ids.numel():  # on a GPU the look would wait for the device
+            looks = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+            if looks and input_ids.numel():  # on a GPU the look would wait for the device, in a compiled graph break it
                 low, high = int(input_ids.min()), int(input_ids.max())
                 if low < 0 or high >= self.embed_tokens.num_embeddings:
                     raise ValueError(

@@ -43,14 +43,14 @@ class OpenChunk:
     @staticmethod
     def append(chunk: OpenChunk | None, k: Tensor, v: Tensor, layout: Layout) -> OpenChunk:
         """The chunk with the tokens k [B, L, H, d] and v [B, L, H, e], which must fit (`layout.fits_open_chunk`)."""
-        needed = int((layout.offsets + layout.lengths).max(initial=0))
+        needed = layout.most_keys
         if chunk is None:
             chunk = OpenChunk(k[:, :0], v[:, :0])
         differentiable = torch.is_grad_enabled() and (k.requires_grad or chunk.keys.requires_grad)
-        begun = bool((layout.offsets == 0).any())  # a chunk begins: its places hold what earlier holders still see
         capacity = needed if differentiable else _capacity(needed, layout.chunk_size)
-        if begun or differentiable or not chunk._writable(needed, k, v):
-            chunk = chunk._grown(int(layout.offsets.max(initial=0)), capacity, k, v)
+        # where a chunk begins, its places hold what earlier holders still see
+        if layout.begins_chunk or differentiable or not chunk._writable(needed, k, v):
+            chunk = chunk._grown(layout.longest_offset, capacity, k, v)
         chunk._appends[0] += 1
         offset = layout.uniform_offset
         if offset is not None:
@@ -78,13 +78,16 @@ class OpenChunk:
         """What is left open once the tokens k, v are read, where chunks were completed or documents begun."""
         if chunk is None:
             chunk = OpenChunk(k[:, :0], v[:, :0])
-        batch = layout.batch
+        assert layout.chunk_size is not None
+        if layout.uniform_offset is not None:
+            width = (layout.uniform_offset + layout.length) % layout.chunk_size
+            if width <= layout.length:
+                last = OpenChunk(k[:, layout.length - width :], v[:, layout.length - width :])
+                exact = not width or (torch.is_grad_enabled() and k.requires_grad)
+                return last._grown(width, width if exact else _capacity(width, layout.chunk_size), k, v)
+        batch, cached_width = layout.batch, layout.longest_offset
         cached, cached_target, token, token_target, left = layout.open_chunk()
-        width, cached_width = int(left.max(initial=0)), int(layout.offsets.max(initial=0))
-        if layout.uniform_offset is not None and width <= layout.length:
-            last = OpenChunk(k[:, layout.length - width :], v[:, layout.length - width :])
-            exact = not width or (torch.is_grad_enabled() and k.requires_grad)
-            return last._grown(width, width if exact else _capacity(width, layout.chunk_size), k, v)
+        width = int(left.max(initial=0))
 
         def keep(old: Tensor, new: Tensor) -> Tensor:
             kept = move_rows(new.flatten(0, 1), token, token_target, batch * max(width, 1))
@@ -97,11 +100,11 @@ class OpenChunk:
 
     def contents(self, layout: Layout) -> tuple[Tensor, Tensor, int | Tensor]:
         """(keys, values, where the newest tokens begin: one number, or int64 [B] where rows differ), for attention."""
-        filled = int((layout.offsets + layout.lengths).max(initial=0))
+        filled = layout.most_keys
         offset: int | Tensor | None = layout.uniform_offset
         if offset is None:
             offset = torch.from_numpy(layout.offsets).to(self.keys.device)
-            filled = max(filled, int(layout.offsets.max(initial=0)) + layout.length)
+            filled = max(filled, layout.longest_offset + layout.length)
             missing = filled - self.keys.shape[1]
             if missing > 0:  # padding tokens may stand beyond every key: give them something to see
                 keys, values = (torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], 1) for x in self)

@@ -10,7 +10,7 @@ from megalodon.ops.cema import KeptTables, cema
 from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
-from megalodon.ops.layout import Layout, move_rows
+from megalodon.ops.layout import Layout, layout_of, move_rows
 from megalodon.ops.rotary import rotate, rotations
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
 from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
@@ -26,6 +26,7 @@ __all__ = [
     "cema",
     "chunk_attention",
     "default_backend",
+    "layout_of",
     "move_rows",
     "rotate",
     "rotations",

@@ -103,7 +103,8 @@ class Layout:
         positions: how many tokens of its first document each row has seen before. None: 0.
         chunk_size: C; needed for everything about chunks.
 
-    The first document of a row continues what the row's state remembers; the others start afresh.
+    The first document of a row continues what the row's state remembers; the others start afresh. `layout_of` makes the
+    layout of a batch: a `PlainLayout` where nothing but numbers tells its rows from others.
     """
 
     def __init__(
@@ -120,9 +121,19 @@ class Layout:
         if segment_ids is not None and segment_ids.shape != (batch, length):
             raise ValueError(f"segment_ids has shape {tuple(segment_ids.shape)}: it must be {(batch, length)}")
         self.batch, self.length, self.device, self.chunk_size = batch, length, torch.device(device), chunk_size
-        self.lengths = _whole_numbers("lengths", lengths, batch, length)
-        self.positions = _whole_numbers("positions", positions, batch, 0)
+        self._lengths = _whole_numbers("lengths", lengths, batch, length)
+        self._positions = _whole_numbers("positions", positions, batch, 0)
         self._segments = None if segment_ids is None else segment_ids.detach().cpu().numpy()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [B]: how many tokens of each row are real."""
+        return self._lengths
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int64 [B]: how many tokens of its first document each row has seen before."""
+        return self._positions
 
     @cached_property
     def starts(self) -> np.ndarray | None:
@@ -156,6 +167,21 @@ class Layout:
         if self.chunk_size is None:
             raise ValueError("chunk_size is needed to place tokens in chunks")
         return self.positions % self.chunk_size
+
+    @cached_property
+    def longest_offset(self) -> int:
+        """The largest of `offsets`."""
+        return int(self.offsets.max(initial=0))
+
+    @cached_property
+    def most_keys(self) -> int:
+        """Tokens of the fullest row's open chunk with those of this batch, where they fit."""
+        return int((self.offsets + self.lengths).max(initial=0))
+
+    @cached_property
+    def begins_chunk(self) -> bool:
+        """Some row's open chunk is empty."""
+        return bool((self.offsets == 0).any())
 
     @cached_property
     def uniform_offset(self) -> int | None:
@@ -194,10 +220,8 @@ class Layout:
     @cached_property
     def chunk_positions(self) -> Tensor:
         """int64 [L], or [B, L] where the rows differ: the token's position inside its chunk."""
-        if self.uniform_offset is not None:
-            assert self.chunk_size is not None
-            return (torch.arange(self.length, device=self.device) + self.uniform_offset) % self.chunk_size
-        return self._tensor(self.document_positions % self.chunk_size)
+        positions = self.document_positions if self.uniform_offset is None else self.document_positions[0]
+        return self._tensor(positions % self.chunk_size)
 
     @cached_property
     def restart(self) -> Tensor | None:
@@ -305,6 +329,99 @@ class Layout:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+
+class PlainLayout(Layout):
+    """Rows that are full, of one document each, and all at one place of it: training on streams, and most decoding.
+
+    Everything about it is plain numbers, so that torch.compile can see through it.
+    """
+
+    starts = restart = padding = None
+    plain = True
+
+    def __init__(
+        self, batch: int, length: int, device: torch.device, position: int = 0, chunk_size: int | None = None
+    ) -> None:
+        self.batch, self.length, self.device, self.chunk_size = batch, length, device, chunk_size
+        self.position = position
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.full(self.batch, self.length)
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.full(self.batch, self.position)
+
+    @property
+    def end_positions(self) -> np.ndarray:
+        return np.full(self.batch, self.position + self.length)
+
+    @property
+    def seen(self) -> Tensor:
+        return torch.full((self.batch,), self.position, device=self.device)
+
+    @property
+    def fresh_rows(self) -> Tensor | None:
+        return None if self.position else torch.ones(self.batch, dtype=torch.bool, device=self.device)
+
+    @property
+    def longest_offset(self) -> int:
+        return self.uniform_offset
+
+    @property
+    def most_keys(self) -> int:
+        return self.uniform_offset + self.length
+
+    @property
+    def begins_chunk(self) -> bool:
+        return self.uniform_offset == 0
+
+    @property
+    def uniform_offset(self) -> int:
+        if self.chunk_size is None:
+            raise ValueError("chunk_size is needed to place tokens in chunks")
+        return self.position % self.chunk_size
+
+    @property
+    def chunk_positions(self) -> Tensor:
+        offset = self.uniform_offset
+        assert self.chunk_size is not None
+        return (torch.arange(self.length, device=self.device) + offset) % self.chunk_size
+
+    @property
+    def fits_open_chunk(self) -> bool:
+        assert self.chunk_size is not None
+        return self.uniform_offset + self.length <= self.chunk_size
+
+
+def layout_of(
+    batch: int,
+    length: int,
+    device: torch.device,
+    *,
+    segment_ids: Tensor | None = None,
+    lengths: Sequence[int] | Tensor | np.ndarray | None = None,
+    positions: Sequence[int] | Tensor | np.ndarray | None = None,
+    chunk_size: int | None = None,
+) -> Layout:
+    """The layout of a batch, whose arguments are those of `Layout`."""
+    if segment_ids is None and lengths is None:
+        if positions is None:
+            return PlainLayout(batch, length, device, 0, chunk_size)
+        first, *others = positions.tolist() if isinstance(positions, Tensor | np.ndarray) else positions or [0]
+        if len(others) == batch - 1 and all(other == first for other in others):
+            return PlainLayout(batch, length, device, int(first), chunk_size)
+    return Layout(
+        batch,
+        length,
+        device,
+        segment_ids=segment_ids,
+        lengths=lengths,
+        positions=positions,
+        chunk_size=chunk_size,
+    )
 
 
 def _whole_numbers(

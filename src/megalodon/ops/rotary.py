@@ -34,5 +34,9 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
         [B, L, H, d] in the dtype of x.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if torch.compiler.is_compiling():  # the compiler fuses real arithmetic only
+        even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+        cosine, sine = torch.view_as_real(turns)[..., None, :, :].to(wide).unbind(-1)
+        return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], -1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns[..., None, :]).flatten(-2).to(x.dtype)

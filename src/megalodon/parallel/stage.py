@@ -21,7 +21,7 @@ from megalodon.model.loss import LOGITS_AT_ONCE, sum_in_slices
 from megalodon.model.modeling import MegalodonForCausalLM
 from megalodon.model.state import Dimensions, MegalodonState
 from megalodon.model.timestep_norm import Moments
-from megalodon.ops.layout import Layout
+from megalodon.ops.layout import Layout, layout_of
 from megalodon.parallel import tensor
 from megalodon.parallel.block import Axes
 from megalodon.parallel.collectives import gather_last
@@ -111,7 +111,9 @@ class Stage(nn.Module):
         positions = np.zeros(batch, dtype=np.int64) if rows.state is None else rows.state.position.numpy()
         size, device = self.config.chunk_size, rows.input_ids.device
         if self.axes.chunk is None:
-            layout = Layout(batch, length, device, segment_ids=rows.segment_ids, positions=positions, chunk_size=size)
+            layout = layout_of(
+                batch, length, device, segment_ids=rows.segment_ids, positions=positions, chunk_size=size
+            )
             return layout, slice(None)
         borders = default_borders(length, self.axes.chunk.size())
         spans = Spans(borders, self.chunk_rank, rows.segment_ids, positions, size)

@@ -27,7 +27,7 @@ class RunConfig(Section):
     device: str = changeable("auto", description="auto: the GPU if there is one; or cpu, cuda, cuda:1, mps")
     accumulation_steps: int = Field(default=1, ge=1, description="parts in which a step is computed, to save memory")
     gradient_checkpointing: bool = changeable(False, description="compute blocks twice, to save memory")
-    compile: bool = changeable(False, description="torch.compile the parts of a block that keep no state")
+    compile: bool = changeable(False, description="torch.compile the blocks")
     log_every: int = changeable(1, ge=1, description="steps between lines of metrics.jsonl")
     resume: ResumeMode = changeable(
         "auto", description="previous: pass over damaged checkpoints; never: refuse old ones"

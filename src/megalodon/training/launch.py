@@ -242,11 +242,9 @@ def checkpoint_activations(model: MegalodonForCausalLM) -> None:
 
 
 def compile_blocks(model: MegalodonForCausalLM) -> None:
-    """Compile the parts of each block that keep no state. The others plan their work in Python from the lengths of
-    documents, so that the compiler would break them into pieces and compile those again for every new length."""
+    """Compile each block: one graph where the kernels run on plain batches, else what stands between its operators."""
     for block in model.model.layers:
-        block.memory_norm.compile()
-        block.feed_forward.compile()
+        block.compile()
 
 
 def held_out(config: TrainConfig, documents: DocumentSet, rank: int, world_size: int) -> Callable[[], Iterator[Batch]]:

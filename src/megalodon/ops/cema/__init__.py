@@ -7,15 +7,16 @@ from torch import Tensor
 from megalodon.ops.backend import Implementations, choose, complex_of, full_precision
 from megalodon.ops.cema import blocked, reference
 from megalodon.ops.cema.blocked import KeptTables
-from megalodon.ops.layout import Layout
+from megalodon.ops.compiling import one_break_at_most
+from megalodon.ops.layout import Layout, layout_of
 
 
 def _triton(
-    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, state: Tensor | None, layout: Layout | None
+    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor | None, state: Tensor | None, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """The kernels, imported when they are first asked for: Triton need not be installed."""
     if x.numel() == 0:
-        return blocked.cema(x, p, q, gamma, omega, state, layout or Layout(x.shape[0], x.shape[1], x.device))
+        return blocked.cema(x, p, q, gamma, omega, state, layout)
     from megalodon.ops.cema import triton
 
     return triton.cema(x, p, q, gamma, omega, state, layout)
@@ -24,6 +25,7 @@ def _triton(
 IMPLEMENTATIONS: Implementations = {"reference": reference.cema, "blocked": blocked.cema, "triton": _triton}
 
 
+@one_break_at_most
 def cema(
     x: Tensor,
     p: Tensor,
@@ -82,8 +84,8 @@ def cema(
             f"it must be complex {(batch, *p.shape)}"
         )
     run = choose(IMPLEMENTATIONS, backend, x.device, x.dtype)
-    if layout is None and not (run is _triton and segment_ids is None):  # torch.compile cannot see through a Layout
-        layout = Layout(batch, length, x.device, segment_ids=segment_ids)
+    if layout is None:
+        layout = layout_of(batch, length, x.device, segment_ids=segment_ids)
     wide = complex_of(real)
     state = None if initial_state is None else initial_state.to(wide)
     keeping = {"kept": kept} if run is blocked.cema else {}

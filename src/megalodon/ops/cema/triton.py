@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalodon.ops.cema import triton_kernels as kernels
 from megalodon.ops.launch import on_device
-from megalodon.ops.layout import Layout
+from megalodon.ops.layout import Layout, PlainLayout
 from megalodon.ops.pieces import GROUP, Pieces, pieces_of
 
 BLOCK = 16
@@ -49,7 +49,9 @@ def _pieces(x: Tensor, components: int, runs: Tensor | None, rows: Tensor | None
     if runs is not None and rows is not None and order is not None:
         return Pieces(runs, rows, order, True, True)
     batch, length, dim = x.shape
-    return pieces_of(Layout(batch, length, x.device), piece_length(batch, length, dim, components, x.itemsize), BLOCK)
+    return pieces_of(
+        PlainLayout(batch, length, x.device), piece_length(batch, length, dim, components, x.itemsize), BLOCK
+    )
 
 
 def _launch_sizes(x: Tensor, components: int, order: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
@@ -239,19 +241,18 @@ def cema(
     gamma: Tensor,
     omega: Tensor | None,
     initial_state: Tensor | None,
-    layout: Layout | None,
+    layout: Layout,
 ) -> tuple[Tensor, Tensor]:
-    """See `megalodon.ops.cema`; x is bfloat16 or float32 with at least one token, layout None for a plain batch."""
+    """See `megalodon.ops.cema`; x is bfloat16 or float32 with at least one token."""
     initial = None if initial_state is None else _parts(initial_state)
     omega = None if omega is None else omega.contiguous()
     coefficients = (p.contiguous(), _parts(q), _parts(gamma))
     arguments = (x.contiguous(), *coefficients, omega, initial)
-    plain = layout is None or layout.plain
     differentiable = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments)
-    if plain and x.shape[1] == 1 and not differentiable:
+    if layout.plain and x.shape[1] == 1 and not differentiable:
         y, last = torch.ops.megalodon.cema_step(*arguments)
         return y, torch.view_as_complex(last)
-    if layout is None or plain:
+    if layout.plain:
         y, last, _ = torch.ops.megalodon.cema(*arguments, None, None, None, False)
     else:
         longest = piece_length(layout.batch, layout.length, x.shape[-1], p.shape[1], x.itemsize)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megalodon.ops.backend import Implementations, choose
 from megalodon.ops.chunk_attention import blocked, causal, reference
-from megalodon.ops.layout import Layout
+from megalodon.ops.compiling import one_break_at_most
+from megalodon.ops.layout import Layout, layout_of
 
 __all__ = ["IMPLEMENTATIONS", "causal_attention", "chunk_attention"]
 
@@ -19,23 +20,16 @@ def _triton(
     k: Tensor,
     v: Tensor,
     prefix: tuple[Tensor, Tensor] | None,
-    layout: Layout | int,
+    layout: Layout,
     dropout: float,
     dropkey: bool,
     form: str | None = None,
 ) -> Tensor:
-    """The kernels, imported when they are first asked for: Triton need not be installed.
-
-    A plain batch of new sequences comes with its chunk size and no Layout: torch.compile cannot see through one.
-    """
+    """The kernels, imported when they are first asked for: Triton need not be installed."""
     from megalodon.ops.chunk_attention import triton
 
     if v.numel() == 0 or not triton.fits(q, v):
-        if isinstance(layout, int):
-            layout = Layout(q.shape[0], q.shape[1], q.device, chunk_size=layout)
         return blocked.chunk_attention(q, k, v, prefix, layout, dropout, dropkey)
-    if isinstance(layout, int):
-        return triton.plain_attention(q, k, v, None, layout, 0, dropout, dropkey, form)
     return triton.chunk_attention(q, k, v, prefix, layout, dropout, dropkey, form)
 
 
@@ -72,6 +66,7 @@ _CAUSAL: Implementations = {
 }
 
 
+@one_break_at_most
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -91,6 +86,7 @@ def causal_attention(
     return run(q, k, v, offset, first, dropout, dropkey)
 
 
+@one_break_at_most
 def chunk_attention(
     q: Tensor,
     k: Tensor,
@@ -150,17 +146,13 @@ def chunk_attention(
                 )
         prefix = (prefix_k, prefix_v)
     run = choose(IMPLEMENTATIONS, backend, q.device, q.dtype)
-    in_kernels = run not in (reference.chunk_attention, blocked.chunk_attention)
-    if layout is None and in_kernels and segment_ids is None and prefix_k is None and prefix_lengths is None:
-        return run(q, k, v, None, chunk_size, dropout, dropkey)
     if layout is None:
         positions = prefix_lengths
         if positions is None and prefix_k is not None:
             positions = [prefix_k.shape[1]] * q.shape[0]
-        layout = Layout(
+        layout = layout_of(
             q.shape[0], q.shape[1], q.device, segment_ids=segment_ids, positions=positions, chunk_size=chunk_size
         )
-    longest = int(layout.offsets.max(initial=0))
-    if longest > (0 if prefix_k is None else prefix_k.shape[1]):
-        raise ValueError(f"the open chunk holds {longest} tokens: prefix_k and prefix_v must hold them")
+    if layout.longest_offset > (0 if prefix_k is None else prefix_k.shape[1]):
+        raise ValueError(f"the open chunk holds {layout.longest_offset} tokens: prefix_k and prefix_v must hold them")
     return run(q, k, v, prefix, layout, dropout, dropkey)

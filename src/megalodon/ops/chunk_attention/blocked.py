@@ -62,7 +62,7 @@ def _binned(
 
     q_slots, k_slots, v_slots = arrange(q), arrange(k), arrange(v)
     if prefix is not None and bins.cached.numel():
-        cached_k, cached_v = (cached[:, : int(layout.offsets.max())].flatten(0, 1) for cached in prefix)
+        cached_k, cached_v = (cached[:, : layout.longest_offset].flatten(0, 1) for cached in prefix)
         k_slots = k_slots + move_rows(cached_k.to(k.dtype), bins.cached, bins.cached_slot, count * width)
         v_slots = v_slots + move_rows(cached_v.to(v.dtype), bins.cached, bins.cached_slot, count * width)
     queries, keys, values = (x.unflatten(0, bins.shape) for x in (q_slots, k_slots, v_slots))

@@ -27,7 +27,7 @@ class Spans(NamedTuple):
 
 
 class Group(NamedTuple):
-    """`count` spans of one shape, `query_step` rows of q and `key_step` rows of k apart; none has cached keys."""
+    """`spans` spans of one shape, `query_step` rows of q and `key_step` rows of k apart; none has cached keys."""
 
     first_query: int
     queries: int
@@ -35,7 +35,7 @@ class Group(NamedTuple):
     first_key: int
     keys: int
     key_step: int
-    count: int
+    spans: int
 
 
 @lru_cache(maxsize=64)
@@ -121,10 +121,10 @@ def _groups(spans: np.ndarray) -> tuple[Group, ...]:
             found.append(Group(query, queries, 0, key, keys, 0, 1))
             continue
         steps = query - last.first_query, key - last.first_key
-        if last.count == 1:
-            found[-1] = last._replace(query_step=steps[0], key_step=steps[1], count=2)
-        elif steps == (last.count * last.query_step, last.count * last.key_step):
-            found[-1] = last._replace(count=last.count + 1)
+        if last.spans == 1:
+            found[-1] = last._replace(query_step=steps[0], key_step=steps[1], spans=2)
+        elif steps == (last.spans * last.query_step, last.spans * last.key_step):
+            found[-1] = last._replace(spans=last.spans + 1)
         else:
             found.append(Group(query, queries, 0, key, keys, 0, 1))
     return tuple(found)

@@ -4,8 +4,8 @@ The wide products belong to cuBLAS. What is left are the narrow ones, of queries
 one kernel gives the log of each softmax's sum, the other the weights of a strip, and in the backward pass the gradients
 of its scores as well. Scores are made anew each time; nothing wider than a strip reaches memory.
 
-A group is `count` spans of one shape, `query_step` rows of q and `key_step` rows of k apart. A strip is taken in
-several of its spans, or heads, at once.
+The spans of a group have one shape; `query_step` rows of q and `key_step` rows of k are between them. A strip is taken
+in several of its spans, or heads, at once.
 """
 
 from __future__ import annotations

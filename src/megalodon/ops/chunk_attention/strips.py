@@ -49,27 +49,27 @@ class _Panel(NamedTuple):
     heads: int
 
     @property
-    def count(self) -> int:
+    def parts(self) -> int:
         return max(self.spans, self.heads)
 
     @property
     def rows(self) -> int:
         """Rows of a strip in each."""
-        return min(max(ROWS_AT_ONCE // self.count // STRIP[0] * STRIP[0], STRIP[0]), STRIP[1])
+        return min(max(ROWS_AT_ONCE // self.parts // STRIP[0] * STRIP[0], STRIP[0]), STRIP[1])
 
     def queries_of(self, x: Tensor) -> Tensor:
-        """x [B, L, H, d] -> [count, queries, d]: rows of these spans and heads, without a copy."""
+        """x [B, L, H, d] -> [parts, queries, d]: rows of these spans and heads, without a copy."""
         return self._view(x, self.group.first_query, self.group.query_step, self.group.queries)
 
     def keys_of(self, x: Tensor) -> Tensor:
-        """x [B, K, H, d] -> [count, keys, d]."""
+        """x [B, K, H, d] -> [parts, keys, d]."""
         return self._view(x, self.group.first_key, self.group.key_step, self.group.keys)
 
     def _view(self, x: Tensor, first: int, step: int, rows: int) -> Tensor:
         heads, width = x.shape[2:]
         between = step * heads * width if self.spans > 1 else width
         start = ((first + self.span * step) * heads + self.head) * width
-        size, strides = (self.count, rows, width), (between, heads * width, 1)
+        size, strides = (self.parts, rows, width), (between, heads * width, 1)
         return x.as_strided(size, strides, x.storage_offset() + start)
 
     def arguments(self) -> tuple[int, ...]:
@@ -88,14 +88,14 @@ class _Panel(NamedTuple):
 
 
 def _panels(group: Group, heads: int) -> Iterator[_Panel]:
-    if group.count <= heads:
-        for span in range(group.count):
+    if group.spans <= heads:
+        for span in range(group.spans):
             yield _Panel(group, span, 1, 0, heads)
         return
     most = ROWS_AT_ONCE // STRIP[0]
     for head in range(heads):
-        for span in range(0, group.count, most):
-            yield _Panel(group, span, min(most, group.count - span), head, 1)
+        for span in range(0, group.spans, most):
+            yield _Panel(group, span, min(most, group.spans - span), head, 1)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -119,7 +119,7 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 class _Buffer:
-    """Memory for matrices [n, rows, columns] whose rows begin at multiples of 16 elements, taken once for all strips."""
+    """Memory for matrices [n, rows, columns] whose rows begin at multiples of 16 elements, kept for all strips."""
 
     def __init__(self, like: Tensor, elements: int, dtype: torch.dtype) -> None:
         self._memory = like.new_empty(elements, dtype=dtype)
@@ -137,7 +137,7 @@ def padded(columns: int) -> int:
 def _buffer_size(groups: list[Group], heads: int) -> int:
     """Elements of the largest strip of any panel, of queries or of keys."""
     panels = (panel for group in groups for panel in _panels(group, heads))
-    return max(p.count * max(p.rows * padded(p.group.keys), p.group.queries * padded(p.rows)) for p in panels)
+    return max(p.parts * max(p.rows * padded(p.group.keys), p.group.queries * padded(p.rows)) for p in panels)
 
 
 def _launch_weights(
@@ -154,7 +154,7 @@ def _launch_weights(
     """`weights_kernel` for queries `rows` and `keys` of a panel; gradients are (delta, d_weights, d_scores)."""
     tiles = triton.cdiv(len(rows), flags["BM"]) * triton.cdiv(len(keys), flags["BN"])
     delta, d_weights, d_scores = gradients or (None, None, None)
-    kernels.weights_kernel[(tiles * panel.count,)](
+    kernels.weights_kernel[(tiles * panel.parts,)](
         *tensors, delta, d_weights, weights, d_scores, *sizes, *panel.arguments(), rows.start, rows.stop, keys.start,
         keys.stop, padded(len(keys)), dropout, GRADIENT=gradients is not None, **flags
     )  # fmt: skip
@@ -200,15 +200,15 @@ def strip_attention_op(
         for group in plan:
             blocks = triton.cdiv(group.queries, flags["BM"])
             where = group.first_query, group.query_step, group.first_key, group.key_step, group.queries, group.keys
-            kernels.normaliser_kernel[(blocks * heads * group.count,)](
-                q, k, seed, lse, heads, dim, *where, group.count, dropout, **flags
+            kernels.normaliser_kernel[(blocks * heads * group.spans,)](
+                q, k, seed, lse, heads, dim, *where, group.spans, dropout, **flags
             )
             for panel in _panels(group, heads):
                 values, target = panel.keys_of(v), panel.queries_of(out)
                 for start in range(0, group.queries, panel.rows):
                     rows = range(start, min(start + panel.rows, group.queries))
                     keys = range(rows.stop + group.keys - group.queries)
-                    weights = buffer.matrices(panel.count, len(rows), len(keys))
+                    weights = buffer.matrices(panel.parts, len(rows), len(keys))
                     with_dropout = {**flags, "DROPOUT": dropout > 0 and not dropkey}
                     _launch_weights(
                         panel, (q, k, seed, lse), (heads, dim), rows, keys, weights, None, dropout, with_dropout
@@ -258,7 +258,7 @@ def strip_attention_backward_op(
                     keys = range(start, min(start + panel.rows, group.keys))
                     rows = range(max(start - shift, 0), group.queries)
                     of_rows, of_keys = slice(rows.start, rows.stop), slice(keys.start, keys.stop)
-                    sizes = panel.count, len(rows), len(keys)
+                    sizes = panel.parts, len(rows), len(keys)
                     weights, d_scores = weight_buffer.matrices(*sizes), score_buffer.matrices(*sizes)
                     d_weights = wide_buffer.matrices(*sizes)
                     _product(upstream[:, of_rows], values[:, of_keys].transpose(1, 2), d_weights)

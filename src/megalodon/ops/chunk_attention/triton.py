@@ -251,37 +251,22 @@ def chunk_attention(
     `form` is "fused" or "strips", or None for what `in_strips` says. Cached keys need the fused kernels.
     """
     cache = None
-    if prefix is not None and layout.offsets.any():
+    if prefix is not None and layout.longest_offset:
         cache = (prefix[0].to(k.dtype).contiguous(), prefix[1].to(v.dtype).contiguous())
     chunk = layout.chunk_size
     assert chunk is not None
+    width = 0 if cache is None else cache[0].shape[1]
     if layout.uniform_offset is not None:
-        return plain_attention(q, k, v, cache, chunk, layout.uniform_offset, dropout, dropkey, form)
+        if cache is None and (form == "strips" or (form is None and in_strips(q, v, min(chunk, q.shape[1])))):
+            return strips.attend(q, k, v, [chunk], (), dropout, dropkey)
+        return _attend(q, k, v, cache, [chunk, layout.uniform_offset, width], None, dropout, dropkey)
     if cache is None and form != "fused":
         groups = tables.groups_of_layout(layout)
-        tokens = sum(g.count * g.queries for g in groups) / sum(g.count for g in groups) if groups else 0
+        tokens = sum(g.spans * g.queries for g in groups) / sum(g.spans for g in groups) if groups else 0
         if groups and (form == "strips" or in_strips(q, v, tokens)):
             return strips.attend(q, k, v, [], groups, dropout, dropkey)
-    plan = tables.ragged(layout, 0 if cache is None else cache[0].shape[1], _block_of(q, dropout))
+    plan = tables.ragged(layout, width, _block_of(q, dropout))
     return _attend(q, k, v, cache, [], plan, dropout, dropkey)
-
-
-def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache: tuple[Tensor, Tensor] | None,
-    chunk_size: int,
-    offset: int,
-    dropout: float,
-    dropkey: bool,
-    form: str | None = None,
-) -> Tensor:
-    """Rows that all have `offset` tokens in their open chunk, at the start of each row of the cache."""
-    if cache is None and (form == "strips" or (form is None and in_strips(q, v, min(chunk_size, q.shape[1])))):
-        return strips.attend(q, k, v, [chunk_size], (), dropout, dropkey)
-    width = 0 if cache is None else cache[0].shape[1]
-    return _attend(q, k, v, cache, [chunk_size, offset, width], None, dropout, dropkey)
 
 
 def _attend(

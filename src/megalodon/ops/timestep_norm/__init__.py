@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megalodon.ops.backend import Implementations, choose, full_precision
-from megalodon.ops.layout import Layout
+from megalodon.ops.compiling import one_break_at_most
+from megalodon.ops.layout import Layout, layout_of
 from megalodon.ops.timestep_norm import blocked, reference
 from megalodon.ops.timestep_norm.statistics import Prior, Statistics
 
@@ -21,8 +22,8 @@ __all__ = ["IMPLEMENTATIONS", "Prior", "Statistics", "timestep_norm"]
 def _by_document_starts(run: Callable[..., Any]) -> Callable[..., Any]:
     """Takes a layout in place of the index of each document's first token."""
 
-    def timestep_norm(*arguments: Any, layout: Layout | None, eps: float) -> tuple[Tensor, Statistics]:
-        return run(*arguments, None if layout is None else layout.restart, eps)
+    def timestep_norm(*arguments: Any, layout: Layout, eps: float) -> tuple[Tensor, Statistics]:
+        return run(*arguments, layout.restart, eps)
 
     return timestep_norm
 
@@ -30,7 +31,7 @@ def _by_document_starts(run: Callable[..., Any]) -> Callable[..., Any]:
 _reference, _blocked = _by_document_starts(reference.timestep_norm), _by_document_starts(blocked.timestep_norm)
 
 
-def _triton(x: Tensor, *arguments: Any, layout: Layout | None, eps: float) -> tuple[Tensor, Statistics]:
+def _triton(x: Tensor, *arguments: Any, layout: Layout, eps: float) -> tuple[Tensor, Statistics]:
     """The kernels, imported when they are first asked for: Triton need not be installed."""
     from megalodon.ops.timestep_norm import triton
 
@@ -41,6 +42,7 @@ def _triton(x: Tensor, *arguments: Any, layout: Layout | None, eps: float) -> tu
 IMPLEMENTATIONS: Implementations = {"reference": _reference, "blocked": _blocked, "triton": _triton}
 
 
+@one_break_at_most
 def timestep_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -95,11 +97,11 @@ def timestep_norm(
             f"it must be bool {(batch, length)}"
         )
     run = choose(IMPLEMENTATIONS, backend, x.device, x.dtype)
-    if layout is not None:
-        padding_mask = layout.padding if padding_mask is None else padding_mask
-    elif not (run is _triton and segment_ids is None):  # torch.compile cannot see through a Layout
-        layout = Layout(batch, length, x.device, segment_ids=segment_ids)
-    if prior is None and (count is None or (layout is not None and layout.restart is not None)):
+    if layout is None:
+        layout = layout_of(batch, length, x.device, segment_ids=segment_ids)
+    elif padding_mask is None:
+        padding_mask = layout.padding
+    if prior is None and (count is None or layout.restart is not None):
         prior = Prior.default(num_groups, full_precision(x.dtype), x.device)
     initial = _initial(x, num_groups, count, mean, var, prior)
     with torch.autocast(x.device.type, enabled=False):

@@ -17,6 +17,12 @@ from megalodon.ops.backend import accumulator_dtype
 from megalodon.ops.timestep_norm.statistics import Prior, Statistics
 
 
+@torch.compiler.assume_constant_result
+def _exact_products() -> bool:
+    """Whether float32 products are not rounded; the compiler asks once."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 class Groups:
     """Sums over the features of a group, and back: by products with a 0/1 matrix, many times quicker on a CPU than
     reductions and broadcasts over a few features. A product spreads values exactly: each has one term.
@@ -28,9 +34,8 @@ class Groups:
 
     def __init__(self, x: Tensor, count: int) -> None:
         self.count, self.size = count, x.shape[-1] // count
-        exact = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
         self.matrix = None  # [G, D]
-        if exact and self.size > 1:
+        if self.size > 1 and x.device.type == "cpu" and _exact_products():
             self.matrix = torch.eye(count, dtype=x.dtype, device=x.device).repeat_interleave(self.size, dim=1)
 
     def sum(self, x: Tensor, weight: Tensor | None = None) -> Tensor:

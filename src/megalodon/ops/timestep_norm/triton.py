@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from megalodon.ops.launch import on_device
-from megalodon.ops.layout import Layout
+from megalodon.ops.layout import Layout, PlainLayout
 from megalodon.ops.pieces import Pieces, pieces_of
 from megalodon.ops.timestep_norm import triton_kernels as kernels
 from megalodon.ops.timestep_norm.statistics import Prior, Statistics
@@ -59,7 +59,7 @@ def _pieces(x: Tensor, groups: int, runs: Tensor | None, rows: Tensor | None, ch
     if runs is not None and rows is not None:
         return Pieces(runs, rows, rows, chained, True)
     batch, length, dim = x.shape
-    return pieces_of(Layout(batch, length, x.device), piece_length(batch, length, dim, groups), 1)
+    return pieces_of(PlainLayout(batch, length, x.device), piece_length(batch, length, dim, groups), 1)
 
 
 @torch.library.custom_op("megalodon::timestep_norm", mutates_args=())
@@ -238,19 +238,17 @@ def timestep_norm(
     prior: Prior | None,
     padding_mask: Tensor | None,
     *,
-    layout: Layout | None,
+    layout: Layout,
     eps: float,
 ) -> tuple[Tensor, Statistics]:
-    """See `megalodon.ops.timestep_norm`; x is bfloat16 or float32 with at least one token, layout None for a plain
-    batch.
-    """
+    """See `megalodon.ops.timestep_norm`; x is bfloat16 or float32 with at least one token."""
     wide = (value.double().contiguous() for value in (initial.mean, initial.var))
     if prior is None:  # no document starts afresh: never read
         prior = Prior(0, initial.mean[0].detach(), initial.var[0].detach())
     priors = (value.double().contiguous() for value in (prior.mean, prior.var))
     runs = rows = None
     chained = False
-    if layout is not None and not layout.plain:
+    if not layout.plain:
         longest = piece_length(layout.batch, layout.length, x.shape[-1], initial.mean.shape[-1])
         pieces = pieces_of(layout, longest, 1)
         runs, rows, chained = pieces.runs, pieces.rows, pieces.chained

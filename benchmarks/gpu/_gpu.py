@@ -22,8 +22,7 @@ from time import perf_counter
 from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-REHEARSAL = "--rehearse" in sys.argv
-if REHEARSAL:
+if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("MEGALODON_BACKEND", "triton")  # the library's own default is still the plain form
 
@@ -36,7 +35,11 @@ from torch import Tensor
 import megalodon
 from megalodon.ops.backend import backend_for
 
+REHEARSAL = "--rehearse" in sys.argv
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
+COMPILER: dict[str, Any] = {"dynamic": False, "backend": "aot_eager" if REHEARSAL else "inductor"}
+"""How everything that is compiled is: for the one shape it is timed at; in a rehearsal without generating code."""
+
 WARNING = "**Rehearsal on a CPU, kernels interpreted: it shows that the script works; its numbers mean nothing.**"
 
 Rehearse = Annotated[bool, typer.Option("--rehearse", help="Tiny sizes on a CPU: shows that the script works.")]

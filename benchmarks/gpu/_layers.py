@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _gpu import DEVICE, ceilings, milliseconds
+from _gpu import COMPILER, DEVICE, ceilings, milliseconds
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -27,6 +27,7 @@ class Layer:
 
     name: str
     module: nn.Module
+    dim: int
     prepare: Prepare
 
     @property
@@ -53,8 +54,8 @@ def randomize(module: nn.Module) -> None:
 
 def compile_parts(block: nn.Module) -> None:
     """Compiles what keeps no state, as training with `compile` does: the rest plans its work in Python."""
-    block.memory_norm.compile(dynamic=False)
-    block.feed_forward.compile(dynamic=False)
+    block.memory_norm.compile(**COMPILER)
+    block.feed_forward.compile(**COMPILER)
 
 
 def our_layer(config: MegalodonConfig, compiled: bool = False) -> Layer:
@@ -69,7 +70,7 @@ def our_layer(config: MegalodonConfig, compiled: bool = False) -> Layer:
         turns = ops.rotations(layout.chunk_positions, config.head_dim, config.rope_base)
         return lambda x: block(x, None, turns, layout, False)[0]
 
-    return Layer("ours", block, prepare)
+    return Layer("ours", block, config.model_dim, prepare)
 
 
 def llama_layer(config: LlamaConfig, compiled: bool = False) -> Layer:
@@ -77,7 +78,7 @@ def llama_layer(config: LlamaConfig, compiled: bool = False) -> Layer:
     layer = to_bfloat16(LlamaDecoderLayer(config, 0)).train()
     randomize(layer)
     if compiled:
-        layer.compile(dynamic=False)
+        layer.compile(**COMPILER)
     rotary = LlamaRotaryEmbedding(config).to(DEVICE)
 
     def prepare(batch: int, length: int) -> Callable[[Tensor], Tensor]:
@@ -90,7 +91,7 @@ def llama_layer(config: LlamaConfig, compiled: bool = False) -> Layer:
 
         return forward
 
-    return Layer("llama", layer, prepare)
+    return Layer("llama", layer, config.hidden_size, prepare)
 
 
 def llama_config(dim: int, hidden: int, heads: int, **others: Any) -> LlamaConfig:
@@ -100,12 +101,12 @@ def llama_config(dim: int, hidden: int, heads: int, **others: Any) -> LlamaConfi
     )
 
 
-def forward_backward(layer: Layer, batch: int, length: int, dim: int) -> dict[str, Any]:
+def forward_backward(layer: Layer, batch: int, length: int) -> dict[str, Any]:
     """One pass there and back: milliseconds, tokens per second, the share of the card's rate of matrix products.
 
     The share counts 6 FLOP for each parameter and token, the products with weights, and nothing else.
     """
-    x = torch.randn(batch, length, dim, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(batch, length, layer.dim, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     upstream = torch.randn_like(x)
     forward = layer.prepare(batch, length)
     wanted: Sequence[Tensor] = [x, *(p for p in layer.module.parameters() if p.requires_grad)]
@@ -116,4 +117,7 @@ def forward_backward(layer: Layer, batch: int, length: int, dim: int) -> dict[st
 
     time, spread = milliseconds(step, 10, 1.5)
     rate = ceilings().matrix_floor(6 * layer.parameters * batch * length) / time
-    return {"ms": time, "spread": spread, "tokens_per_second": batch * length / time * 1e3, "of_matrix_rate": rate}
+    return {
+        "parameters": layer.parameters, "ms": time, "spread": spread,
+        "tokens_per_second": batch * length / time * 1e3, "of_matrix_rate": rate,
+    }  # fmt: skip

@@ -15,7 +15,20 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from _gpu import DEVICE, LeftOut, Output, Rehearse, Report, attempt, captured, ceilings, error, milliseconds, rotating
+from _gpu import (
+    COMPILER,
+    DEVICE,
+    LeftOut,
+    Output,
+    Rehearse,
+    Report,
+    attempt,
+    captured,
+    ceilings,
+    error,
+    milliseconds,
+    rotating,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -223,7 +236,7 @@ def _flex(size: int) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, size, size, device=DEVICE)
-    return partial(torch.compile(flex_attention, dynamic=False), block_mask=mask, scale=1.0)
+    return partial(torch.compile(flex_attention, **COMPILER), block_mask=mask, scale=1.0)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:

@@ -33,7 +33,6 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM, MegalodonState
-from megalodon.inference import StaticDecoder
 
 TAIL = 32
 """Tokens of a context that are left for the timed steps, which so complete it: the open chunk is at its fullest."""
@@ -62,11 +61,11 @@ class Sizes:
 
 
 TINY = Sizes(
-    llama=(16, 32, 2), layers=((2, 16), (1, 32)), contexts=(40, 64), batches=(1, 4), piece=16, training_length=32,
-    small=(2, 16), small_layers=1, small_unit=8,
+    llama=(16, 32, 2), layers=((2, 8), (1, 16)), contexts=(40, 64), batches=(1, 4), piece=16, training_length=16,
+    small=(1, 16), small_layers=1, small_unit=4,
     changes=(
-        ("num_layers", 1), ("model_dim", 16), ("z_dim", 16), ("value_dim", 32), ("num_heads", 1), ("vocab_size", 64),
-        ("ffn_hidden_dim", 32), ("chunk_size", 16), ("norm_num_groups", 2), ("cema_ndim", 2),
+        ("num_layers", 1), ("model_dim", 8), ("z_dim", 8), ("value_dim", 16), ("num_heads", 1), ("vocab_size", 64),
+        ("ffn_hidden_dim", 16), ("chunk_size", 16), ("norm_num_groups", 1), ("cema_ndim", 2),
     ),
 )  # fmt: skip
 
@@ -244,9 +243,13 @@ def graph_step(model: MegalodonForCausalLM, state: MegalodonState, batch: int) -
     """A step of the `StaticDecoder`, one CUDA graph; its first is compared with the model's own.
 
     Raises:
-        LeftOut: so many rows do not fit: the repeated state, the decoder's buffers of whole chunks, and their copies
-            while it captures.
+        LeftOut: `megalodon.inference` needs a package that is not installed; or so many rows do not fit: the repeated
+            state, the decoder's buffers of whole chunks, and their copies while it captures.
     """
+    try:
+        from megalodon.inference import StaticDecoder
+    except ImportError as reason:
+        raise LeftOut(f"not installed: {reason}") from None
     places = 2 * model.config.chunk_size + state.layers[0].chunk.keys.shape[1]
     needed, free = batch * places * bytes_per_place(model.config), free_memory()
     if needed > free:

@@ -104,6 +104,7 @@ def main(
     mesh: Annotated[str, typer.Option(help="Such as shard=4,chunk=2.")] = "",
     hardware: Annotated[str, typer.Option(help=f"What the plan assumes: {', '.join(HARDWARE)}.")] = "h100",
     checkpointing: Annotated[bool, typer.Option(help="Compute every block twice, to save memory.")] = True,
+    plan: Annotated[bool, typer.Option(help="Plan the same step: half a minute of a CPU.")] = True,
 ) -> None:
     """Times a step on one mesh, writes JSON and a table; exit status 1 if it failed."""
     if rehearse:
@@ -113,29 +114,30 @@ def main(
     batch = rows * parts * sizes.data
     report = Report("parallel", "A training step on a mesh", {"model": model, "mesh": vars(sizes)}, output)
 
-    def run() -> dict[str, Any]:
+    flops = model_flops(config, length) * batch * length / sizes.world_size
+
+    def step() -> dict[str, Any]:
         whole = empty_model(config)
         if checkpointing:  # Transformers renames the method in 5.x
             getattr(whole, "activation_checkpointing_enable", whole.gradient_checkpointing_enable)()
         parallel = ParallelModel(whole, Mesh(sizes, DEVICE.type), device, "bfloat16")
         parallel.fill(random_parameters(config, device))
         ids = torch.randint(config.vocab_size, (rows, length), device=device)
-        tokens = batch * length
-        seconds = measure(parallel, [Rows(ids, ids, None, None, False)] * parts, tokens, steps)
-        assumed = HARDWARE[hardware]
-        plan = planned(Job(config, sizes.world_size, length, batch), assumed, sizes, parts, checkpointing)
-        flops = model_flops(config, length) * tokens / sizes.world_size
-        return {
-            "ms": 1e3 * seconds, "planned_ms": 1e3 * plan.seconds, "tokens_per_second": tokens / seconds,
-            "of_peak": flops / (seconds * assumed.peak_flops),
-            "of_matrix_rate": ceilings().matrix_floor(flops) / (1e3 * seconds),
-            "planned_gib": plan.memory.total / 2**30,
-        }  # fmt: skip
+        seconds = measure(parallel, [Rows(ids, ids, None, None, False)] * parts, batch * length, steps)
+        rate = ceilings().matrix_floor(flops) / (1e3 * seconds)
+        return {"ms": 1e3 * seconds, "tokens_per_second": batch * length / seconds, "of_matrix_rate": rate}
 
-    row = attempt(run, model=model, mesh=mesh or "one process", batch=batch, length=length)
-    passed = True
+    def plan_row() -> dict[str, Any]:
+        job = Job(config, sizes.world_size, length, batch)
+        found = planned(job, HARDWARE[hardware], sizes, parts, checkpointing)
+        return {"hardware": hardware, "ms": 1e3 * found.seconds, "memory_gib": found.memory.total / 2**30}
+
+    names = {"model": model, "mesh": mesh or "one process", "batch": batch, "length": length}
+    found, passed = attempt(step, **names), True
     if dist.get_rank() == 0:
-        report.add("step", row)
+        report.add("step", found)
+        if plan:
+            report.add("plan", attempt(plan_row, **names))
         passed = report.finish()
     dist.destroy_process_group()
     if not passed:

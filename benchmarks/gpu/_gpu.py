@@ -165,20 +165,22 @@ class Ceilings:
         return flops / self.matrix_rate * 1e3
 
 
+def require_device() -> None:
+    """Ends the program with status 2 and a message, where there is no GPU or the kernels would be interpreted on it."""
+    if REHEARSAL:
+        return
+    if not torch.cuda.is_available():
+        typer.echo("this benchmark needs a CUDA device: none is available (--rehearse does without)", err=True)
+        raise typer.Exit(2)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        typer.echo("TRITON_INTERPRET=1 would interpret the kernels: unset it to measure", err=True)
+        raise typer.Exit(2)
+
+
 @cache
 def ceilings() -> Ceilings:
-    """This card's, measured once a process.
-
-    Raises:
-        typer.Exit: with status 2 and a message, where there is no GPU or the kernels would be interpreted on it.
-    """
-    if not REHEARSAL:
-        if not torch.cuda.is_available():
-            typer.echo("this benchmark needs a CUDA device: none is available (--rehearse does without)", err=True)
-            raise typer.Exit(2)
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            typer.echo("TRITON_INTERPRET=1 would interpret the kernels: unset it to measure", err=True)
-            raise typer.Exit(2)
+    """This card's, measured once a process; ends the program where there is none."""
+    require_device()
     return Ceilings()
 
 

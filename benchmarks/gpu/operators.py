@@ -62,7 +62,7 @@ class Sizes:
     check_heads_float32: tuple[int, int, int] = (2, 128, 512)  # its kernels take no wider keys
 
 
-TINY = Sizes(16, 4, 2, 16, 32, ((2, 8), (1, 16)), (16, 32), (128,), 128, (1, 2), 16, 21, 16, (2, 16, 32), (2, 16, 32))
+TINY = Sizes(16, 4, 2, 16, 32, ((2, 8),), (16,), (128,), 128, (1, 2), 16, 21, 16, (2, 16, 32), (2, 16, 32))
 
 Inputs = dict[str, Tensor]
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from _gpu import DEVICE, Output, Rehearse, Report, attempt, ceilings, synchronize
+from _gpu import DEVICE, Output, Rehearse, Report, attempt, ceilings, require_device, synchronize
 from torch import Tensor
 
 from megalodon import MegalodonConfig
@@ -107,6 +107,7 @@ def main(
     plan: Annotated[bool, typer.Option(help="Plan the same step: half a minute of a CPU.")] = True,
 ) -> None:
     """Times a step on one mesh, writes JSON and a table; exit status 1 if it failed."""
+    require_device()
     if rehearse:
         length, steps = 32, 1
     device, sizes = join(), MeshSizes(**numbers(mesh))

@@ -173,11 +173,11 @@ def authors_layer(folder: Path | None, sizes: Sizes) -> Layer:
     """
     checkout(folder, "--authors", "megalodon/model/mega.py")
     assert folder is not None
-    try:
-        importlib.import_module("megalodon_extension.ops")
-    except ImportError as reason:
-        raise LeftOut(f"its CUDA extension cannot be imported ({reason}): build it with its setup.py") from None
     with in_place_of_ours(folder):
+        try:
+            importlib.import_module("megalodon_extension.ops")
+        except ImportError as reason:
+            raise LeftOut(f"its CUDA extension cannot be imported ({reason}): build it with its setup.py") from None
         stand_ins()
         config = importlib.import_module("megalodon.config").ModelConf
         model = importlib.import_module("megalodon.model.mega")

@@ -216,8 +216,9 @@ def attempt(run: Callable[[], dict[str, Any]], **names: Any) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table with a column for each key of any row; what went wrong stands last."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    keys = [key for key in keys if key not in ("note", "failed")] + [key for key in ("note", "failed") if key in keys]
+    last = ("note", "failed")
+    every = dict.fromkeys(key for row in rows for key in row)
+    keys = [key for key in every if key not in last] + [key for key in last if key in every]
     numeric = {key for key in keys if any(_is_number(row.get(key)) for row in rows)}
     header = [key.replace("_", " ") + ("" if key in numeric else " ") for key in keys]
     return markdown_table(header, [[_cell(row.get(key, "")) for key in keys] for row in rows])

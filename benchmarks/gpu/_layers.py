@@ -52,7 +52,7 @@ def randomize(module: nn.Module) -> None:
             parameter.normal_(std=0.02)
 
 
-def compile_parts(block: nn.Module) -> None:
+def compile_parts(block: MegalodonBlock) -> None:
     """Compiles what keeps no state, as training with `compile` does: the rest plans its work in Python."""
     block.memory_norm.compile(**COMPILER)
     block.feed_forward.compile(**COMPILER)
@@ -60,8 +60,8 @@ def compile_parts(block: nn.Module) -> None:
 
 def our_layer(config: MegalodonConfig, compiled: bool = False) -> Layer:
     """A block of the model; compiled in those parts that keep no state."""
-    block = to_bfloat16(MegalodonBlock(config, 0)).train()
-    randomize(block)
+    block = MegalodonBlock(config, 0).train()
+    randomize(to_bfloat16(block))
     if compiled:
         compile_parts(block)
 

@@ -69,7 +69,7 @@ def steps(rehearse: bool, peers: list[str]) -> list[Step]:
     collected = ["--collect-only"] if rehearse else []
     return [
         Step("tests", 150, ["-m", "pytest", *tests, *options, *collected], script=False),
-        Step("operators", 150, ["operators.py"]),
+        Step("operators", 180, ["operators.py"]),
         Step("layer", 120, ["models.py", "--section", "layer"]),
         Step("decode", 200, ["models.py", "--section", "decode", "--read-seconds", "110"]),
         Step("training", 60, ["models.py", "--section", "training"]),

@@ -309,7 +309,7 @@ def main(
     if unknown := set(chosen) - set(TITLES):
         raise typer.BadParameter(f"--section {', '.join(sorted(unknown))}: choose from {', '.join(TITLES)}")
     sizes, passed = TINY if rehearse else Sizes(), True
-    time = {
+    time: dict[str, Callable[[Report, Sizes], None]] = {
         "layer": time_layers,
         "decode": partial(time_decode, seconds=read_seconds),
         "training": time_training,

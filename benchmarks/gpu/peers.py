@@ -75,14 +75,14 @@ def fla(name: str) -> Any:
         raise LeftOut(f"not installed: {reason}") from None
 
 
-def of_fla(name: str, module: nn.Module, forward: Callable[[Tensor], Any]) -> Layer:
+def of_fla(name: str, module: Any, forward: Callable[[Tensor], Any]) -> Layer:
     """A layer whose kernels need a GPU: without one it is built, its call is checked by its signature, and no more."""
     to_bfloat16(module).train()
     if REHEARSAL:
         inspect.signature(module.forward).bind(torch.empty(1, 1, 1))
         count = sum(parameter.numel() for parameter in module.parameters())
         raise LeftOut(f"built, {count} parameters; its kernels need a GPU")
-    return Layer(name, module, module.hidden_size, lambda batch, length: forward)
+    return Layer(name, module, int(module.hidden_size), lambda batch, length: forward)
 
 
 def mamba(sizes: Sizes) -> Layer:
@@ -260,6 +260,11 @@ def one_process() -> None:
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
+def built(make: Callable[[], Layer]) -> dict[str, Layer]:
+    """A layer, which may be missing for as many reasons as a row."""
+    return {"built": make()}
+
+
 def main(
     rehearse: Rehearse = False,
     output: Output = None,
@@ -278,14 +283,14 @@ def main(
         "the authors'": partial(authors_layer, authors, sizes),
     }
     for name, make in makers.items():
-        made: list[Layer] = []
-        missing = attempt(lambda make=make, made=made: made.append(make()) or {}, layer=name)
-        if not made:
-            report.add("peers", missing)
-        for layer in made:
-            for batch, length in sizes.shapes:
-                run = partial(forward_backward, layer, batch, length)
-                report.add("peers", attempt(run, layer=layer.name, batch=batch, length=length))
+        made = attempt(partial(built, make), layer=name)
+        layer = made.get("built")
+        if layer is None:
+            report.add("peers", made)
+            continue
+        for batch, length in sizes.shapes:
+            run = partial(forward_backward, layer, batch, length)
+            report.add("peers", attempt(run, layer=layer.name, batch=batch, length=length))
     if not report.finish():
         raise typer.Exit(1)
 

@@ -7,6 +7,7 @@ with AdamW) and `small` (a 12 M-parameter byte model against Llama of its width)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter

@@ -202,7 +202,8 @@ def both_passes(
 
 def time_streaming(operator: str, backend: str, batch: int, length: int, sizes: Sizes) -> dict[str, Any]:
     """CEMA or TimestepNorm. Floors: activations read and written once; backward reads x and dy and writes dx."""
-    make, run = cema_inputs, partial[tuple[Tensor, ...]](ops.cema, backend=backend)
+    run: Callable[..., tuple[Tensor, ...]] = partial(ops.cema, backend=backend)
+    make = cema_inputs
     if operator == "timestep_norm":
         make, run = norm_inputs, partial(ops.timestep_norm, num_groups=sizes.groups, backend=backend)
     inputs = rotating(lambda: make(batch, length, sizes.dim), 2)
@@ -302,7 +303,7 @@ def decode_calls(rows: int, sizes: Sizes) -> Iterator[tuple[str, Callable[[], An
 @torch.no_grad()
 def time_decode(call: Callable[[], Any], nbytes: float) -> dict[str, Any]:
     """One step, replayed from a CUDA graph. What is small stays in the cache, and may beat its floor there."""
-    eager, newest = call(), None
+    eager = newest = call()
 
     def step() -> None:
         nonlocal newest

@@ -151,6 +151,7 @@ def test_everything(tmp_path: Path) -> None:
     assert "==== parallel" in log and "test_cema_triton.py" in log
 
 
+@pytest.mark.slow
 def test_compiling_kernels() -> None:
     done = run("compile_kernels.py", "--rehearse")
     assert done.returncode == 0, done.stdout

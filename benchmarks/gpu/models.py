@@ -1,111 +1,102 @@
-"""Times layers and models on a GPU, bfloat16, beside Llama and, where their packages are installed, linear peers.
+"""Times layers and models on a GPU, bfloat16, the operators by their Triton kernels, beside Llama.
 
-Sections: `layer` (one 7B layer against a Llama-2-7B layer with FlashAttention through SDPA, forward and backward),
-`training` (a step of the 1.3B preset at 32K tokens with AdamW), `small` (a 12 M-parameter byte model against Llama of
-its width) and `decode` (the 7B preset, one token at a time, at several context lengths).
+Sections: `layer` (one 7B layer against a Llama-2-7B layer with fused attention, forward and backward), `decode` (the 7B
+preset, one token at a time, after contexts that were really read), `training` (a step of the 1.3B preset at 32K tokens
+with AdamW) and `small` (a 12 M-parameter byte model against Llama of its width). Each writes files of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import Annotated, Any
 
 import torch
 import typer
-from _gpu import finish, markdown_table, milliseconds, start
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from _gpu import (
+    COMPILER,
+    DEVICE,
+    LeftOut,
+    Output,
+    Rehearse,
+    Report,
+    attempt,
+    ceilings,
+    error,
+    free_memory,
+    milliseconds,
+    synchronize,
+)
+from _layers import compile_parts, forward_backward, llama_config, llama_layer, our_layer, to_bfloat16
+from torch import nn
+from transformers import LlamaForCausalLM
 
-from megalodon import MegalodonConfig, MegalodonForCausalLM, ops
-from megalodon.model.block import MegalodonBlock
-from megalodon.ops import Layout
+from megalodon import MegalodonConfig, MegalodonForCausalLM, MegalodonState
 
-SECTIONS = ("layer", "training", "small", "decode")
-
-
-def attempt(run: Callable[[], dict[str, Any]], **names: Any) -> dict[str, Any]:
-    """A result, or what prevented it: memory that is too small is a finding."""
-    try:
-        return {**names, **run()}
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return {**names, "failed": "out of memory"}
-
-
-def forward_backward(call: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], x: Tensor) -> dict[str, float]:
-    """Milliseconds and tokens per second of one pass there and back."""
-    upstream = torch.randn_like(x)
-
-    def step() -> None:
-        torch.autograd.grad(call(x), [x, *parameters], upstream)
-
-    time, spread = milliseconds(step, 10)
-    return {"ms": time, "spread": spread, "tokens_per_second": x.shape[0] * x.shape[1] / time * 1e3}
+TAIL = 32
+"""Tokens of a context that are left for the timed steps, which so complete it: the open chunk is at its fullest."""
 
 
-def our_layer(config: MegalodonConfig, compiled: bool) -> Callable[[int, int], dict[str, float]]:
-    block = MegalodonBlock(config, 0).to("cuda", torch.bfloat16).train()
-    block.cema.float()
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.normal_(std=0.02)
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed: shapes are (rows, tokens)."""
 
-    def run(batch: int, length: int) -> dict[str, float]:
-        layout = Layout(batch, length, "cuda", chunk_size=config.chunk_size)
-        turns = ops.rotations(layout.chunk_positions, config.head_dim, config.rope_base)
-        call = torch.compile(block) if compiled else block
-        x = torch.randn(batch, length, config.model_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        return forward_backward(lambda x: call(x, None, turns, layout, False)[0], list(block.parameters()), x)
+    preset: str = "paper-7b"
+    llama: tuple[int, int, int] = (4096, 11008, 32)  # width, hidden width, heads
+    layers: tuple[tuple[int, int], ...] = ((8, 4096), (1, 32768), (1, 131072))
+    contexts: tuple[int, ...] = (1024, 4096, 100 * 1024, 1 << 20)
+    batches: tuple[int, ...] = (1, 32)
+    piece: int = 16384  # of a context, read at once
+    training_preset: str = "1.3b"
+    training_length: int = 32768
+    small: tuple[int, int] = (128, 512)
+    small_layers: int = 6
+    small_unit: int = 128  # a third of the width
+    changes: tuple[tuple[str, int], ...] = ()  # to the presets
 
-    return run
-
-
-def llama_layer(compiled: bool) -> Callable[[int, int], dict[str, float]]:
-    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, attn_implementation="sdpa")
-    layer = LlamaDecoderLayer(config, 0).to("cuda", torch.bfloat16).train()
-    rotary = LlamaRotaryEmbedding(config).to("cuda")
-
-    def run(batch: int, length: int) -> dict[str, float]:
-        x = torch.randn(batch, length, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        turns = rotary(x, torch.arange(length, device="cuda")[None])
-        call = torch.compile(layer) if compiled else layer
-
-        def forward(x: Tensor) -> Tensor:
-            out = call(x, position_embeddings=turns)
-            return out[0] if isinstance(out, tuple) else out
-
-        return forward_backward(forward, list(layer.parameters()), x)
-
-    return run
+    def config(self, preset: str) -> MegalodonConfig:
+        """A preset, in a rehearsal far smaller."""
+        return MegalodonConfig.from_preset(preset, **dict(self.changes))
 
 
-def time_layers(lengths: list[int], tokens: int) -> list[dict[str, Any]]:
-    """Both layers in turn at each length; a ratio compares two figures of this run."""
-    results = []
-    for length in lengths:
-        batch = max(tokens // length, 1)
-        for compiled in (False, True):
-            ways = {
-                "ours": our_layer(MegalodonConfig.from_preset("paper-7b"), compiled),
-                "llama": llama_layer(compiled),
-            }
-            found = {
-                name: attempt(partial(run, batch, length), layer=name, length=length, batch=batch, compiled=compiled)
-                for name, run in ways.items()
-            }
-            if all("ms" in r for r in found.values()):
-                found["ours"]["over_llama"] = found["ours"]["tokens_per_second"] / found["llama"]["tokens_per_second"]
-            results.extend(found.values())
-    return results
+TINY = Sizes(
+    llama=(16, 32, 2), layers=((2, 8), (1, 16)), contexts=(40, 64), batches=(1, 4), piece=16, training_length=16,
+    small=(1, 16), small_layers=1, small_unit=4,
+    changes=(
+        ("num_layers", 1), ("model_dim", 8), ("z_dim", 8), ("value_dim", 16), ("num_heads", 1), ("vocab_size", 64),
+        ("ffn_hidden_dim", 16), ("chunk_size", 16), ("norm_num_groups", 1), ("cema_ndim", 2),
+    ),
+)  # fmt: skip
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+def time_layers(report: Report, sizes: Sizes) -> None:
+    """Both layers in turn at each shape; a ratio compares two rows of this run, both eager or both compiled."""
+    ours, llama = sizes.config(sizes.preset), llama_config(*sizes.llama)
+    for compiled in (False, True):
+        layers = [our_layer(ours, compiled), llama_layer(llama, compiled)]
+        for batch, length in sizes.layers:
+            names = {"compiled": compiled, "batch": batch, "length": length}
+            rows = [
+                attempt(partial(forward_backward, layer, batch, length), layer=layer.name, **names) for layer in layers
+            ]
+            if all("ms" in row for row in rows):
+                rows[1]["ours_over_this"] = rows[1]["ms"] / rows[0]["ms"]
+            for row in rows:
+                report.add("layer", row)
+
+
+# Training ------------------------------------------------------------------------------------------------------------
 
 
 def train_step(model: nn.Module, vocabulary: int, batch: int, length: int) -> dict[str, float]:
-    """One step: forward with loss, backward, fused AdamW."""
-    model.to("cuda", torch.bfloat16).train()
+    """One step: forward with loss, backward, fused AdamW; weights, gradients and moments in bfloat16."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(vocabulary, (batch, length), device="cuda")
+    tokens = torch.randint(vocabulary, (batch, length), device=DEVICE)
     extra = {"return_logits": False} if isinstance(model, MegalodonForCausalLM) else {}
 
     def step() -> None:
@@ -113,107 +104,224 @@ def train_step(model: nn.Module, vocabulary: int, batch: int, length: int) -> di
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    time, spread = milliseconds(step, 5)
+    time, spread = milliseconds(step, 10, 4.0)
     return {"ms": time, "spread": spread, "tokens_per_second": batch * length / time * 1e3}
 
 
-def time_training(ceilings: Any, length: int) -> list[dict[str, Any]]:
-    config = MegalodonConfig.from_preset("1.3b")
-
-    def run() -> dict[str, Any]:
+def our_model(config: MegalodonConfig, compiled: bool) -> MegalodonForCausalLM:
+    """For training; compiled in those parts of each block that keep no state."""
+    with DEVICE:
         model = MegalodonForCausalLM(config)
-        model.gradient_checkpointing_enable()
+    to_bfloat16(model).train()
+    if compiled:
+        for block in model.model.layers:
+            compile_parts(block)
+    return model
+
+
+def time_training(report: Report, sizes: Sizes) -> None:
+    """Every block computed twice, which is what leaves room; the share of the card's rate does not count that."""
+    config, length = sizes.config(sizes.training_preset), sizes.training_length
+
+    def run(compiled: bool) -> dict[str, Any]:
+        model = our_model(config, compiled)
+        checkpoint = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        checkpoint()  # Transformers renames it in 5.x
         found = train_step(model, config.vocab_size, 1, length)
         pairs = min(length, config.chunk_size) / 2
         attention = 6 * config.num_layers * pairs * (config.z_dim + config.value_dim)
         flops = length * (6 * model.num_parameters() + attention)
-        return {**found, "of_matrix_rate": ceilings.matrix_floor(flops) / found["ms"]}
+        rate = ceilings().matrix_floor(flops) / found["ms"]
+        return {"parameters": model.num_parameters(), **found, "of_matrix_rate": rate}
 
-    return [attempt(run, model="1.3b", length=length, checkpointing=True)]
-
-
-def time_small() -> list[dict[str, Any]]:
-    """A byte model of 12 M parameters at length 512, batch 128, beside Llama of that width."""
-    ours = MegalodonConfig(
-        vocab_size=256, num_layers=6, model_dim=384, z_dim=192, value_dim=768, num_heads=3, ffn_hidden_dim=1024,
-        chunk_size=512, norm_num_groups=6, swiglu=True,
-    )  # fmt: skip
-    llama = LlamaConfig(
-        vocab_size=256, num_hidden_layers=6, hidden_size=384, intermediate_size=1408, num_attention_heads=6
-    )
-    results = []
     for compiled in (False, True):
-        for name, make in (("ours", lambda: MegalodonForCausalLM(ours)), ("llama", lambda: LlamaForCausalLM(llama))):
-            model = make()
+        names = {"model": sizes.training_preset, "compiled": compiled, "batch": 1, "length": length}
+        report.add("training", attempt(partial(run, compiled), **names))
+
+
+def time_small(report: Report, sizes: Sizes) -> None:
+    """A byte model beside Llama of its width; a ratio compares two rows of this run, both eager or both compiled."""
+    unit, (batch, length) = sizes.small_unit, sizes.small
+    ours = MegalodonConfig(
+        vocab_size=256, num_layers=sizes.small_layers, model_dim=3 * unit, z_dim=3 * unit // 2, value_dim=6 * unit,
+        num_heads=3, ffn_hidden_dim=8 * unit, chunk_size=length, norm_num_groups=6, swiglu=True,
+    )  # fmt: skip
+    llama = llama_config(3 * unit, 11 * unit, 6, vocab_size=256, num_hidden_layers=sizes.small_layers)
+
+    def run(name: str, compiled: bool) -> dict[str, Any]:
+        if name == "ours":
+            model: nn.Module = our_model(ours, compiled)
+        else:
+            model = to_bfloat16(LlamaForCausalLM(llama)).train()
             if compiled:
-                model.compile()
-            size = {"parameters": sum(p.numel() for p in model.parameters()), "compiled": compiled}
-            results.append(attempt(lambda m=model: train_step(m, 256, 128, 512), model=name, **size))
-    return results
+                model.compile(**COMPILER)
+        parameters = sum(p.numel() for p in model.parameters())
+        return {"parameters": parameters, **train_step(model, 256, batch, length)}
+
+    for compiled in (False, True):
+        names = {"compiled": compiled, "batch": batch, "length": length}
+        rows = [attempt(partial(run, name, compiled), model=name, **names) for name in ("ours", "llama")]
+        if all("ms" in row for row in rows):
+            rows[1]["ours_over_this"] = rows[1]["ms"] / rows[0]["ms"]
+        for row in rows:
+            report.add("small", row)
 
 
-@torch.inference_mode()
-def time_decode(ceilings: Any, preset: str, batches: list[int], contexts: list[int]) -> list[dict[str, Any]]:
-    """Milliseconds for a token after contexts that were really read, in pieces; the floor reads every weight once."""
-    config = MegalodonConfig.from_preset(preset)
-    with torch.device("cuda"):
-        model = MegalodonForCausalLM(config).to(torch.bfloat16).eval()
-    floor = ceilings.memory_floor(sum(p.nbytes for p in model.parameters()))
-    results = []
-    for batch in batches:
-        state, read = None, 0
-        for context in contexts:
-            while read < context:
-                piece = torch.randint(config.vocab_size, (batch, min(4096, context - read)), device="cuda")
-                state = model(piece, past_key_values=state, use_cache=True, logits_to_keep=1).past_key_values
-                read += piece.shape[1]
-            token = torch.zeros(batch, 1, dtype=torch.int64, device="cuda")
-            time, spread = milliseconds(lambda s=state, t=token: model(t, past_key_values=s, use_cache=True), 20)
-            results.append(
-                {
-                    "batch": batch,
-                    "context": context,
-                    "ms": time,
-                    "spread": spread,
-                    "floor": floor,
-                    "over_floor": time / floor,
-                }
-            )
-    return results
+# Decoding ------------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """One row that reads random tokens in pieces, and says beforehand what it cannot read in time."""
+
+    def __init__(self, model: MegalodonForCausalLM, piece: int, seconds: float) -> None:
+        """`seconds`: how long it may read altogether."""
+        self.model, self.piece, self.left = model, piece, seconds
+        self.state: MegalodonState | None = None
+        warm = self._next(None, piece)  # compiles the kernels of new and of carried states
+        self._next(warm, piece)
+        begin = perf_counter()
+        self._next(warm, piece)
+        self.seconds_per_token = (perf_counter() - begin) / piece
+
+    def _next(self, state: MegalodonState | None, length: int) -> MegalodonState:
+        tokens = torch.randint(self.model.config.vocab_size, (1, length), device=DEVICE)
+        state = self.model(tokens, past_key_values=state, use_cache=True, logits_to_keep=1).past_key_values
+        synchronize()
+        assert state is not None
+        return state
+
+    def read(self, context: int) -> dict[str, float]:
+        """Go on until so many tokens are read.
+
+        Raises:
+            LeftOut: it would take more seconds than are left.
+        """
+        read = 0 if self.state is None else int(self.state.position[0])
+        expected = (context - read) * self.seconds_per_token
+        if expected > self.left:
+            raise LeftOut(f"would take {expected:.0f} s to read: {self.left:.0f} s are left")
+        begin, first = perf_counter(), read
+        while read < context:
+            length = min(self.piece, context - read)
+            self.state = self._next(self.state, length)
+            read += length
+        seconds = perf_counter() - begin
+        self.left -= seconds
+        return {"ms": 1e3 * seconds, "tokens_per_second": (context - first) / seconds}
+
+
+@torch.no_grad()
+def time_decode(report: Report, sizes: Sizes, seconds: float) -> None:
+    """Milliseconds for a token after each context, the longest last; batches repeat the one row that was read."""
+    with DEVICE:
+        model = MegalodonForCausalLM(sizes.config(sizes.preset))
+    to_bfloat16(model).eval()
+    reader = Reader(model, sizes.piece, seconds)
+    for context in sizes.contexts:
+        names = {"context": context, "batch": 1, "way": "reading"}
+        report.add("decode", attempt(partial(reader.read, context - TAIL), **names))
+        if "ms" not in report.sections["decode"][-1]:
+            break
+        state = reader.state
+        assert state is not None
+        report.add("decode", attempt(partial(eager_step, model, state), **names | {"way": "eager"}))
+        for batch in sizes.batches:
+            while batch:
+                run = partial(graph_step, model, state, batch)
+                report.add("decode", attempt(run, **names | {"batch": batch, "way": "graph"}))
+                # What does not fit is tried again with half the rows.
+                batch = 0 if "ms" in report.sections["decode"][-1] else batch // 2
+
+
+def eager_step(model: MegalodonForCausalLM, state: MegalodonState) -> dict[str, float]:
+    """The model's own forward pass, which plans and launches every step anew."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    newest = state
+
+    def step() -> None:
+        nonlocal newest  # an older state would be copied before anything is appended to it
+        newest = model(token, past_key_values=newest, use_cache=True).past_key_values
+
+    time, spread = milliseconds(step, TAIL - 8)
+    return against_floors(model, state, 1, time, spread)
+
+
+def graph_step(model: MegalodonForCausalLM, state: MegalodonState, batch: int) -> dict[str, Any]:
+    """A step of the `StaticDecoder`, one CUDA graph; its first is compared with the model's own.
+
+    Raises:
+        LeftOut: `megalodon.inference` needs a package that is not installed; or so many rows do not fit: the repeated
+            state, the decoder's buffers of whole chunks, and their copies while it captures.
+    """
+    try:
+        from megalodon.inference import StaticDecoder
+    except ImportError as reason:
+        raise LeftOut(f"not installed: {reason}") from None
+    places = 2 * model.config.chunk_size + state.layers[0].chunk.keys.shape[1]
+    needed, free = batch * places * bytes_per_place(model.config), free_memory()
+    if needed > free:
+        raise LeftOut(f"needs {needed / 2**30:.0f} GiB for open chunks: {free / 2**30:.0f} are free")
+    token = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    expected = model(token, past_key_values=state, use_cache=True).logits[0]
+    decoder = StaticDecoder(model, state.repeat(batch))
+    tokens = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    difference = error(decoder.step(tokens)[-1:], expected)
+    time, spread = milliseconds(lambda: decoder.step(tokens), TAIL - 8)
+    right = {"difference": difference, "right": difference < 0.1}
+    return {**against_floors(model, state, batch, time, spread), **right}
+
+
+def bytes_per_place(config: MegalodonConfig) -> int:
+    """Of the keys and values of one token in all layers, bfloat16."""
+    return 2 * config.num_layers * (config.z_dim + config.value_dim)
+
+
+def against_floors(
+    model: MegalodonForCausalLM, state: MegalodonState, batch: int, time: float, spread: float
+) -> dict[str, float]:
+    """A step's time beside that of reading every weight once, and beside that with the open chunks' keys and values."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    chunks = batch * int(state.open_tokens[0] + TAIL // 2) * bytes_per_place(model.config)
+    of_weights, floor = (ceilings().memory_floor(n) for n in (weights, weights + chunks))
+    return {
+        "ms": time, "spread": spread, "tokens_per_second": batch / time * 1e3, "weights_floor": of_weights,
+        "over_weights": time / of_weights, "floor": floor, "over_floor": time / floor,
+    }  # fmt: skip
+
+
+TITLES = {
+    "layer": "A layer on a GPU, forward and backward",
+    "decode": "Decoding on a GPU",
+    "training": "A training step on a GPU",
+    "small": "A step of a byte model on a GPU",
+}
 
 
 def main(
+    rehearse: Rehearse = False,
+    output: Output = None,
     section: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(SECTIONS)}; can be repeated. All by default.")
+        list[str] | None, typer.Option(help=f"One of {', '.join(TITLES)}; can be repeated. All by default.")
     ] = None,
-    quick: Annotated[bool, typer.Option(help="Small sizes: shows that the script works.")] = False,
+    read_seconds: Annotated[float, typer.Option(help="What `decode` may spend on reading contexts.")] = 150,
 ) -> None:
-    """Times, writes JSON and a table."""
-    section = section or list(SECTIONS)
-    if unknown := set(section) - set(SECTIONS):
-        raise typer.BadParameter(f"--section {', '.join(sorted(unknown))}: choose from {', '.join(SECTIONS)}")
-    result, ceilings = start("models", {"sections": section, "quick": quick})
-    tables = []
-    for name in section:
-        match name:
-            case "layer":
-                rows = time_layers([4096] if quick else [4096, 32768, 131072], 4096 if quick else 32768)
-            case "training":
-                rows = time_training(ceilings, 4096 if quick else 32768)
-            case "small":
-                rows = time_small()
-            case _:
-                contexts = [1024] if quick else [1024, 100 * 1024, 1 << 20]
-                rows = time_decode(ceilings, "1.3b" if quick else "paper-7b", [1] if quick else [1, 32], contexts)
-        result[name] = rows
-        columns = list(dict.fromkeys(key for r in rows for key in r))
-        cells = [[_cell(r.get(column, "")) for column in columns] for r in rows]
-        tables += [f"## {name}", "", markdown_table([f"{column} " for column in columns], cells), ""]
-    finish(result, "models-quick" if quick else "models", "Layers and models on a GPU", tables)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Times, writes JSON and tables; exit status 1 if a row failed."""
+    chosen = section or list(TITLES)
+    if unknown := set(chosen) - set(TITLES):
+        raise typer.BadParameter(f"--section {', '.join(sorted(unknown))}: choose from {', '.join(TITLES)}")
+    sizes, passed = TINY if rehearse else Sizes(), True
+    time: dict[str, Callable[[Report, Sizes], None]] = {
+        "layer": time_layers,
+        "decode": partial(time_decode, seconds=read_seconds),
+        "training": time_training,
+        "small": time_small,
+    }
+    for name in chosen:
+        report = Report(f"models-{name}", TITLES[name], vars(sizes), output)
+        time[name](report, sizes)
+        passed = report.finish() and passed
+    if not passed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from megalodon import MegalodonConfig, ops
 from megalodon.model.block import MegalodonBlock
 from megalodon.model.cema import CEMA
-from megalodon.ops import Layout
 
 Prepare = Callable[[int, int], Callable[[Tensor], Tensor]]
 """(batch, length) -> a layer's forward pass, x [B, L, D] -> [B, L, D]."""
@@ -52,21 +51,15 @@ def randomize(module: nn.Module) -> None:
             parameter.normal_(std=0.02)
 
 
-def compile_parts(block: MegalodonBlock) -> None:
-    """Compiles what keeps no state, as training with `compile` does: the rest plans its work in Python."""
-    block.memory_norm.compile(**COMPILER)
-    block.feed_forward.compile(**COMPILER)
-
-
 def our_layer(config: MegalodonConfig, compiled: bool = False) -> Layer:
-    """A block of the model; compiled in those parts that keep no state."""
+    """A block of the model."""
     block = MegalodonBlock(config, 0).train()
     randomize(to_bfloat16(block))
     if compiled:
-        compile_parts(block)
+        block.compile(fullgraph=True, **COMPILER)
 
     def prepare(batch: int, length: int) -> Callable[[Tensor], Tensor]:
-        layout = Layout(batch, length, DEVICE, chunk_size=config.chunk_size)
+        layout = ops.layout_of(batch, length, DEVICE, chunk_size=config.chunk_size)
         turns = ops.rotations(layout.chunk_positions, config.head_dim, config.rope_base)
         return lambda x: block(x, None, turns, layout, False)[0]
 

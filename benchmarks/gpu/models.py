@@ -18,6 +18,7 @@ import typer
 from _gpu import (
     COMPILER,
     DEVICE,
+    REHEARSAL,
     LeftOut,
     Output,
     Rehearse,
@@ -29,14 +30,14 @@ from _gpu import (
     milliseconds,
     synchronize,
 )
-from _layers import compile_parts, forward_backward, llama_config, llama_layer, our_layer, to_bfloat16
+from _layers import forward_backward, llama_config, llama_layer, our_layer, to_bfloat16
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM, MegalodonState
 
 TAIL = 32
-"""Tokens of a context that are left for the timed steps, which so complete it: the open chunk is at its fullest."""
+"""Tokens of a context that are left for the timed steps, which so complete it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Sizes:
     preset: str = "paper-7b"
     llama: tuple[int, int, int] = (4096, 11008, 32)  # width, hidden width, heads
     layers: tuple[tuple[int, int], ...] = ((8, 4096), (1, 32768), (1, 131072))
-    contexts: tuple[int, ...] = (1024, 4096, 100 * 1024, 1 << 20)
+    contexts: tuple[int, ...] = (1024, 4096, 25 * 4096 + 1024, (1 << 20) + 1024)  # a quarter chunk open, but for 4096
     batches: tuple[int, ...] = (1, 32)
     piece: int = 16384  # of a context, read at once
     training_preset: str = "1.3b"
@@ -109,13 +110,13 @@ def train_step(model: nn.Module, vocabulary: int, batch: int, length: int) -> di
 
 
 def our_model(config: MegalodonConfig, compiled: bool) -> MegalodonForCausalLM:
-    """For training; compiled in those parts of each block that keep no state."""
+    """For training; compiled block by block, which compiles once for all."""
     with DEVICE:
         model = MegalodonForCausalLM(config)
     to_bfloat16(model).train()
     if compiled:
         for block in model.model.layers:
-            compile_parts(block)
+            block.compile(fullgraph=True, **COMPILER)
     return model
 
 
@@ -226,11 +227,10 @@ def time_decode(report: Report, sizes: Sizes, seconds: float) -> None:
         assert state is not None
         report.add("decode", attempt(partial(eager_step, model, state), **names | {"way": "eager"}))
         for batch in sizes.batches:
-            while batch:
-                run = partial(graph_step, model, state, batch)
-                report.add("decode", attempt(run, **names | {"batch": batch, "way": "graph"}))
-                # What does not fit is tried again with half the rows.
-                batch = 0 if "ms" in report.sections["decode"][-1] else batch // 2
+            for compiled in (False, True):
+                run = partial(graph_step, model, state, batch, compiled)
+                way = "graph, compiled" if compiled else "graph"
+                report.add("decode", attempt(run, **names | {"batch": batch, "way": way}))
 
 
 def eager_step(model: MegalodonForCausalLM, state: MegalodonState) -> dict[str, float]:
@@ -246,27 +246,28 @@ def eager_step(model: MegalodonForCausalLM, state: MegalodonState) -> dict[str, 
     return against_floors(model, state, 1, time, spread)
 
 
-def graph_step(model: MegalodonForCausalLM, state: MegalodonState, batch: int) -> dict[str, Any]:
+def graph_step(model: MegalodonForCausalLM, state: MegalodonState, batch: int, compiled: bool) -> dict[str, Any]:
     """A step of the `StaticDecoder`, one CUDA graph; its first is compared with the model's own.
 
     Raises:
         LeftOut: `megalodon.inference` needs a package that is not installed; or so many rows do not fit: the repeated
-            state, the decoder's buffers of whole chunks, and their copies while it captures.
+            state and the decoder's own.
     """
     try:
         from megalodon.inference import StaticDecoder
     except ImportError as reason:
         raise LeftOut(f"not installed: {reason}") from None
-    places = 2 * model.config.chunk_size + state.layers[0].chunk.keys.shape[1]
+    places = state.layers[0].chunk.keys.shape[1] + int(state.open_tokens[0]) + TAIL
     needed, free = batch * places * bytes_per_place(model.config), free_memory()
     if needed > free:
         raise LeftOut(f"needs {needed / 2**30:.0f} GiB for open chunks: {free / 2**30:.0f} are free")
     token = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
     expected = model(token, past_key_values=state, use_cache=True).logits[0]
-    decoder = StaticDecoder(model, state.repeat(batch))
     tokens = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-    difference = error(decoder.step(tokens)[-1:], expected)
-    time, spread = milliseconds(lambda: decoder.step(tokens), TAIL - 8)
+    with torch.compiler.set_stance("force_eager" if REHEARSAL else "default"):  # a rehearsal generates no code
+        decoder = StaticDecoder(model, state.repeat(batch), tokens=TAIL, compiled=compiled)
+        difference = error(decoder.step(tokens)[-1:], expected)
+        time, spread = milliseconds(lambda: decoder.step(tokens), TAIL - 8)
     right = {"difference": difference, "right": difference < 0.1}
     return {**against_floors(model, state, batch, time, spread), **right}
 

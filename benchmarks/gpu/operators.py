@@ -214,6 +214,10 @@ def time_streaming(operator: str, backend: str, batch: int, length: int, sizes: 
     return {**found, "ns_per_token": 1e6 * total / (batch * length)}
 
 
+def ours(chunk: int, form: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    return (ops.chunk_attention(q, k, v, chunk, backend=form),)
+
+
 def strips(rows: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
     """cuBLAS products and a softmax over strips of queries: scores of one strip exist at a time."""
     kept, causal.STRIP = causal.STRIP, rows
@@ -256,8 +260,8 @@ def time_attention(report: Report, sizes: Sizes, chunk: int) -> None:
     floors = [ceilings().matrix_floor(2 * pairs * n) for n in (key + value, 3 * key + 2 * value)]
     inputs = rotating(lambda: attention_inputs(rows, chunk, sizes.heads, key, value), 2)
     ways: dict[str, Callable[..., tuple[Tensor]]] = {
-        "triton": lambda q, k, v: (ops.chunk_attention(q, k, v, chunk, backend="triton"),),
-        **{f"strips of {n}": partial(strips, n) for n in (128, 512, 1024) if n <= chunk},
+        **{form: partial(ours, chunk, form) for form in ("triton-fused", "triton-strips")},
+        **{f"plain softmax, strips of {n}": partial(strips, n) for n in (128, 512, 1024) if n <= chunk},
         "sdpa": sdpa,
         "sdpa, values in slices": sdpa_slices,
         "flex attention": flex,

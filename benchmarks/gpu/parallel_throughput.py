@@ -23,9 +23,9 @@ from torch import Tensor
 
 from megalodon import MegalodonConfig
 from megalodon.parallel import Mesh, MeshSizes, ParallelModel, Rows
-from megalodon.parallel.hardware import HARDWARE, Hardware
+from megalodon.parallel.hardware import HARDWARE
 from megalodon.parallel.initial import empty_model
-from megalodon.parallel.planning import Job, Plan, make_plan, model_flops
+from megalodon.parallel.planning import Job, make_plan, model_flops
 
 TINY = {
     "num_layers": 1, "model_dim": 16, "z_dim": 16, "value_dim": 32, "num_heads": 1, "vocab_size": 64,
@@ -66,15 +66,6 @@ def random_parameters(config: MegalodonConfig, device: torch.device) -> Iterator
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in empty_model(config).named_parameters():
         yield name, torch.randn(parameter.shape, device=device, generator=generator).mul_(0.02)
-
-
-def planned(job: Job, hardware: Hardware, sizes: MeshSizes, parts: int, checkpointing: bool) -> Plan:
-    """What the planner says, which tries a block of a few channels on the CPU: the kernels cannot run there."""
-    kept = os.environ.pop("MEGALODON_BACKEND")
-    try:
-        return make_plan(job, hardware, sizes, parts, checkpointing)
-    finally:
-        os.environ["MEGALODON_BACKEND"] = kept
 
 
 def measure(model: ParallelModel, rows: list[Rows], tokens: int, steps: int) -> float:
@@ -130,7 +121,7 @@ def main(
 
     def plan_row() -> dict[str, Any]:
         job = Job(config, sizes.world_size, length, batch)
-        found = planned(job, HARDWARE[hardware], sizes, parts, checkpointing)
+        found = make_plan(job, HARDWARE[hardware], sizes, parts, checkpointing)
         return {"hardware": hardware, "ms": 1e3 * found.seconds, "memory_gib": found.memory.total / 2**30}
 
     names = {"model": model, "mesh": mesh or "one process", "batch": batch, "length": length}

@@ -70,7 +70,14 @@ def test_operators(tmp_path: Path) -> None:
     assert names(found["decode"], "operator", "rows") == [
         (operator, rows) for rows in (1, 2) for operator in ("attention", "cema", "timestep_norm")
     ]
-    ways = ["triton", "strips of 128", "sdpa", "sdpa, values in slices", "flex attention"]
+    ways = [
+        "triton-fused",
+        "triton-strips",
+        "plain softmax, strips of 128",
+        "sdpa",
+        "sdpa, values in slices",
+        "flex attention",
+    ]
     assert set(ways) <= {row["way"] for row in found["attention"]}
     assert all("forward_ms" in row for row in found["attention"] if row["way"] != "flex attention")
     assert names(found["flatness"], "operator") == [("cema",), ("timestep_norm",)]
@@ -83,7 +90,8 @@ def test_layers_and_decoding(tmp_path: Path) -> None:
     for ours, llama in zip(found["layer"][::2], found["layer"][1::2], strict=True):
         assert all(ours[key] == llama[key] for key in ("compiled", "batch", "length"))
         assert llama["ours_over_this"] == pytest.approx(llama["ms"] / ours["ms"])
-    steps = [("reading", 1), ("eager", 1), ("graph", 1), ("graph", 4)]
+    graphs = [(way, batch) for batch in (1, 4) for way in ("graph", "graph, compiled")]
+    steps = [("reading", 1), ("eager", 1), *graphs]
     assert names(found["decode"], "way", "batch") == steps * 2
     assert all(row["over_floor"] <= row["over_weights"] for row in found["decode"] if row["way"] == "graph")
 

@@ -49,6 +49,34 @@ def test_equals_the_model(backend: str, device: str, monkeypatch: pytest.MonkeyP
         assert state_difference(decoder.state[row], state[row]) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+@torch.no_grad()
+def test_compiled_layers_are_one_graph_and_few_places_are_enough(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton") if backend == "triton" else None
+    monkeypatch.setenv("MEGALODON_BACKEND", backend)
+    made: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        made.append(graph)
+        return graph
+
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiling(f, backend=count, **options))
+    torch.compiler.reset()
+    model = tiny_model(num_layers=2).eval()
+    state = started(model, [1, 9])
+    decoder = StaticDecoder(model, state, tokens=3, compiled=backend == "triton")
+    for _ in range(3):
+        ids = torch.randint(0, VOCABULARY, (2,))
+        out = model(ids[:, None], past_key_values=state, use_cache=True)
+        state = out.past_key_values
+        assert relative(decoder.step(ids), out.logits[:, 0]) < 1e-5
+    assert len(made) == (backend == "triton")
+    assert decoder.state.layers[0].chunk.keys.shape[1] <= 4 < model.config.chunk_size
+    with pytest.raises(ValueError, match="all tokens that the decoder was made for"):
+        decoder.step(ids)
+
+
 @torch.no_grad()
 def test_its_state_goes_on_in_the_model() -> None:
     model = tiny_model(num_layers=1).eval()
@@ -65,6 +93,8 @@ def test_bad_input_names_the_argument() -> None:
     state = started(model.eval(), [2])
     with pytest.raises(ValueError, match="tokens has shape"):
         StaticDecoder(model, state).step(torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="tokens=0"):
+        StaticDecoder(model, state, tokens=0)
     with pytest.raises(ValueError, match="training mode"):
         StaticDecoder(model.train(), state)
     with pytest.raises(ValueError, match="another model"):

@@ -35,3 +35,12 @@ def test_kernels_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(backends, "without_kernels", lambda *_: None)
     with pytest.raises(ValueError, match=r"not torch\.float64"):
         timestep_norm(x.double(), None, None, 2, backend="triton")
+
+
+def test_work_on_another_device_asks_for_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "nonsense")
+    with pytest.raises(KeyError), backends.default_backends():
+        timestep_norm(torch.randn(1, 3, 4), None, None, 2)
+        raise KeyError
+    with pytest.raises(ValueError, match="nonsense"):
+        timestep_norm(torch.randn(1, 3, 4), None, None, 2)

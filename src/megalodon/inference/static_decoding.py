@@ -49,20 +49,16 @@ class _Norm:
 
 
 class _Layer:
-    """A block, its coefficients, and its memory in buffers of the whole chunk."""
+    """A block, its coefficients, and its memory; keys and values in buffers of so many places."""
 
-    def __init__(self, block: MegalodonBlock, memory: LayerState, position: Tensor, chunk: int) -> None:
+    def __init__(self, block: MegalodonBlock, memory: LayerState, position: Tensor, places: int) -> None:
         self.block, self.coefficients = block, block.cema.coefficients()
         self.norm = _Norm(block.timestep_norm, memory.moments, position)
         self.h = torch.where((position == 0)[:, None, None], 0, memory.cema)
-        self.keys, self.values = (x.new_zeros(x.shape[0], chunk, *x.shape[2:]) for x in memory.chunk)
+        self.keys, self.values = (x.new_zeros(x.shape[0], places, *x.shape[2:]) for x in memory.chunk)
         for buffer, old in zip((self.keys, self.values), memory.chunk, strict=True):
-            width = min(old.shape[1], chunk)
+            width = min(old.shape[1], places)
             buffer[:, :width] = old[:, :width]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.norm.mean, self.norm.var, self.h, self.keys, self.values
 
     def step(self, x: Tensor, turns: Tensor, position: Tensor, place: Tensor) -> Tensor:
         block, attention = self.block, self.block.attention
@@ -83,30 +79,41 @@ class _Layer:
 class StaticDecoder:
     """A fixed batch of sequences, one token at a time.
 
-    Memory: keys and values of a whole chunk for each row, [B, C, H, d] and [B, C, H, e] a layer.
+    Memory: keys and values of a whole chunk for each row, [B, C, H, d] and [B, C, H, e] a layer, or of as much of it as
+    `tokens` will fill.
     """
 
-    def __init__(self, model: MegalodonForCausalLM, state: MegalodonState) -> None:
+    def __init__(
+        self, model: MegalodonForCausalLM, state: MegalodonState, tokens: int | None = None, compiled: bool = False
+    ) -> None:
         """
         Args:
             model: in evaluation mode; its weights must not change afterwards.
             state: where the sequences stand; it is copied. Rows may stand at different positions.
+            tokens: how many will be read at most. None: any number.
+            compiled: torch.compile the step of a layer, which fuses what stands between products and kernels.
 
         Raises:
-            ValueError: the model is in training mode, or the state belongs to another model or device.
+            ValueError: the model is in training mode, the state belongs to another model or device, or `tokens` is
+                less than one.
         """
         if model.training:
             raise ValueError("model is in training mode: call model.eval() first")
         state.dimensions.check(Dimensions.of(model.config))
         if state.device != model.device:
             raise ValueError(f"state is on {state.device}: the model is on {model.device} (use .to)")
-        self.model, self._chunk = model, model.config.chunk_size
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"tokens={tokens}: it must be at least 1")
+        self.model, self._chunk, self._left = model, model.config.chunk_size, tokens
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._step_layer = torch.compile(_Layer.step, dynamic=False) if compiled else _Layer.step
         with torch.inference_mode():
             self._position = state.position.to(model.device, copy=True)
             self._tokens = torch.zeros_like(self._position)
+            filled = int((state.position % self._chunk).max()) if len(state.position) else 0
+            places = self._chunk if tokens is None else min(filled + tokens, self._chunk)
             pairs = zip(model.model.layers, state.layers, strict=True)
-            self._layers = [_Layer(block, memory, self._position, self._chunk) for block, memory in pairs]
+            self._layers = [_Layer(block, memory, self._position, places) for block, memory in pairs]
             self._final = _Norm(model.model.final_norm, state.final, self._position)
             self._logits = torch.empty(len(self._position), model.vocab_size, device=model.device)
             if model.device.type == "cuda":
@@ -114,9 +121,17 @@ class StaticDecoder:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Read one token a row, int64 [B]; logits float32 [B, V] for the next, overwritten by the next step."""
+        """Read one token a row, int64 [B]; logits float32 [B, V] for the next, overwritten by the next step.
+
+        Raises:
+            ValueError: `tokens` has another shape, or as many as were announced have been read.
+        """
         if tokens.shape != self._tokens.shape:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}: it must be {tuple(self._tokens.shape)}")
+        if self._left is not None:
+            if self._left == 0:
+                raise ValueError("all tokens that the decoder was made for (its argument tokens) have been read")
+            self._left -= 1
         self._tokens.copy_(tokens)
         if self._graph is None:
             self._advance()
@@ -149,24 +164,33 @@ class StaticDecoder:
         x = inner.embed_tokens(self._tokens)[:, None] * inner.embedding_scale
         turns = ops.rotations(place[:, None], config.head_dim, config.rope_base)
         for layer in self._layers:
-            x = layer.step(x, turns, self._position, place)
+            x = self._step_layer(layer, x, turns, self._position, place)
         x = self._final.step(x, self._position)
         self._logits.copy_(self.model.lm_head(x)[:, 0])
         self._position += 1
 
     def _capture(self) -> None:
-        """Warm up on a side stream, which compiles and caches, put the memory back, capture."""
-        tensors = [self._position, self._final.mean, self._final.var]
-        tensors += [tensor for layer in self._layers for tensor in layer.tensors]
+        """Warm up on a side stream, which compiles and caches; capture.
+
+        Keys and values need not be put back: every step writes to the same free place of each row until the position
+        moves on, and the first real step writes there too.
+        """
+        norms = [self._final, *(layer.norm for layer in self._layers)]
+        tensors = [self._position, *(layer.h for layer in self._layers), *(t for n in norms for t in (n.mean, n.var))]
         kept = [tensor.clone() for tensor in tensors]
+
+        def put_back() -> None:
+            for tensor, old in zip(tensors, kept, strict=True):
+                tensor.copy_(old)
+
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
                 self._advance()
+                put_back()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._advance()
-        for tensor, old in zip(tensors, kept, strict=True):
-            tensor.copy_(old)
+        put_back()

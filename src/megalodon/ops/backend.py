@@ -8,7 +8,8 @@ rests on them before their `gpu` tests have passed on a device.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -52,6 +53,17 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if name := os.environ.get(ENVIRONMENT_VARIABLE):
         return name, ENVIRONMENT_VARIABLE
     return default_backend(device, dtype), "default"
+
+
+@contextmanager
+def default_backends() -> Iterator[None]:
+    """The defaults, whatever the environment variable asks for: for work on another device than the caller's."""
+    asked = os.environ.pop(ENVIRONMENT_VARIABLE, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[ENVIRONMENT_VARIABLE] = asked
 
 
 def choose(

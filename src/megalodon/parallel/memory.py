@@ -20,6 +20,7 @@ from torch import Tensor
 from megalodon.model.config import MegalodonConfig
 from megalodon.model.loss import LOGITS_AT_ONCE
 from megalodon.model.modeling import MegalodonForCausalLM
+from megalodon.ops.backend import default_backends
 from megalodon.parallel.block import Axes
 from megalodon.parallel.mesh import MeshSizes
 from megalodon.parallel.stage import Rows, Stage
@@ -106,7 +107,7 @@ def saved_bytes_fit(precision: str, swiglu: bool) -> tuple[np.ndarray, np.ndarra
     }
     changes = [{}, *({name: 2 * base[name]} for name in FEATURES), {"model_dim": 192, "cema_ndim": 12}]
     rows, growing, constant = [], [], []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), default_backends():  # on the CPU, where the kernels cannot run
         for change in changes:
             config = MegalodonConfig(**{**base, **change})
             # Two lengths, to tell what grows with them from what does not: CEMA's matrices made of coefficients.

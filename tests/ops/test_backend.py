@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalodon.ops import ENVIRONMENT_VARIABLE, timestep_norm
+from megalodon.ops import ENVIRONMENT_VARIABLE, causal_attention, cema, chunk_attention, timestep_norm
 from megalodon.ops import backend as backends
 
 
@@ -44,3 +44,17 @@ def test_work_on_another_device_asks_for_the_defaults(monkeypatch: pytest.Monkey
         raise KeyError
     with pytest.raises(ValueError, match="nonsense"):
         timestep_norm(torch.randn(1, 3, 4), None, None, 2)
+
+
+def test_tensors_on_different_devices_are_named() -> None:
+    x, p = torch.randn(1, 3, 4), torch.rand(4, 2)
+    q = torch.zeros(4, 2, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="gamma is on meta: the activations are on cpu"):
+        cema(x, p, q, q.to("meta"))
+    with pytest.raises(ValueError, match="bias is on meta"):
+        timestep_norm(x, None, torch.zeros(4, device="meta"), 2)
+    heads = torch.randn(1, 3, 2, 4)
+    with pytest.raises(ValueError, match="v is on meta"):
+        chunk_attention(heads, heads, heads.to("meta"), 2)
+    with pytest.raises(ValueError, match="offset is on meta"):
+        causal_attention(heads[:, :1], heads, heads, torch.zeros(1, dtype=torch.int64, device="meta"))

@@ -187,6 +187,14 @@ def test_heads_that_do_not_fit_go_through_the_blocked_form(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_heads_of_several_dtypes_go_through_the_blocked_form(device: str) -> None:
+    q, k, v = (torch.randn(1, 9, 1, 8, device=device) for _ in range(3))
+    for arguments in ((q.bfloat16(), k, v), (q, k.bfloat16(), v), (q, k, v.bfloat16())):
+        blocked, kernels = (chunk_attention(*arguments, chunk_size=4, backend=name) for name in ("blocked", "triton"))
+        assert torch.equal(blocked, kernels)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_operators_pass_opcheck(device: str) -> None:
     from megalodon.ops.chunk_attention import strips, triton
 

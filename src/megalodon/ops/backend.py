@@ -66,6 +66,17 @@ def default_backends() -> Iterator[None]:
             os.environ[ENVIRONMENT_VARIABLE] = asked
 
 
+def check_devices(device: torch.device, **others: Tensor | None) -> None:
+    """That every tensor given by name is on `device`, where the activations are.
+
+    Raises:
+        ValueError: one is elsewhere; the message names it.
+    """
+    for name, value in others.items():
+        if value is not None and value.device != device:
+            raise ValueError(f"{name} is on {value.device}: the activations are on {device}, and so must it be")
+
+
 def choose(
     implementations: Implementations, backend: str | None, device: torch.device, dtype: torch.dtype
 ) -> Callable[..., Any]:

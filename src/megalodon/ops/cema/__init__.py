@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megalodon.ops.backend import Implementations, choose, complex_of, full_precision
+from megalodon.ops.backend import Implementations, check_devices, choose, complex_of, full_precision
 from megalodon.ops.cema import blocked, reference
 from megalodon.ops.cema.blocked import KeptTables
 from megalodon.ops.compiling import one_break_at_most
@@ -62,10 +62,11 @@ def cema(
         (y [B, L, D] in the dtype of x, the state after each row's last token: complex [B, D, N]).
 
     Raises:
-        ValueError: a shape or dtype does not fit; the message names the argument.
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}: it must be a floating-point [B, L, D]")
+    check_devices(x.device, p=p, q=q, gamma=gamma, omega=omega, initial_state=initial_state)
     batch, length, dim = x.shape
     real = full_precision(x.dtype)
     omega = None if omega is None else omega.reshape(-1).to(real)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from megalodon.ops.cema import triton_kernels as kernels
-from megalodon.ops.launch import on_device
+from megalodon.ops.launch import MAKES_TABLES, on_device
 from megalodon.ops.layout import Layout, PlainLayout
 from megalodon.ops.pieces import GROUP, Pieces, pieces_of
 
@@ -61,7 +61,7 @@ def _launch_sizes(x: Tensor, components: int, order: Tensor) -> tuple[tuple[int,
     return (triton.cdiv(x.shape[-1], size), len(order) // GROUP), sizes
 
 
-@torch.library.custom_op("megalodon::cema", mutates_args=())
+@torch.library.custom_op("megalodon::cema", mutates_args=(), **MAKES_TABLES)
 def cema_op(
     x: Tensor,
     p: Tensor,
@@ -127,7 +127,7 @@ def _(x, p, q, gamma, omega, initial, runs, rows, order, padded_rows):
     return torch.empty_like(x), state, state.new_empty(count, *q.shape)
 
 
-@torch.library.custom_op("megalodon::cema_backward", mutates_args=())
+@torch.library.custom_op("megalodon::cema_backward", mutates_args=(), **MAKES_TABLES)
 def cema_backward_op(
     dy: Tensor,
     d_last: Tensor | None,

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from megalodon.ops.backend import Implementations, choose
+from megalodon.ops.backend import Implementations, check_devices, choose
 from megalodon.ops.chunk_attention import blocked, causal, reference
 from megalodon.ops.compiling import one_break_at_most
 from megalodon.ops.layout import Layout, layout_of
@@ -28,7 +28,7 @@ def _triton(
     """The kernels, imported when they are first asked for: Triton need not be installed."""
     from megalodon.ops.chunk_attention import triton
 
-    if v.numel() == 0 or not triton.fits(q, v):
+    if v.numel() == 0 or not triton.fits(q, k, v):
         return blocked.chunk_attention(q, k, v, prefix, layout, dropout, dropkey)
     return triton.chunk_attention(q, k, v, prefix, layout, dropout, dropkey, form)
 
@@ -54,7 +54,7 @@ def _causal_triton(
     from megalodon.ops.chunk_attention import triton
 
     out = None
-    if first is None and v.numel() and q.numel() and triton.fits(q, v) and q.dtype == k.dtype:
+    if first is None and v.numel() and q.numel() and triton.fits(q, k, v):
         out = triton.causal_attention(q, k, v, offset, dropout, dropkey)
     return causal.causal_attention(q, k, v, offset, first, dropout, dropkey) if out is None else out
 
@@ -82,6 +82,7 @@ def causal_attention(
     Arguments and result are those of `megalodon.ops.chunk_attention.causal.causal_attention`; `backend` as in
     `chunk_attention` ("reference" and "blocked" are one here).
     """
+    check_devices(q.device, k=k, v=v, offset=offset if isinstance(offset, Tensor) else None, first=first)
     run = choose(_CAUSAL, backend, q.device, q.dtype)
     return run(q, k, v, offset, first, dropout, dropkey)
 
@@ -125,12 +126,13 @@ def chunk_attention(
         [B, L, H, e] in the dtype of v.
 
     Raises:
-        ValueError: a shape does not fit; the message names the argument.
+        ValueError: a shape or device does not fit; the message names the argument.
     """
     if q.ndim != 4 or k.shape != q.shape:
         raise ValueError(f"q and k have shapes {tuple(q.shape)} and {tuple(k.shape)}: both must be one [B, L, H, d]")
     if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"v has shape {tuple(v.shape)}: it must be [B, L, H, e] with B, L, H = {tuple(q.shape[:3])}")
+    check_devices(q.device, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: it must be at least 1")
     if not 0 <= dropout < 1:

@@ -14,7 +14,7 @@ from megalodon.ops.chunk_attention import spans as tables
 from megalodon.ops.chunk_attention import strips
 from megalodon.ops.chunk_attention import triton_kernels as kernels
 from megalodon.ops.chunk_attention.spans import Spans
-from megalodon.ops.launch import on_device
+from megalodon.ops.launch import MAKES_TABLES, on_device
 from megalodon.ops.layout import Layout
 
 WIDEST_KEY = {torch.bfloat16: 256, torch.float32: 128}
@@ -24,9 +24,9 @@ SPLIT = 64
 """Keys of one program in decoding."""
 
 
-def fits(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels take these heads: same dtype, q and k no wider than `WIDEST_KEY`."""
-    return q.dtype == v.dtype and q.shape[-1] <= WIDEST_KEY.get(q.dtype, 0)
+def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels take these heads: of one dtype, q and k no wider than `WIDEST_KEY`."""
+    return q.dtype == k.dtype == v.dtype and q.shape[-1] <= WIDEST_KEY.get(q.dtype, 0)
 
 
 def block_size(dtype: torch.dtype, hopper: bool, dropout: bool) -> int:
@@ -83,7 +83,7 @@ def _spans(
     return tables.chunks(*q.shape[:2], *shape, block, q.device)
 
 
-@torch.library.custom_op("megalodon::chunk_attention", mutates_args=())
+@torch.library.custom_op("megalodon::chunk_attention", mutates_args=(), **MAKES_TABLES)
 def attention_op(
     q: Tensor,
     k: Tensor,
@@ -123,7 +123,7 @@ def _(q, k, v, cache_k, cache_v, seed, shape, spans, query_work, key_work, dropo
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("megalodon::chunk_attention_backward", mutates_args=())
+@torch.library.custom_op("megalodon::chunk_attention_backward", mutates_args=(), **MAKES_TABLES)
 def attention_backward_op(
     d_out: Tensor,
     out: Tensor,

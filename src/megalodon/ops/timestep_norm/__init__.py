@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon.ops.backend import Implementations, choose, full_precision
+from megalodon.ops.backend import Implementations, check_devices, choose, full_precision
 from megalodon.ops.compiling import one_break_at_most
 from megalodon.ops.layout import Layout, layout_of
 from megalodon.ops.timestep_norm import blocked, reference
@@ -81,10 +81,11 @@ def timestep_norm(
         (y [B, L, D] in the dtype of x, count, mean, var after each row's last token).
 
     Raises:
-        ValueError: a shape or dtype does not fit; the message names the argument.
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}: it must be a floating-point [B, L, D]")
+    check_devices(x.device, weight=weight, bias=bias, count=count, mean=mean, var=var, padding_mask=padding_mask)
     batch, length, dim = x.shape
     if num_groups < 1 or dim % num_groups:
         raise ValueError(f"num_groups={num_groups} does not divide D={dim}")

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megalodon.ops.launch import on_device
+from megalodon.ops.launch import MAKES_TABLES, on_device
 from megalodon.ops.layout import Layout, PlainLayout
 from megalodon.ops.pieces import Pieces, pieces_of
 from megalodon.ops.timestep_norm import triton_kernels as kernels
@@ -62,7 +62,7 @@ def _pieces(x: Tensor, groups: int, runs: Tensor | None, rows: Tensor | None, ch
     return pieces_of(PlainLayout(batch, length, x.device), piece_length(batch, length, dim, groups), 1)
 
 
-@torch.library.custom_op("megalodon::timestep_norm", mutates_args=())
+@torch.library.custom_op("megalodon::timestep_norm", mutates_args=(), **MAKES_TABLES)
 def timestep_norm_op(
     x: Tensor,
     weight: Tensor | None,
@@ -130,7 +130,7 @@ def _(x, weight, bias, count, mean, var, prior_count, prior_mean, prior_var, pad
     )
 
 
-@torch.library.custom_op("megalodon::timestep_norm_backward", mutates_args=())
+@torch.library.custom_op("megalodon::timestep_norm_backward", mutates_args=(), **MAKES_TABLES)
 def timestep_norm_backward_op(
     dy: Tensor,
     d_last: Tensor | None,

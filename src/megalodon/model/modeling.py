@@ -24,7 +24,7 @@ from megalodon.model.chunk_attention import GatedChunkAttention
 from megalodon.model.config import MegalodonConfig
 from megalodon.model.feed_forward import FeedForward
 from megalodon.model.generation import MegalodonGenerationMixin
-from megalodon.model.loss import LOGITS_AT_ONCE, sum_in_slices
+from megalodon.model.loss import summed_loss
 from megalodon.model.norms import LayerNorm, RMSNorm
 from megalodon.model.output import MegalodonModelOutput, MegalodonOutput, the_state
 from megalodon.model.padding import RealTokens
@@ -375,13 +375,10 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
                 )
                 loss = _mean(total, shift_labels[:, kept], num_items_in_batch)
         else:
-            total = sum_in_slices(self._summed_loss, x, shift_labels.to(x.device), LOGITS_AT_ONCE // self.vocab_size)
+            total = summed_loss(self.lm_head, x, shift_labels.to(x.device))
             loss = _mean(total, shift_labels, num_items_in_batch)
         output = MegalodonOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
         return output if return_dict is not False else output.to_tuple()
-
-    def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
 
 
 def _in_turn(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from megalodon import ops
 from megalodon.model.config import MegalodonConfig
-from megalodon.model.loss import LOGITS_AT_ONCE, sum_in_slices
+from megalodon.model.loss import LOGITS_AT_ONCE, sum_in_slices, summed_loss
 from megalodon.model.modeling import MegalodonForCausalLM
 from megalodon.model.state import Dimensions, MegalodonState
 from megalodon.model.timestep_norm import Moments
@@ -128,15 +128,14 @@ class Stage(nn.Module):
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The summed loss."""
         group = self.axes.tensor
+        if group is None:
+            return summed_loss(self.lm_head, x, targets)
 
         def loss_of(x: Tensor, targets: Tensor) -> Tensor:
-            logits = self.lm_head(x).float()
-            if group is None:
-                return F.cross_entropy(logits, targets, reduction="sum")
-            return tensor.cross_entropy(logits, targets, group)
+            return tensor.cross_entropy(self.lm_head(x).float(), targets, group)
 
-        share = 1 if group is None else group.size()
-        return sum_in_slices(loss_of, gather_last(x, group), targets, LOGITS_AT_ONCE * share // self.vocab_size)
+        rows = LOGITS_AT_ONCE * group.size() // self.vocab_size
+        return sum_in_slices(loss_of, gather_last(x, group), targets, rows)
 
     def _state(self, layers: Sequence, final: Moments | None, layout: Layout) -> MegalodonState:
         if final is None:  # a state has a final norm; that of an earlier stage means nothing

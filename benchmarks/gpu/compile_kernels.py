@@ -1,7 +1,11 @@
-"""Compiles every Triton kernel ahead of time for sm_80 and sm_90 and reports registers, spills and shared memory.
+"""Compiles every Triton kernel for sm_80 and sm_90 as the library launches it; reports registers, spills and memory.
 
-Needs Triton, no GPU. Writes `results/gpu_kernels.json` and `.md`; exit status 1 if a kernel spills in a configuration
-that the library launches.
+Needs Triton, no GPU. The operators are called as ever, at the shapes of the presets, on the CPU: in place of a driver
+stands one that knows its architecture and no more, and a launch ends when its kernel is compiled. So each kernel meets
+the arguments, dtypes and block sizes of a real call; what comes out of the operators is whatever memory held.
+
+Writes `results/gpu_kernels.json` and `.md`. Exit status 1 if a kernel spills, takes more shared memory than there is,
+or is never launched.
 """
 
 from __future__ import annotations
@@ -12,86 +16,104 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled: they become so when imported
 
 import torch
 import triton
 import typer
 from _report import RESULTS, markdown_table, write_atomically
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from megalodon import ops
+from megalodon.ops import launch
+from megalodon.ops.cema import triton_kernels as cema_kernels
+from megalodon.ops.chunk_attention import strip_kernels
+from megalodon.ops.chunk_attention import triton as attention
+from megalodon.ops.chunk_attention import triton_kernels as attention_kernels
+from megalodon.ops.timestep_norm import triton_kernels as norm_kernels
+
+os.environ["TRITON_INTERPRET"] = "1"  # from now on only the library asks, and takes tensors of the CPU
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
-VARIANTS = ((False, False), (True, False), (False, True))
-"""Of attention: with a cache, with dropout."""
-
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}
+MODULES = (cema_kernels, norm_kernels, attention_kernels, strip_kernels)
+
+
+# Launches that compile -----------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Launch:
-    """One configuration of one kernel, as the library launches it."""
+class Driver:
+    """What Triton asks of a driver before it compiles; it numbers devices by their capability."""
 
-    label: str
-    kernel: Any
-    pointers: dict[str, str]
-    constants: dict[str, Any]
-    warps: int = 4
-    stages: int = 3
-    scalars: dict[str, str] = field(default_factory=dict)
-    capabilities: tuple[int, ...] = tuple(ARCHITECTURES)
+    capability: int
 
-    def source(self) -> ASTSource:
-        types = dict.fromkeys(self.kernel.arg_names, "i32")
-        types |= {name: "*" + dtype for name, dtype in self.pointers.items()} | self.scalars
-        types |= dict.fromkeys(self.constants, "constexpr")
-        unknown = types.keys() - set(self.kernel.arg_names)
-        assert not unknown, f"{self.label}: no such arguments: {unknown}"
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(self.kernel.arg_names)
-            if name in self.pointers or (name in ("D", "DN", "N", "E", "width") and name not in self.constants)
-        }
-        ordered = {name: types[name] for name in self.kernel.arg_names}
-        return ASTSource(self.kernel, ordered, dict(self.constants), aligned)
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
 
 
-def compiled(launch: Launch, capability: int) -> dict[str, Any]:
-    """Resources of one kernel on one architecture, as ptxas reports them."""
-    binary = triton.compile(
-        launch.source(),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages},
-    )
+@dataclass
+class Recorder:
+    """The compiled kernels, each with the case that launched it first."""
+
+    capability: int
+    case: str = ""
+    found: dict[int, tuple[str, str, Any]] = field(default_factory=dict)
+
+    def see(self, name: str, kernel: Any) -> None:
+        self.found.setdefault(id(kernel), (name, self.case, kernel))
+
+
+@contextmanager
+def recording(capability: int) -> Iterator[Recorder]:
+    """Launches compile for this capability and run nothing."""
+    recorder, run, of_device = Recorder(capability), JITFunction.run, launch.capability
+
+    def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **named)
+        recorder.see(self.__name__, kernel)
+        return kernel
+
+    triton.runtime.driver.set_active(Driver(capability))
+    JITFunction.run = compile_only
+    launch.capability = lambda x: divmod(capability, 10)
+    try:
+        yield recorder
+    finally:
+        JITFunction.run, launch.capability = run, of_device
+
+
+def resources(kernel: Any, capability: int) -> dict[str, Any]:
+    """Of one compiled kernel, as ptxas reports them."""
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
-        ptx.write_text(binary.asm["ptx"])
-        run = subprocess.run(
-            [
-                triton.knobs.nvidia.ptxas.path,
-                "-v",
-                f"--gpu-name={ARCHITECTURES[capability]}",
-                str(ptx),
-                "-o",
-                os.devnull,
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        ptx.write_text(kernel.asm["ptx"])
+        ptxas = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={ARCHITECTURES[capability]}", str(ptx)]
+        run = subprocess.run([*ptxas, "-o", os.devnull], capture_output=True, text=True, check=True)
     return {
         "architecture": ARCHITECTURES[capability],
+        "warps": kernel.metadata.num_warps,
         "registers": _number(r"Used (\d+) registers", run.stderr),
-        "spill_stores": _number(r"(\d+) bytes spill stores", run.stderr),
-        "spill_loads": _number(r"(\d+) bytes spill loads", run.stderr),
-        "shared": binary.metadata.shared,
-        "tensor_core_instructions": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", binary.asm["ptx"])),
-        "asynchronous_copies": len(re.findall(r"\bcp\.async\.c[ag]|cp\.async\.bulk", binary.asm["ptx"])),
+        "spilled": sum(_number(rf"(\d+) bytes spill {way}", run.stderr) for way in ("stores", "loads")),
+        "shared": kernel.metadata.shared,
+        "tensor_core_instructions": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", kernel.asm["ptx"])),
+        "asynchronous_copies": len(re.findall(r"\bcp\.async\.c[ag]|cp\.async\.bulk", kernel.asm["ptx"])),
     }
 
 
@@ -102,209 +124,156 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def launches() -> list[Launch]:
-    """Every kernel in the configurations of the presets: bfloat16 and float32, D = 4096, N = 16, G = 64, H = 4."""
-    return [*_cema(), *_timestep_norm(), *_chunk_attention(), *_strips()]
+# Calls ---------------------------------------------------------------------------------------------------------------
 
 
-def rehearsed(every: list[Launch]) -> list[Launch]:
-    """The last kernel of each operator, which is a small one."""
-    return list({launch.label.split()[0]: launch for launch in every}.values())
+def there_and_back(run: Callable[..., Any], inputs: dict[str, Any]) -> None:
+    """Forward and backward, with gradients of all inputs and outputs."""
+    outputs = run(**inputs)
+    outputs = [o for o in ((outputs,) if isinstance(outputs, Tensor) else outputs) if o.requires_grad]
+    leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
+    torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
 
 
-def _cema() -> list[Launch]:
-    from megalodon.ops.cema import triton as ours
-    from megalodon.ops.cema import triton_kernels as kernels
-
-    tables = {"runs": "i32", "order": "i32"}
-    wide = dict.fromkeys(("p", "q", "gamma", "omega", "taps", "local", "initial", "entering", "last", "ends"), "fp32")
-    wide |= dict.fromkeys(("leaving", "d_last", "d_initial", "partial", "sums", "correlation"), "fp32")
-    wide |= dict.fromkeys(("d_p", "d_q", "d_gamma", "d_omega"), "fp32")
-    found = []
-
-    def add(label: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int = 4) -> None:
-        pointers = {**wide, **tables, "rows": "i32", "x": dtype, "dy": dtype, "y": dtype}
-        pointers = {name: pointers[name] for name in kernel.arg_names if name in pointers}
-        found.append(Launch(f"cema {label}", kernel, pointers, constants, warps, 3 if "correlate" in label else 2))
-
-    for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
-        size = ours.channels(16, itemsize)
-        sizes = {"DC": size, "M": ours.GROUP, "T": ours.BLOCK, "NP": 16, "BITS": 4}
-        add(f"states {dtype}", kernels.states_kernel, dtype, {**sizes, "REVERSE": False}, ours.WARPS)
-        add(f"outputs {dtype}", kernels.outputs_kernel, dtype, {**sizes, "REVERSE": False}, ours.WARPS)
-        add(f"outputs reversed {dtype}", kernels.outputs_kernel, dtype, {**sizes, "REVERSE": True}, ours.WARPS)
-        add(f"correlate {dtype}", kernels.correlate_kernel, dtype, {**sizes, **ours.CORRELATE_TILE}, 8)
-        add(f"step {dtype}", kernels.step_kernel, dtype, {"HAS_OMEGA": True, "HAS_INITIAL": True, "DC": 32, "NP": 16})
-    flags = {"LENGTH_BITS": 16, "BLOCK": 256}
-    add("taps", kernels.taps_kernel, "bf16", {"HAS_OMEGA": True, "DC": 4, "T": ours.BLOCK, "NP": 16, "BITS": 4})
-    add("scan", kernels.scan_kernel, "bf16", {**flags, "HAS_INITIAL": True})
-    add("adjoint scan", kernels.adjoint_scan_kernel, "bf16", {**flags, "HAS_LAST": True, "T": ours.BLOCK})
-    add("gradients", kernels.gradients_kernel, "bf16", {"T": ours.BLOCK, "NP": 16}, 1)
-    return found
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype, requires_grad=True)
 
 
-def _timestep_norm() -> list[Launch]:
-    from megalodon.ops.timestep_norm import triton as ours
-    from megalodon.ops.timestep_norm import triton_kernels as kernels
-
-    pointers = dict.fromkeys(("means", "scales", "d_weight", "d_bias"), "fp32")
-    pointers |= dict.fromkeys(("entering", "summary", "counts", "last", "flowing", "d_mean", "d_var"), "fp64")
-    pointers |= dict.fromkeys(("mean", "var", "prior_mean", "prior_var"), "fp64")
-    pointers |= {"runs": "i32", "rows": "i32", "count": "i64", "padding": "i1", "weight": "fp32", "bias": "fp32"}
-    found = []
-
-    def add(label: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int = ours.WARPS) -> None:
-        known = {**pointers, "x": dtype, "y": dtype, "dx": dtype, "dy": dtype}
-        known = {name: known[name] for name in kernel.arg_names if name in known}
-        scalars = {"eps": "fp32"} if "eps" in kernel.arg_names else {}
-        found.append(Launch(f"timestep_norm {label}", kernel, known, constants, warps, 3, scalars))
-
-    for dtype in ("bf16", "fp32"):
-        for groups in (64, 4096):
-            sizes, with_affine = ours.tile(4096, groups), {"HAS_WEIGHT": True, "HAS_PADDING": False}
-            sizes |= {"G": groups, "F": 4096 // groups}
-            name = f"{dtype} G={groups}"
-            add(f"summary {name}", kernels.summary_kernel, dtype, {"HAS_PADDING": False, **sizes})
-            add(f"forward {name}", kernels.norm_kernel, dtype, {"HAS_BIAS": True, **with_affine, **sizes})
-            sizes |= ours.tile(4096, groups, ours.TILE // 2)
-            for write in (True, False):
-                add(
-                    f"backward{'' if write else ' summary'} {name}", kernels.backward_kernel, dtype,
-                    {"WRITE": write, **with_affine, **sizes}, ours.BACKWARD_WARPS,
-                )  # fmt: skip
-    add("scan", kernels.scan_kernel, "bf16", {"BLOCK": 64}, 2)
-    add("adjoint scan", kernels.adjoint_scan_kernel, "bf16", {"HAS_LAST": True, "BLOCK": 64}, 2)
-    return found
+def documents(batch: int, length: int) -> Tensor:
+    """Four in each row, none as long as another."""
+    return torch.bucketize(torch.arange(length), torch.tensor([length // 9, length // 4, length // 2])).repeat(batch, 1)
 
 
-def _chunk_attention() -> list[Launch]:
-    from megalodon.ops.chunk_attention import triton as ours
-    from megalodon.ops.chunk_attention import triton_kernels as kernels
-
-    floats = dict.fromkeys(("lse", "delta", "partial", "peaks"), "fp32")
-    integers = {"seed": "i64", "spans": "i32", "work": "i32", "places": "i64"}
-    activations = ("q", "k", "v", "cache_k", "cache_v", "out", "d_out", "dq", "dk_out", "dv_out", "d_cache")
-    names = {
-        "forward": kernels.forward_kernel,
-        "queries": kernels.query_gradients_kernel,
-        "keys": kernels.key_gradients_kernel,
-        "values": kernels.value_gradients_kernel,
+def cema_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    dim, components, length = 4096, 16, 4096
+    coefficients = {
+        "p": leaf(dim, components),
+        **{name: leaf(dim, components, dtype=torch.complex64) for name in ("q", "gamma")},
+        "omega": leaf(dim),
     }
-    found = []
-
-    def add(
-        label: str,
-        kernel: Any,
-        dtype: str,
-        constants: dict[str, Any],
-        warps: int,
-        stages: int,
-        targets: tuple[int, ...],
-    ) -> None:
-        known = {**floats, **integers, **dict.fromkeys(activations, dtype)}
-        known = {name: known[name] for name in kernel.arg_names if name in known}
-        scalars = {"dropout": "fp32"} if "dropout" in kernel.arg_names else {}
-        found.append(Launch(f"chunk_attention {label}", kernel, known, constants, warps, stages, scalars, targets))
-
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        variants = [(capability, cached, dropout) for capability in ARCHITECTURES for cached, dropout in VARIANTS]
-        for capability, cached, dropout in variants:
-            block = ours.block_size(dtype, capability >= 90, dropout)
-            suffix = " with a cache" if cached else " with dropout" if dropout else ""
-            for kernel, tile in ours.tiles(block, ours.WIDEST_KEY[dtype], 2048, cached).items():
-                flags = {"HAS_CACHE": cached, "DROPOUT": dropout, "DROPKEY": False, "FULL_K": True, "FULL_V": True}
-                sizes = {k: v for k, v in tile.items() if k[:4] != "num_"}
-                add(
-                    f"{kernel} {name}{suffix}", names[kernel], name, {**flags, **sizes},
-                    tile["num_warps"], tile["num_stages"], (capability,),
-                )  # fmt: skip
-        both = tuple(ARCHITECTURES)
-        sizes = {"PER_ROW": True, "SPLIT": ours.SPLIT, "BN": 16, "DK": 256, "DV": 2048}
-        add(f"decode {name}", kernels.decode_kernel, name, sizes, 8, 3, both)
-        add(f"join {name}", kernels.join_kernel, name, {"BS": 64, "DV": 512}, 4, 3, both)
-        add(f"delta {name}", kernels.delta_kernel, name, {"BM": 8, "DV": 256}, 4, 3, both)
-    return found
+    state = {"initial_state": leaf(1, dim, components, dtype=torch.complex64)}
+    run = partial(ops.cema, backend="triton")
+    x = {"x": leaf(1, length, dim, dtype=dtype)}
+    yield "new", lambda: there_and_back(run, x | coefficients)
+    carried = x | coefficients | state | {"segment_ids": documents(1, length)}
+    yield "state and documents", lambda: there_and_back(run, carried)
+    token = {"x": leaf(1, 1, dim, dtype=dtype)} | coefficients | state
+    yield "one token", lambda: torch.no_grad()(run)(**token)
 
 
-def _strips() -> list[Launch]:
-    from megalodon.ops.chunk_attention import strip_kernels as kernels
-    from megalodon.ops.chunk_attention import strips as ours
+def norm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    dim = 4096
+    affine = {"weight": leaf(dim), "bias": leaf(dim)}
+    for groups in (64, dim):
+        run = partial(ops.timestep_norm, num_groups=groups, backend="triton")
+        long, short = {"x": leaf(1, 4096, dim, dtype=dtype)}, {"x": leaf(8, 64, dim, dtype=dtype)}
+        yield f"long rows, G={groups}", lambda run=run, x=long: there_and_back(run, x | affine)
+        yield f"short rows, G={groups}", lambda run=run, x=short: there_and_back(run, x | affine)
+        statistics = {name: leaf(8, groups, dtype=torch.float64) for name in ("mean", "var")}
+        carried = short | affine | statistics | {"count": torch.ones(8, dtype=torch.int64)}
+        packed = carried | {"segment_ids": documents(8, 64), "padding_mask": torch.zeros(8, 64, dtype=torch.bool)}
+        yield f"statistics and documents, G={groups}", lambda run=run, x=packed: there_and_back(run, x)
 
-    found = []
 
-    def add(label: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int, stages: int) -> None:
-        known = {"seed": "i64", "lse": "fp32", "delta": "fp32", "d_weights": "fp32"}
-        known |= dict.fromkeys(("q", "k", "weights", "d_scores"), dtype)
-        known = {name: known[name] for name in kernel.arg_names if name in known}
-        found.append(Launch(f"strips {label}", kernel, known, constants, warps, stages, {"dropout": "fp32"}))
+def attention_cases(dtype: torch.dtype, form: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    heads, key, value, length = 4, attention.WIDEST_KEY[dtype], 2048, 640
+    widths = {"q": key, "k": key, "v": value}
+    inputs = {name: leaf(1, length, heads, width, dtype=dtype) for name, width in widths.items()}
+    prefix = {f"prefix_{name}": leaf(1, 96, heads, widths[name], dtype=dtype) for name in ("k", "v")}
+    run = partial(ops.chunk_attention, chunk_size=length, backend=form)
+    yield "new", lambda: there_and_back(run, inputs)
+    yield "documents", lambda: there_and_back(run, inputs | {"segment_ids": documents(1, length)})
+    yield "dropout", lambda: there_and_back(partial(run, dropout=0.1), inputs)
+    yield "dropkey", lambda: there_and_back(partial(run, dropout=0.1, dropkey=True), inputs)
+    if form == "triton-fused":
+        yield "open chunk", lambda: there_and_back(run, inputs | prefix)
+        token = {**inputs, "q": leaf(1, 1, heads, key, dtype=dtype)}
+        for name, offset in (("one place", 500), ("a place for each row", torch.tensor([500]))):
+            step = torch.no_grad()(partial(ops.causal_attention, offset=offset, backend="triton"))
+            yield f"one token, {name}", lambda step=step: step(**token)
 
-    for name, dtype, key in (("bf16", torch.bfloat16, 256), ("fp32", torch.float32, 128)):
-        tile = ours.tile(dtype, key)
-        sizes = {k: v for k, v in tile.items() if k[:4] != "num_"} | {"FULL": True, "DROPKEY": False}
-        launch = tile["num_warps"], tile["num_stages"]
-        add(f"normaliser {name}", kernels.normaliser_kernel, name, sizes, *launch)
-        for gradient in (False, True):
-            for dropout in (False, True):
-                label = f"{'gradients' if gradient else 'weights'} {name}{' with dropout' if dropout else ''}"
-                add(label, kernels.weights_kernel, name, {**sizes, "GRADIENT": gradient, "DROPOUT": dropout}, *launch)
-    return found
+
+def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Everything that launches kernels: bfloat16 and float32, D = 4096, N = 16, H = 4, q and k 256, v 2048."""
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for operator, found in (
+            ("cema", cema_cases(dtype)),
+            ("timestep_norm", norm_cases(dtype)),
+            ("attention, fused", attention_cases(dtype, "triton-fused")),
+            ("attention, strips", attention_cases(dtype, "triton-strips")),
+        ):
+            for case, call in found:
+                yield f"{operator}, {name}: {case}", call
+
+
+# The report ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "kernel": "kernel ",
+    "case": "first launched for ",
+    "architecture": "architecture ",
+    "warps": "warps",
+    "registers": "registers",
+    "spilled": "spilled bytes",
+    "shared_kib": "shared KiB",
+    "tensor_core_instructions": "tensor-core instr.",
+    "asynchronous_copies": "async copies",
+}
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    cells = [[str(r[name]) for name in COLUMNS] for r in rows]
+    return "\n".join(
+        [
+            "# Resources of the GPU kernels",
+            "",
+            f"`python benchmarks/gpu/compile_kernels.py`, Triton {triton.__version__}: compiled as launched, not run.",
+            "Registers are per thread; instructions are counted in the PTX.",
+            "",
+            markdown_table(list(COLUMNS.values()), cells),
+            "",
+        ]
+    )
+
+
+def measured(only: str) -> Iterator[dict[str, Any]]:
+    """A row for each kernel and architecture, in order of its first launch."""
+    for capability in ARCHITECTURES:
+        with recording(capability) as recorder:
+            for case, call in cases():
+                if only in case:
+                    recorder.case = case
+                    call()
+            for name, case, kernel in recorder.found.values():
+                found = resources(kernel, capability)
+                fits = found["shared"] <= SHARED_LIMITS[capability]
+                yield {"kernel": name, "case": case, **found, "shared_kib": found["shared"] / 1024, "fits": fits}
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
-    only: Annotated[str, typer.Option(help="Kernels whose label contains this; nothing is written.")] = "",
+    only: Annotated[str, typer.Option(help="Cases whose name contains this; nothing is written.")] = "",
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="One kernel of each operator: shows that the script works.")
+        bool, typer.Option("--rehearse", help="Single tokens only: shows that the script works.")
     ] = False,
 ) -> None:
     """Compiles, prints the table, writes JSON and Markdown."""
-    results = []
-    for launch in rehearsed(launches()) if rehearse else launches():
-        if only not in launch.label:
-            continue
-        for capability in launch.capabilities:
-            found = compiled(launch, capability)
-            limits = {"warps": launch.warps, "fits": found["shared"] <= SHARED_LIMITS[capability]}
-            results.append({"kernel": launch.label, **found, **limits})
-            typer.echo(f"{launch.label}, {ARCHITECTURES[capability]}: {found['registers']} registers", err=True)
-    header = [
-        "kernel ",
-        "for ",
-        "warps",
-        "registers",
-        "spilled bytes",
-        "shared KiB",
-        "tensor-core instr.",
-        "async copies",
-    ]
-    lines = [
-        [
-            *(r["kernel"], r["architecture"], str(r["warps"]), str(r["registers"])),
-            str(r["spill_stores"] + r["spill_loads"]),
-            f"{r['shared'] / 1024:.1f}",
-            *(str(r["tensor_core_instructions"]), str(r["asynchronous_copies"])),
-        ]
-        for r in results
-    ]
-    page = "\n".join(
-        [
-            "# Resources of the GPU kernels",
-            "",
-            f"`python benchmarks/gpu/compile_kernels.py`, Triton {triton.__version__}: compiled, not run.",
-            "Registers are per thread; instructions are counted in the PTX.",
-            "",
-            markdown_table(header, lines),
-            "",
-        ]
-    )
-    if not (only or rehearse):
+    rows = []
+    for row in measured(only):
+        rows.append(row)
+        typer.echo(f"{row['kernel']}, {row['case']}, {row['architecture']}: {row['registers']} registers", err=True)
+    wrong = [row["kernel"] for row in rows if row["spilled"] or not row["fits"]]
+    if not only:
+        every = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
+        wrong += sorted(every - {row["kernel"] for row in rows})
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            output / "gpu_kernels.json", json.dumps({"triton": triton.__version__, "kernels": results}, indent=1) + "\n"
-        )
-        write_atomically(output / "gpu_kernels.md", page)
-    typer.echo(page)
-    if any(r["spill_stores"] or not r["fits"] for r in results):
+        kept = {"triton": triton.__version__, "kernels": rows}
+        write_atomically(output / "gpu_kernels.json", json.dumps(kept, indent=1) + "\n")
+        write_atomically(output / "gpu_kernels.md", page(rows))
+    typer.echo(page(rows))
+    if wrong:
+        typer.echo(f"spill, do not fit, or are never launched: {', '.join(wrong)}", err=True)
         raise typer.Exit(1)
 
 

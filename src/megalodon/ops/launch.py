@@ -15,6 +15,11 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
+def capability(x: Tensor) -> tuple[int, int]:
+    """The compute capability of the device of `x`; where kernels are interpreted, that of a Hopper GPU."""
+    return torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (9, 0)
+
+
 def _tags() -> dict[str, Any]:
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)
     known = tag is not None and "tags" in inspect.signature(torch.library.custom_op).parameters

@@ -16,6 +16,12 @@ import triton.language as tl
 from megalodon.ops.chunk_attention.triton_kernels import uniform
 from megalodon.ops.triton_dot import dot
 
+PLACES = [
+    "first_query", "query_step", "first_key", "key_step", "head", "head_step", "queries", "keys", "count",
+    "begin_query", "end_query", "begin_key", "end_key",
+]  # fmt: skip
+"""Numbers that differ from span to span. Triton would compile a kernel anew for those that are 1 or multiples of 16."""
+
 
 @triton.jit
 def masked_scores(q, k, first_query, first_key, i, j, queries, keys, head, H, D, seed, dropout, DROPKEY: tl.constexpr,
@@ -40,7 +46,7 @@ def masked_scores(q, k, first_query, first_key, i, j, queries, keys, head, H, D,
     return tl.where(visible, scores, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACES)
 def normaliser_kernel(q, k, seed, lse, H, D, first_query, query_step, first_key, key_step, queries, keys, count,
                       dropout, DROPKEY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr,
                       DS: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
@@ -66,7 +72,7 @@ def normaliser_kernel(q, k, seed, lse, H, D, first_query, query_step, first_key,
     tl.store(lse + (query + i) * H + head, highest + tl.log(total), mask=i < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACES)
 def weights_kernel(q, k, seed, lse, delta, d_weights, weights, d_scores, H, D, first_query, query_step, first_key,
                    key_step, head, head_step, queries, keys, begin_query, end_query, begin_key, end_key, width,
                    dropout, GRADIENT: tl.constexpr, DROPOUT: tl.constexpr, DROPKEY: tl.constexpr, BM: tl.constexpr,

@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from megalodon.ops import launch
 from megalodon.ops.chunk_attention import spans as tables
 from megalodon.ops.chunk_attention import strip_kernels as kernels
 from megalodon.ops.chunk_attention.spans import Group
@@ -32,9 +33,9 @@ STRIP = (128, 512)
 """Fewest and most rows of a strip in one span. What lies above the diagonal in a strip is multiplied for nothing."""
 
 
-def tile(dtype: torch.dtype, key: int) -> dict[str, int]:
+def tile(dtype: torch.dtype, key: int, hopper: bool) -> dict[str, int]:
     """Block sizes of the kernels: BM queries, BN keys, DK channels in steps of DS; warps and stages. None spills."""
-    queries, step = (128, 64) if dtype == torch.bfloat16 else (64, 32)
+    queries, step = (128 if hopper else 64, 64) if dtype == torch.bfloat16 else (64 if hopper else 32, 32)
     width = max(triton.next_power_of_2(key), 16)
     return {"BM": queries, "BN": 64, "DK": width, "DS": min(width, step), "num_warps": 8, "num_stages": 3}
 
@@ -161,7 +162,7 @@ def _launch_weights(
 
 
 def _flags(q: Tensor, dropout: float, dropkey: bool) -> dict[str, Any]:
-    sizes = tile(q.dtype, q.shape[-1])
+    sizes = tile(q.dtype, q.shape[-1], launch.capability(q) >= (9, 0))
     return {**sizes, "FULL": sizes["DK"] == q.shape[-1], "DROPKEY": dropout > 0 and dropkey}
 
 

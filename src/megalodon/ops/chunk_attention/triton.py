@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from megalodon.ops import launch
 from megalodon.ops.chunk_attention import spans as tables
 from megalodon.ops.chunk_attention import strips
 from megalodon.ops.chunk_attention import triton_kernels as kernels
@@ -51,8 +52,7 @@ def tiles(block: int, key: int, value: int, cached: bool) -> dict[str, dict[str,
 
 
 def _block_of(q: Tensor, dropout: float) -> int:
-    hopper = q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return block_size(q.dtype, hopper, dropout > 0)
+    return block_size(q.dtype, launch.capability(q) >= (9, 0), dropout > 0)
 
 
 def _flags(tile: dict[str, int], q: Tensor, v: Tensor, cached: bool, dropout: float, dropkey: bool) -> dict[str, Any]:

@@ -274,7 +274,7 @@ def value_gradients_kernel(q, k, cache_k, seed, spans, work, d_out, lse, dv_out,
     store_keys(dv_out, d_cache, acc, j, keys, first_key, first_cached, cached, head, H, e, E, HAS_CACHE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["place", "K"])  # else three kernels, as they grow
 def decode_kernel(q, k, v, places, place, partial, peaks, H, D, E, K, PER_ROW: tl.constexpr, SPLIT: tl.constexpr,
                   BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):  # fmt: skip
     """One query a row against SPLIT of its keys: a softmax of its own, joined by `join_kernel`.
@@ -316,7 +316,7 @@ def decode_kernel(q, k, v, places, place, partial, peaks, H, D, E, K, PER_ROW: t
         tl.store(peaks + 2 * at + 1, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def join_kernel(partial, peaks, out, H, E, SPLITS, BS: tl.constexpr, DV: tl.constexpr):
     """out = the splits of `decode_kernel` as one softmax."""
     at = tl.program_id(0).to(tl.int64)

@@ -25,10 +25,13 @@ def test_the_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatc
 
 def test_kernels_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 3, 4)
-    monkeypatch.setattr(backends, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(backends, "TRITON_VERSION", None)
     with pytest.raises(ValueError, match="Triton is not installed"):
         timestep_norm(x, None, None, 2, backend="triton")
-    monkeypatch.setattr(backends, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(backends, "TRITON_VERSION", "3.4.0")
+    with pytest.raises(ValueError, match=r"Triton 3\.4\.0 is too old: they need 3\.5"):
+        timestep_norm(x, None, None, 2, backend="triton")
+    monkeypatch.undo()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         timestep_norm(x, None, None, 2, backend="triton")

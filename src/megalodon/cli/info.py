@@ -13,7 +13,7 @@ import typer
 import megalodon
 from megalodon import ops
 from megalodon.inference import choose_device
-from megalodon.ops.backend import cpu_multiplies_bfloat16, without_kernels
+from megalodon.ops.backend import TRITON_VERSION, cpu_multiplies_bfloat16, without_kernels
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -44,7 +44,7 @@ def facts() -> list[tuple[str, str]]:
     for operator, (chosen, available) in ops.backends(device).items():
         rows.append((f"back end, {operator}", f"{chosen} (of {', '.join(available)})"))
     reason = without_kernels(device.type, device.index)
-    rows.append(("Triton kernels", f"not here: {reason}" if reason else f"Triton {version('triton')}"))
+    rows.append(("Triton kernels", f"not here: {reason}" if reason else f"Triton {TRITON_VERSION}"))
     forced = os.environ.get(ops.ENVIRONMENT_VARIABLE)
     rows.append((ops.ENVIRONMENT_VARIABLE, f"{forced}, for every operator" if forced else "not set"))
     return rows

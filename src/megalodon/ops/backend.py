@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,13 +26,35 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 Implementations = Mapping[str, Callable[..., Any]]
 
 
-TRITON_INSTALLED = find_spec("triton") is not None
+def _triton_version() -> str | None:
+    """The installed one's, which other distributions than `triton` may bring; without importing it, if possible."""
+    if find_spec("triton") is None:
+        return None
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        import triton
+
+        return str(triton.__version__)
+
+
+TRITON_VERSION = _triton_version()
+
+OLDEST_TRITON = "3.5"
+"""Earlier ones refuse products as small as CEMA's. PyTorch 2.9 brings it."""
+
+
+def _is_too_old(installed: str) -> bool:
+    numbers, oldest = ([int(part) for part in text.split(".")[:2]] for text in (installed, OLDEST_TRITON))
+    return numbers < oldest
 
 
 def without_kernels(device_type: str, index: int | None = None) -> str | None:
     """Why the Triton kernels cannot run on a device; None where they can."""
-    if not TRITON_INSTALLED:
+    if TRITON_VERSION is None:
         return "Triton is not installed"
+    if _is_too_old(TRITON_VERSION):
+        return f"Triton {TRITON_VERSION} is too old: they need {OLDEST_TRITON}, which PyTorch 2.9 brings"
     if device_type == "cpu":
         return None if os.environ.get("TRITON_INTERPRET") == "1" else "a CPU runs them with TRITON_INTERPRET=1 only"
     if device_type != "cuda":

@@ -30,11 +30,14 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.dtype == k.dtype == v.dtype and q.shape[-1] <= WIDEST_KEY.get(q.dtype, 0)
 
 
-def block_size(dtype: torch.dtype, hopper: bool, dropout: bool) -> int:
-    """Queries, and keys, that a program takes at once: the most that spills no register (docs/kernels.md)."""
+def block_size(dtype: torch.dtype, hopper: bool, more: bool) -> int:
+    """Queries, and keys, that a program takes at once: the most that spills no register (docs/kernels.md).
+
+    `more`: there is dropout or a cache, which take registers of their own.
+    """
     if dtype != torch.bfloat16:
         return 16
-    return 64 if hopper and not dropout else 32
+    return 64 if hopper and not more else 32
 
 
 def tiles(block: int, key: int, value: int, cached: bool) -> dict[str, dict[str, int]]:
@@ -51,8 +54,8 @@ def tiles(block: int, key: int, value: int, cached: bool) -> dict[str, dict[str,
     }
 
 
-def _block_of(q: Tensor, dropout: float) -> int:
-    return block_size(q.dtype, launch.capability(q) >= (9, 0), dropout > 0)
+def _block_of(q: Tensor, dropout: float, cached: bool) -> int:
+    return block_size(q.dtype, launch.capability(q) >= (9, 0), dropout > 0 or cached)
 
 
 def _flags(tile: dict[str, int], q: Tensor, v: Tensor, cached: bool, dropout: float, dropkey: bool) -> dict[str, Any]:
@@ -104,7 +107,7 @@ def attention_op(
     in no span give zero. seed int64 [1], with dropout only.
     """
     heads, width = q.shape[2], v.shape[-1]
-    block = _block_of(q, dropout)
+    block = _block_of(q, dropout, cache_k is not None)
     plan = _spans(shape, q, k, spans, query_work, key_work, block)
     tile = tiles(block, q.shape[-1], width, cache_k is not None)["forward"]
     out = q.new_zeros(*q.shape[:3], width) if spans is not None else q.new_empty(*q.shape[:3], width)
@@ -143,7 +146,8 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `attention_op`: dq, dk, dv, and those of the cache (empty where there is none)."""
     heads, width, dim = q.shape[2], v.shape[-1], q.shape[-1]
-    block, cached = _block_of(q, dropout), cache_k is not None
+    cached = cache_k is not None
+    block = _block_of(q, dropout, cached)
     plan = _spans(shape, q, k, spans, query_work, key_work, block)
     tile = tiles(block, dim, width, cached)
     # keys that no query of this call may see, such as padding or the free end of a buffer, are in no span
@@ -265,7 +269,7 @@ def chunk_attention(
         tokens = sum(g.spans * g.queries for g in groups) / sum(g.spans for g in groups) if groups else 0
         if groups and (form == "strips" or in_strips(q, v, tokens)):
             return strips.attend(q, k, v, [], groups, dropout, dropkey)
-    plan = tables.ragged(layout, width, _block_of(q, dropout))
+    plan = tables.ragged(layout, width, _block_of(q, dropout, cache is not None))
     return _attend(q, k, v, cache, [], plan, dropout, dropkey)
 
 

@@ -121,13 +121,13 @@ def our_model(config: MegalodonConfig, compiled: bool) -> MegalodonForCausalLM:
 
 
 def time_training(report: Report, sizes: Sizes) -> None:
-    """Every block computed twice, which is what leaves room; the share of the card's rate does not count that."""
+    """Every block computed twice, which the share of the rate does not count; and once, where there is room."""
     config, length = sizes.config(sizes.training_preset), sizes.training_length
 
-    def run(compiled: bool) -> dict[str, Any]:
+    def run(compiled: bool, checkpointing: bool) -> dict[str, Any]:
         model = our_model(config, compiled)
-        checkpoint = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        checkpoint()  # Transformers renames it in 5.x
+        if checkpointing:  # Transformers renames it in 5.x
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         found = train_step(model, config.vocab_size, 1, length)
         pairs = min(length, config.chunk_size) / 2
         attention = 6 * config.num_layers * pairs * (config.z_dim + config.value_dim)
@@ -136,8 +136,10 @@ def time_training(report: Report, sizes: Sizes) -> None:
         return {"parameters": model.num_parameters(), **found, "of_matrix_rate": rate}
 
     for compiled in (False, True):
-        names = {"model": sizes.training_preset, "compiled": compiled, "batch": 1, "length": length}
-        report.add("training", attempt(partial(run, compiled), **names))
+        for checkpointing in (True, False):
+            variant = {"compiled": compiled, "checkpointing": checkpointing}
+            names = {"model": sizes.training_preset, **variant, "batch": 1, "length": length}
+            report.add("training", attempt(partial(run, **variant), **names))
 
 
 def time_small(report: Report, sizes: Sizes) -> None:

@@ -108,7 +108,8 @@ def test_contexts_that_cannot_be_read_in_time_are_left_out_and_nothing_is_writte
 @pytest.mark.slow
 def test_training_steps(tmp_path: Path) -> None:
     found = rehearsed(tmp_path, "models.py", "--section", "training", "--section", "small")
-    assert names(found["training"], "compiled") == [(False,), (True,)]
+    variants = [(compiled, checkpointing) for compiled in (False, True) for checkpointing in (True, False)]
+    assert names(found["training"], "compiled", "checkpointing") == variants
     assert names(found["small"], "model", "compiled") == [
         (model, compiled) for compiled in (False, True) for model in ("ours", "llama")
     ]

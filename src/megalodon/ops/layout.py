@@ -407,12 +407,12 @@ def layout_of(
     chunk_size: int | None = None,
 ) -> Layout:
     """The layout of a batch, whose arguments are those of `Layout`."""
-    if segment_ids is None and lengths is None:
+    if segment_ids is None and lengths is None and batch > 0:
         if positions is None:
             return PlainLayout(batch, length, device, 0, chunk_size)
-        first, *others = positions.tolist() if isinstance(positions, Tensor | np.ndarray) else positions or [0]
-        if len(others) == batch - 1 and all(other == first for other in others):
-            return PlainLayout(batch, length, device, int(first), chunk_size)
+        known = positions.tolist() if isinstance(positions, Tensor | np.ndarray) else list(positions)
+        if len(known) == batch and len(set(known)) == 1:
+            return PlainLayout(batch, length, device, known[0], chunk_size)
     return Layout(
         batch,
         length,

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for sm_80 and sm_90 as the library launches it; reports registers, spills and memory.
+"""Compiles every Triton kernel for sm_80 and sm_90 as the library launches it; reports what each takes.
 
 Needs Triton, no GPU. The operators are called as ever, at the shapes of the presets, on the CPU: in place of a driver
 stands one that knows its architecture and no more, and a launch ends when its kernel is compiled. So each kernel meets
@@ -100,21 +100,32 @@ def recording(capability: int) -> Iterator[Recorder]:
 
 
 def resources(kernel: Any, capability: int) -> dict[str, Any]:
-    """Of one compiled kernel, as ptxas reports them."""
+    """Of one compiled kernel, as ptxas reports them, and the length of its longest loop."""
     with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder) / "kernel.ptx"
+        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         ptx.write_text(kernel.asm["ptx"])
         ptxas = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={ARCHITECTURES[capability]}", str(ptx)]
-        run = subprocess.run([*ptxas, "-o", os.devnull], capture_output=True, text=True, check=True)
+        run = subprocess.run([*ptxas, "-o", str(cubin)], capture_output=True, text=True, check=True)
+        disassemble = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
+        code = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
     return {
         "architecture": ARCHITECTURES[capability],
         "warps": kernel.metadata.num_warps,
         "registers": _number(r"Used (\d+) registers", run.stderr),
         "spilled": sum(_number(rf"(\d+) bytes spill {way}", run.stderr) for way in ("stores", "loads")),
         "shared": kernel.metadata.shared,
+        "loop": longest_loop(code),
         "tensor_core_instructions": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", kernel.asm["ptx"])),
         "asynchronous_copies": len(re.findall(r"\bcp\.async\.c[ag]|cp\.async\.bulk", kernel.asm["ptx"])),
     }
+
+
+def longest_loop(code: str) -> int:
+    """Instructions between the targets of backward branches and these, at most: a warp issues one a cycle at best."""
+    addresses = [int(address, 16) for address in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/", code, re.MULTILINE)]
+    branches = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/.*?\bBRA\b[^;]*?\b0x([0-9a-f]+)", code, re.MULTILINE)
+    ranges = [(int(target, 16), int(source, 16)) for source, target in branches]
+    return max((sum(first <= a <= last for a in addresses) for first, last in ranges if first < last), default=0)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -217,6 +228,7 @@ COLUMNS = {
     "registers": "registers",
     "spilled": "spilled bytes",
     "shared_kib": "shared KiB",
+    "loop": "longest loop",
     "tensor_core_instructions": "tensor-core instr.",
     "asynchronous_copies": "async copies",
 }
@@ -229,7 +241,7 @@ def page(rows: list[dict[str, Any]]) -> str:
             "# Resources of the GPU kernels",
             "",
             f"`python benchmarks/gpu/compile_kernels.py`, Triton {triton.__version__}: compiled as launched, not run.",
-            "Registers are per thread; instructions are counted in the PTX.",
+            "Registers are per thread; the longest loop in machine instructions, the other instructions as in the PTX.",
             "",
             markdown_table(list(COLUMNS.values()), cells),
             "",

@@ -206,11 +206,14 @@ def correlate_kernel(x, dy, runs, order, p, q, entering, ends, correlation, sums
                      M: tl.constexpr, T: tl.constexpr, NP: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
     """All that the gradients of the coefficients need from the tokens: NP components of DC channels in a program.
 
-    Three states run along a piece: e, of unit input weights, from zero; k = q^(t+1) h, what is left of the state h that
-    entered; and u = d(p e + k)/dq, from zero. The results:
+    Three states run along a piece: e, of unit input weights, from zero; h, of p and of the state that entered; and
+    u = dh/dq, from zero. The results:
     ends[piece] = (e, u) after the piece, complex [n, D, N, 2]; undefined for a piece shorter than a block;
     sums[group] = (sum_t dy_t e_t, sum_t dy_t u_t) without the lags inside blocks, complex [groups, D, N, 2];
     correlation[group][d, s, r] = sum over blocks of x at place s times dy at place T - 1 - r.
+
+    In a block, a = sum_t q^(t + 1) dy_t is what the state before it does to the loss, b = da/dq. Every product has a
+    matrix of its own, made once, which leaves the fewest operations between them.
     """
     parts = tl.cdiv(N, NP)  # neighbours take the same tokens: the second finds them in the cache
     part = tl.program_id(0) % parts
@@ -221,10 +224,12 @@ def correlate_kernel(x, dy, runs, order, p, q, entering, ends, correlation, sums
     piece, start, length = pieces_at(order, runs, group, M)
     q_re, q_im = complex_rows(q, d, D, n, N)
     p_ = tl.load(p + d * N + n, mask=(d < D) & (n < N), other=0.0)
-    places = (T - 1 - t)[None, :, None]
+    places = (T - 1 - t)[None, :, None]  # of x in a block, and of dy, which is read from the block's end
     write_re, write_im = power(q_re, q_im, places, BITS)
     slope_re, slope_im = power(q_re, q_im, tl.maximum(places - 1, 0), BITS)
     slope_re, slope_im = slope_re * places, slope_im * places
+    read_re, read_im = q_re * write_re - q_im * write_im, q_re * write_im + q_im * write_re
+    turn_re, turn_im = write_re * (places + 1), write_im * (places + 1)
     before_re, before_im = power(q_re, q_im, tl.full([1, 1, 1], T - 1, tl.int32), BITS)
     decay_re = before_re * q_re - before_im * q_im
     decay_im = before_re * q_im + before_im * q_re
@@ -232,48 +237,48 @@ def correlate_kernel(x, dy, runs, order, p, q, entering, ends, correlation, sums
 
     there = (piece >= 0)[None, :, None] & (d < D) & (n < N)
     at = (piece.to(tl.int64)[None, :, None] * D + d) * N + n
-    k_re = tl.load(entering + 2 * at, mask=there, other=0.0)
-    k_im = tl.load(entering + 2 * at + 1, mask=there, other=0.0)
+    h_re = tl.load(entering + 2 * at, mask=there, other=0.0)
+    h_im = tl.load(entering + 2 * at + 1, mask=there, other=0.0)
     zero = tl.zeros([DC, M, NP], tl.float32)
     e_re, e_im, u_re, u_im = zero, zero, zero, zero
     s_re, s_im, v_re, v_im = zero, zero, zero, zero
     c = tl.zeros([DC, T, T], tl.float32)
     ahead, behind = t[None, None, :], (T - 1 - t)[None, None, :]
-    limit = tl.where(d < D, length[None, :, None], 0)
-    source = start[None, :, None] * D + d
-    next_value = tl.load(x + source + ahead * D, mask=ahead < limit, other=0.0)
-    next_grad = tl.load(dy + source + behind * D, mask=behind < limit, other=0.0)
-    for block in range(tl.cdiv(tl.max(length, axis=0), T)):
+    left = tl.where(d < D, length[None, :, None], 0)  # tokens of each piece that are still to come
+    from_x = x + start[None, :, None] * D + d + ahead * D
+    from_dy = dy + start[None, :, None] * D + d + behind * D
+    next_value = tl.load(from_x, mask=ahead < left, other=0.0)
+    next_grad = tl.load(from_dy, mask=behind < left, other=0.0)
+    for _ in range(tl.cdiv(tl.max(length, axis=0), T)):
         value, grad = next_value, next_grad
-        at_ahead, at_behind = (block + 1) * T + ahead, (block + 1) * T + behind
-        next_value = tl.load(x + source + at_ahead.to(tl.int64) * D, mask=at_ahead < limit, other=0.0)
-        next_grad = tl.load(dy + source + at_behind.to(tl.int64) * D, mask=at_behind < limit, other=0.0)
-        c = dot(tl.permute(value, (0, 2, 1)), grad, c)
+        active = left > 0
+        left -= T
+        from_x += T * D
+        from_dy += T * D
+        next_value = tl.load(from_x, mask=ahead < left, other=0.0)
+        next_grad = tl.load(from_dy, mask=behind < left, other=0.0)
+        a_re, a_im = product(grad, read_re, zero), product(grad, read_im, zero)
+        s_re = s_re + a_re * e_re - a_im * e_im  # from the left: two multiply-adds
+        s_im = s_im + a_re * e_im + a_im * e_re
+        v_re = v_re + a_re * u_re - a_im * u_im
+        v_im = v_im + a_re * u_im + a_im * u_re
+        b_re, b_im = product(grad, turn_re, zero), product(grad, turn_im, zero)
+        v_re = v_re + b_re * h_re - b_im * h_im
+        v_im = v_im + b_re * h_im + b_im * h_re
 
-        o_re, o_im = product(grad, write_re, zero), product(grad, write_im, zero)
-        a_re, a_im = q_re * o_re - q_im * o_im, q_re * o_im + q_im * o_re
-        s_re += a_re * e_re - a_im * e_im
-        s_im += a_re * e_im + a_im * e_re
-        v_re += a_re * u_re - a_im * u_im
-        v_im += a_re * u_im + a_im * u_re
-        b_re, b_im = product(grad, slope_re, zero), product(grad, slope_im, zero)
-        b_re, b_im = o_re + q_re * b_re - q_im * b_im, o_im + q_re * b_im + q_im * b_re
-        h_re, h_im = p_ * e_re + k_re, p_ * e_im + k_im
-        v_re += b_re * h_re - b_im * h_im
-        v_im += b_re * h_im + b_im * h_re
-
-        active = block * T < length[None, :, None]
         kept_re = decay_re * u_re - decay_im * u_im + before_re * h_re - before_im * h_im
         kept_im = decay_re * u_im + decay_im * u_re + before_re * h_im + before_im * h_re
-        u_re = tl.where(active, kept_re + p_ * product(value, slope_re, zero), u_re)
-        u_im = tl.where(active, kept_im + p_ * product(value, slope_im, zero), u_im)
+        u_re = tl.where(active, product(value, slope_re * p_, kept_re), u_re)
+        u_im = tl.where(active, product(value, slope_im * p_, kept_im), u_im)
+        kept_re = decay_re * h_re - decay_im * h_im
+        kept_im = decay_re * h_im + decay_im * h_re
+        h_re = product(value, write_re * p_, kept_re)
+        h_im = product(value, write_im * p_, kept_im)
         kept_re = decay_re * e_re - decay_im * e_im
         kept_im = decay_re * e_im + decay_im * e_re
         e_re = tl.where(active, product(value, write_re, kept_re), e_re)
         e_im = tl.where(active, product(value, write_im, kept_im), e_im)
-        kept_re = decay_re * k_re - decay_im * k_im
-        k_im = decay_re * k_im + decay_im * k_re
-        k_re = kept_re
+        c = dot(tl.permute(value, (0, 2, 1)), grad, c)
 
     tl.store(ends + 4 * at, e_re, mask=there)
     tl.store(ends + 4 * at + 1, e_im, mask=there)

@@ -25,6 +25,7 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 import typer
 from _report import RESULTS, markdown_table, write_atomically
 
@@ -131,6 +132,9 @@ def main(
     authors: Annotated[Path | None, typer.Option(help="For peers.py: a checkout of XuezheMax/megalodon.")] = None,
 ) -> None:
     """Runs the steps and ends with a table of what passed, failed or was cut off."""
+    if not (rehearse or torch.cuda.is_available()):
+        typer.echo("these benchmarks need a CUDA device: none is available (--rehearse does without)", err=True)
+        raise typer.Exit(2)
     end = perf_counter() + 60 * minutes - GRACE
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child does not outlive this process
     folders = {"--port": port, "--authors": authors}

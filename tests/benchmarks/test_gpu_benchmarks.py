@@ -169,8 +169,9 @@ def test_every_kernel_compiles_as_the_library_launches_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_the_message_says_so() -> None:
-    done = run("operators.py")
+@pytest.mark.parametrize("script", ["operators.py", "everything.py"])
+def test_without_a_gpu_the_message_says_so(script: str) -> None:
+    done = run(script)
     assert done.returncode == 2 and "needs a CUDA device" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -22,7 +22,7 @@ TILE = 4096
 STATISTICS = 256
 """Most statistics (tokens times groups) of a tile: they are float64."""
 
-WARPS = 8
+WARPS = 4
 BACKWARD_WARPS = 4
 
 PROGRAMS = 1024

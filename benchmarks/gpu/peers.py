@@ -234,7 +234,7 @@ def stand_ins() -> None:
             {"ProcessGroupName": type("ProcessGroupName", (), dict.fromkeys(("default", "reduce_scatter")))},
         )
         put_modules("fairscale.utils.params", {"calc_grad_norm": None})
-        sys.modules["fairscale.nn"].FullyShardedDataParallel = nn.Module  # type: ignore[attr-defined]
+        sys.modules["fairscale.nn"].FullyShardedDataParallel = nn.Module  # type: ignore[attr-defined]  # a made-up module
 
 
 def put_modules(name: str, contents: dict[str, Any]) -> None:

@@ -67,10 +67,12 @@ def test_where_it_would_be_wrong_the_plain_one_runs(fused: list[bool]) -> None:
     targets = torch.randint(0, VOCABULARY, (1, 5))
     losses.summed_loss(head, x, targets).backward()  # a head trained alone
     assert fused == [False] and head.weight.grad is not None
+    biased = nn.Linear(8, VOCABULARY)
+    assert relative(losses.summed_loss(biased, x, targets), expected_sum(biased, x, targets).float()) < 1e-6
     head.register_forward_hook(lambda *_: torch.zeros(5, VOCABULARY))
     x.requires_grad_()
     assert relative(losses.summed_loss(head, x, targets), 5 * torch.log(torch.tensor(float(VOCABULARY)))) < 1e-6
-    assert fused == [False, False]
+    assert fused == [False, False, False]
 
 
 def test_only_beside_the_kernels(fused: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:

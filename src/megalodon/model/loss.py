@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -12,53 +11,31 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megalodon.model.watch import is_forwarded_as_written
-from megalodon.ops.backend import backend_for, without_kernels
+from megalodon.ops.linear_cross_entropy import can_fuse, linear_cross_entropy
 
 LOGITS_AT_ONCE = 1 << 25
 """Logits that exist at a time (128 MiB in float32)."""
 
-LIGER_INSTALLED = find_spec("liger_kernel") is not None
-
 
 def summed_loss(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
-    """The summed cross-entropy of `head(x)`, float32, with few logits at a time.
-
-    Beside the Triton kernels, and with the package liger-kernel, by its fused operator: gradients are computed with the
-    loss, in three products with the head where slices take four. It has no part in a graph of torch.compile.
+    """The summed cross-entropy of `head(x)`, float32, with few logits at a time, fused with the head where it can be.
 
     Args:
-        head: without bias.
+        head: any linear layer; one with a bias, hooks or a `forward` of its own takes slices.
         x: hidden states [..., D].
         targets: int64 [...]; -100 is ignored.
     """
     if _is_fused(head, x):
-        return _fused_loss(x.flatten(0, -2), head.weight, targets.flatten())
+        return linear_cross_entropy(x.flatten(0, -2), head.weight, targets.flatten())
     return sum_in_slices(partial(_loss_of, head), x, targets, LOGITS_AT_ONCE // head.out_features)
+
+
+def _is_fused(head: nn.Linear, x: Tensor) -> bool:
+    return head.bias is None and is_forwarded_as_written(head, (nn.Linear,)) and can_fuse(x, head.weight)
 
 
 def _loss_of(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(x).float(), targets, reduction="sum")
-
-
-def _is_fused(head: nn.Linear, x: Tensor) -> bool:
-    if not LIGER_INSTALLED or torch.compiler.is_compiling() or x.numel() == 0:
-        return False
-    if backend_for(x.device, x.dtype)[0] != "triton" or without_kernels(x.device.type, x.device.index) is not None:
-        return False
-    if head.weight.requires_grad and torch.is_grad_enabled() and not x.requires_grad:
-        return False  # it would leave the head alone without a gradient
-    return is_forwarded_as_written(head, (nn.Linear,)) and type(head.weight) is nn.Parameter  # no DTensor
-
-
-def _fused_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
-
-    no_bias, no_class_weights, no_penalty, no_smoothing, no_cap = None, None, 0.0, 0.0, None
-    loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(
-        x, weight, targets, no_bias, no_class_weights, -100, no_penalty, no_smoothing, "sum", no_cap, False,
-        torch.float32
-    )  # fmt: skip
-    return loss
 
 
 def sum_in_slices(loss_of: Callable[[Tensor, Tensor], Tensor], x: Tensor, targets: Tensor, rows: int) -> Tensor:

@@ -118,7 +118,7 @@ def chunk_attention(
         dropout: probability of dropping a weight after the softmax, or a key before it with `dropkey`.
         dropkey: drop keys before the softmax (never a token's own).
         backend: "reference", "blocked" or "triton"; None chooses (see `megalodon.ops.backend`). "triton" chooses by
-            shape between "triton-fused" and "triton-strips", which can be named too.
+            shape between "triton-fused" and "triton-strips", which can be named too; cached keys take the fused one.
         layout: the batch's layout, in place of `segment_ids` and `prefix_lengths`, where it is already known. Tokens
             beyond its `lengths` give zero.
 

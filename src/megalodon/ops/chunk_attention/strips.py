@@ -157,7 +157,8 @@ def _launch_weights(
     delta, d_weights, d_scores = gradients or (None, None, None)
     kernels.weights_kernel[(tiles * panel.parts,)](
         *tensors, delta, d_weights, weights, d_scores, *sizes, *panel.arguments(), rows.start, rows.stop, keys.start,
-        keys.stop, padded(len(keys)), dropout, GRADIENT=gradients is not None, **flags
+        keys.stop, padded(len(keys)), dropout, GRADIENT=gradients is not None,
+        DROPOUT=dropout > 0 and not flags["DROPKEY"], **flags
     )  # fmt: skip
 
 
@@ -210,10 +211,7 @@ def strip_attention_op(
                     rows = range(start, min(start + panel.rows, group.queries))
                     keys = range(rows.stop + group.keys - group.queries)
                     weights = buffer.matrices(panel.parts, len(rows), len(keys))
-                    with_dropout = {**flags, "DROPOUT": dropout > 0 and not dropkey}
-                    _launch_weights(
-                        panel, (q, k, seed, lse), (heads, dim), rows, keys, weights, None, dropout, with_dropout
-                    )
+                    _launch_weights(panel, (q, k, seed, lse), (heads, dim), rows, keys, weights, None, dropout, flags)
                     _product(weights, values[:, : len(keys)], target[:, rows.start : rows.stop])
     return out, lse
 
@@ -239,8 +237,7 @@ def strip_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `strip_attention_op`: dq, dk, dv."""
     heads, dim = q.shape[2:]
-    plan = _groups(q, k, shape, groups)
-    flags = {**_flags(q, dropout, dropkey), "DROPOUT": dropout > 0 and not dropkey}
+    plan, flags = _groups(q, k, shape, groups), _flags(q, dropout, dropkey)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = torch.empty_like(lse)
     size = _buffer_size(plan, heads)

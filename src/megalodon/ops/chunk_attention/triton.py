@@ -233,8 +233,8 @@ def _(q, k, v, places, place):
 def in_strips(q: Tensor, v: Tensor, tokens: float) -> bool:
     """Whether strips are expected to be quicker than the fused kernels, for chunks of so many tokens on average.
 
-    Estimated, not yet measured (docs/kernels.md): strips pay 2 to 8 bytes for each score, which is less than making the
-    scores anew where the values take several slices; and they want products that fill a GPU.
+    Estimated, not yet measured (docs/kernels.md): strips pay 4 bytes for each score, and 18 backward, which is less
+    than making the scores anew where the values take several slices; and they want products that fill a GPU.
     """
     slices = triton.cdiv(v.shape[-1], 256)
     return q.dtype == torch.bfloat16 and slices >= 4 and tokens >= 512

@@ -1,4 +1,4 @@
-"""How Transformers' `generate` passes a `MegalodonState` on in place of the key-value caches it knows."""
+"""How Transformers' `generate` passes a `State` on in place of the key-value caches it knows."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from megalodon.models.output import CACHE, the_state
-from megalodon.models.state import MegalodonState
-
-if TYPE_CHECKING:
-    from megalodon.models.causal_lm import MegalodonModel
+from megalodon.models.state import State
 
 
-class MegalodonGenerationMixin(GenerationMixin):
+class StateGenerationMixin(GenerationMixin):
     """`generate` with prompts in pieces (`prefill_chunk_size`), states given by the user, beams and padding."""
 
     if TYPE_CHECKING:  # what the class it is mixed into has
-        model: MegalodonModel
+        model: Any
 
         @property
         def device(self) -> torch.device: ...
@@ -36,7 +33,7 @@ class MegalodonGenerationMixin(GenerationMixin):
         """Called once by `generate`, after repeating the prompts for beams or samples: give each copy its state."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: Megalodon's memory is its state, "
+                f"cache_implementation={generation_config.cache_implementation!r}: the memory is the model's state, "
                 "of constant size; leave cache_implementation out"
             )
         state = model_kwargs.get(CACHE)
@@ -51,11 +48,11 @@ class MegalodonGenerationMixin(GenerationMixin):
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: MegalodonState | None = None,
+        past_key_values: State | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
-        cache: MegalodonState | None = None,
+        cache: State | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What `generate` passes to the next forward pass: the columns of the prompt that the state has not read.
@@ -83,7 +80,7 @@ class MegalodonGenerationMixin(GenerationMixin):
         )
 
 
-def _columns_read(state: MegalodonState, attention_mask: Tensor | None) -> int:
+def _columns_read(state: State, attention_mask: Tensor | None) -> int:
     """How many columns of a padded batch a state has read: it counts the real tokens of each row alone."""
     if attention_mask is None:
         return state.get_seq_length()

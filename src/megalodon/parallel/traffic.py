@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalodon.models.megalodon.config import MegalodonConfig
+from megalodon.models import Config
 from megalodon.parallel.mesh import MeshSizes
 
 
@@ -40,7 +40,7 @@ class Traffic:
     count: float = 0.0
 
 
-def block_parameters(config: MegalodonConfig) -> tuple[int, int]:
+def block_parameters(config: Config) -> tuple[int, int]:
     """Parameters of a block: (in the matrices and biases of linear layers, elsewhere)."""
     dim, z, value, hidden = config.model_dim, config.z_dim, config.value_dim, config.ffn_hidden_dim
     linear = (
@@ -51,14 +51,14 @@ def block_parameters(config: MegalodonConfig) -> tuple[int, int]:
     return linear, other
 
 
-def end_parameters(config: MegalodonConfig) -> tuple[int, int]:
+def end_parameters(config: Config) -> tuple[int, int]:
     """Parameters of the embedding, and of the final norm with the head (counted in the first where they are tied)."""
     table, out = config.vocab_size * config.model_dim, (config.output_size or config.vocab_size) * config.model_dim
     norm = 2 * config.model_dim + 2 * config.norm_num_groups * (config.norm_prior_count > 0)
     return table, norm + (0 if config.share_emb else out)
 
 
-def stage_parameters(config: MegalodonConfig, layers: int, first: bool, last: bool) -> tuple[int, int]:
+def stage_parameters(config: Config, layers: int, first: bool, last: bool) -> tuple[int, int]:
     """Parameters of a stage: (in its blocks, in the embedding, final norm and head that it has)."""
     table, end = end_parameters(config)
     copy = table if config.share_emb and last and not first else 0  # a pipeline's two ends each have the one matrix
@@ -66,7 +66,7 @@ def stage_parameters(config: MegalodonConfig, layers: int, first: bool, last: bo
 
 
 def weights_traffic(
-    config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool
+    config: Config, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool
 ) -> dict[str, Traffic]:
     """FSDP2: weights gathered for each pass of a micro-batch (in a pipeline once a step), gradients scattered once,
     shards summed over copies."""
@@ -86,9 +86,7 @@ def weights_traffic(
     return {"shard": shard, "replicate": replicate}
 
 
-def tensor_traffic(
-    config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool
-) -> Traffic:
+def tensor_traffic(config: Config, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool) -> Traffic:
     """Vectors gathered before projections and scattered after; two numbers a token for norms; the split loss."""
     ranks = sizes.tensor
     if ranks == 1:
@@ -104,7 +102,7 @@ def tensor_traffic(
     return Traffic(sent * step.parts, step.parts * (7 * layers * passes + 2 * first + 4 * last))
 
 
-def chunk_traffic(config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, last: bool) -> Traffic:
+def chunk_traffic(config: Config, sizes: MeshSizes, step: Step, layers: int, last: bool) -> Traffic:
     """The summaries of two memories a layer, whatever the length; none for attention where spans are whole chunks."""
     ranks = sizes.chunk
     if ranks == 1:
@@ -116,9 +114,7 @@ def chunk_traffic(config: MegalodonConfig, sizes: MeshSizes, step: Step, layers:
     return Traffic(sent * step.parts, step.parts * (2 * layers * passes + 2 * last))
 
 
-def pipeline_traffic(
-    config: MegalodonConfig, sizes: MeshSizes, step: Step, first: bool = False, last: bool = False
-) -> Traffic:
+def pipeline_traffic(config: Config, sizes: MeshSizes, step: Step, first: bool = False, last: bool = False) -> Traffic:
     """The residual stream, in float32, to the next stage and its gradients to the one before, of a rank with one stage;
     and between the ends the gradient of a matrix that both have."""
     if sizes.pipeline == 1:

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from megalodon.models import documents
 from megalodon.models.config import Config
 from megalodon.models.generation import StateGenerationMixin
+from megalodon.models.keywords import refuse_unknown
 from megalodon.models.layers.head import apply_head
 from megalodon.models.loss import summed_loss
 from megalodon.models.output import LanguageModelOutput, ModelOutput, the_state
@@ -149,6 +151,8 @@ class StatefulModel(StatefulPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: State | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Run the network.
@@ -163,21 +167,34 @@ class StatefulModel(StatefulPreTrainedModel):
             segment_ids: int [B, L]; a change along L starts a document, isolated from what came before. The first
                 document of a row continues its state.
             output_hidden_states: return the input of each block and the final hidden states.
+            position_ids: int [B, L] or [1, L]; where they start over, a document starts. Otherwise they change nothing.
+            seq_idx: `segment_ids` by another name.
+            kwargs: `cu_seq_lens_q` and the others of `megalodon.models.documents`, which tell documents as well and
+                must agree; and what changes nothing (`megalodon.models.keywords.NEUTRAL`).
 
         Returns:
             last_hidden_state [B, L, D] and past_key_values (a `State`).
 
         Raises:
             ValueError: the arguments do not fit each other or the model; the message names the argument.
+            UnknownKeyword: there is no such argument.
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         state = the_state(past_key_values, cache, kwargs)
+        told = {"segment_ids": segment_ids, "position_ids": position_ids, "seq_idx": seq_idx}
+        told |= {name: kwargs.pop(name) for name in documents.NAMES if name in kwargs}
+        refuse_unknown(type(self).forward, kwargs)
         x = self._embed(input_ids, inputs_embeds)
         length = x.shape[1]
         self._check(x, attention_mask, state, segment_ids)
+        segment_ids, fresh = documents.documents_of(
+            x.shape[0], length, x.device, told, attention_mask, None if state is None else state.position
+        )
+        if state is not None and fresh is not None:
+            state = state.reset(fresh)
         plain = attention_mask is None and segment_ids is None and not output_hidden_states
         step = self.single_token(x, state if plain and use_cache else None)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
@@ -359,6 +376,8 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: State | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> LanguageModelOutput | tuple[Any, ...]:
         """Predict the next token at every position. Arguments that `StatefulModel.forward` has mean the same.
@@ -376,6 +395,7 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
             loss (scalar, nats per target), logits float32 [B, L, vocab], past_key_values (a `State`).
         """
         state = the_state(past_key_values, cache, kwargs)
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -385,9 +405,11 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
             segment_ids,
             output_hidden_states,
             return_dict=True,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            **kwargs,
         )
         x = outputs.last_hidden_state
-        shift_labels = kwargs.get("shift_labels")
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         if shift_labels is not None and shift_labels.shape != x.shape[:2]:

@@ -83,6 +83,10 @@ class Config(PreTrainedConfig):
         attention's scores and weighted values, of which a causal window needs half. Averages and scans do not count."""
         raise NotImplementedError
 
+    def span_summary_bytes(self) -> float:
+        """Bytes of what a rank of the chunk axis tells the others of a row in a layer, whatever the row's length."""
+        raise NotImplementedError
+
     def require_positive(self, names: Iterable[str]) -> None:
         """Raise ValueError, naming the field, unless these are at least 1."""
         for name in names:

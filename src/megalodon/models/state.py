@@ -7,6 +7,7 @@ layer, that of the final norm, and how many tokens each row has read; what a mem
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -126,6 +127,16 @@ class State:
         if kind in ("position", "count"):
             return torch.int64
         return activations if kind in ("keys", "values") else torch.float32 if kind == "cema" else statistics
+
+    @classmethod
+    def layer_bytes(cls, sizes: Any, open_tokens: int = 0, activations: torch.dtype = torch.float32) -> int:
+        """Bytes that one layer remembers of one row with so many tokens in what is open (its keys and values)."""
+        bytes_ = 0
+        for name, shape in cls.shapes(sizes).items():
+            if name.startswith("layers.0."):
+                numbers = math.prod(1 if size is None else open_tokens if size < 0 else size for size in shape)
+                bytes_ += numbers * cls.tensor_dtype(name, activations, torch.float64).itemsize
+        return bytes_
 
     # --- size and place -------------------------------------------------------------------------------------------
 

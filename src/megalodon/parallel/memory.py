@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalodon.models import Config, build_model
+from megalodon.models import Config, architecture, build_model
 from megalodon.models.loss import LOGITS_AT_ONCE
 from megalodon.ops.backend import default_backends
 from megalodon.parallel.block import Axes
@@ -180,5 +180,6 @@ def _backward_working(config: Config, sizes: MeshSizes, step: Step) -> float:
 
 def _state_bytes(config: Config, sizes: MeshSizes, step: Step, layers: int) -> float:
     """The carried memory of all of a rank's rows, open chunks empty."""
-    one = config.model_dim * config.cema_ndim * 8 + 2 * config.norm_num_groups * 8
+    kind = architecture(config.model_type).model.state_class
+    one = kind.layer_bytes(kind.dimensions_class.of(config))
     return step.rows * step.parts * layers * one / sizes.tensor

@@ -139,6 +139,9 @@ class MegalodonConfig(Config):
     def sequence_multiply_adds(self, length: int) -> float:
         return self.num_layers * min(self.chunk_size, length) / 2 * (self.z_dim + self.value_dim)
 
+    def span_summary_bytes(self) -> float:
+        return 2 * self.norm_num_groups * 8 + self.model_dim * self.cema_ndim * 8  # the norm's moments, CEMA's h
+
     @property
     def head_dim(self) -> int:
         """Size of a query and key head, Z / H."""

@@ -52,6 +52,10 @@ class Memory(Protocol):
         """One batch of the rows of several, in order."""
         ...
 
+    def fitted(self, position: Tensor, sizes: Any) -> Self:
+        """The memory without room that no row uses. `position` int64 [B]: tokens that each row has read."""
+        ...
+
     def tensors(self, position: Tensor, sizes: Any) -> dict[str, Tensor]:
         """What is kept on disk, real tensors by name. `position` int64 [B]: tokens that each row has read."""
         ...
@@ -193,9 +197,9 @@ class State:
         """The state of some rows, in the order given; an int keeps a batch of one; a bool mask selects."""
         index = torch.arange(self.batch_size)[torch.as_tensor(rows) if not isinstance(rows, slice) else rows]
         index = index.reshape(-1)
+        position = self.position[index]
         selected = self.map(lambda x: x.index_select(0, index.to(x.device)))
-        selected.position = self.position[index]
-        return selected
+        return selected._with(lambda memory: memory.fitted(position, self.dimensions), position)
 
     def repeat(self, times: int) -> Self:
         """Each row `times` times, neighbours together, as beams and several samples of one prompt need."""

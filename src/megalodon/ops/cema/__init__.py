@@ -8,6 +8,7 @@ from megalodon.ops.backend import Implementations, check_devices, choose, comple
 from megalodon.ops.cema import blocked, reference
 from megalodon.ops.cema.blocked import KeptTables
 from megalodon.ops.compiling import one_break_at_most
+from megalodon.ops.complex import resolved
 from megalodon.ops.layout import Layout, layout_of
 
 
@@ -88,6 +89,7 @@ def cema(
     if layout is None:
         layout = layout_of(batch, length, x.device, segment_ids=segment_ids)
     wide = complex_of(real)
-    state = None if initial_state is None else initial_state.to(wide)
+    q, gamma = resolved(q.to(wide)), resolved(gamma.to(wide))
+    state = None if initial_state is None else resolved(initial_state.to(wide))
     keeping = {"kept": kept} if run is blocked.cema else {}
-    return run(x, p.to(real), q.to(wide), gamma.to(wide), omega, state, layout, **keeping)
+    return run(x, p.to(real), q, gamma, omega, state, layout, **keeping)

@@ -138,7 +138,9 @@ def timestep_norm(
     if padding_mask is not None:
         y = y.masked_fill(padding_mask[..., None], 0)
     state = initial.mean.dtype
-    return y.to(x.dtype), Statistics(count[:, -1], mean[:, -1].to(state), var[:, -1].to(state))
+    # copies: a state must not keep the statistics of every token alive
+    last = Statistics(count[:, -1].clone(), mean[:, -1].to(state, copy=True), var[:, -1].to(state, copy=True))
+    return y.to(x.dtype), last
 
 
 def one_token(

@@ -12,6 +12,8 @@ from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
 from megalodon.ops.layout import Layout, layout_of, move_rows
 from megalodon.ops.rotary import rotate, rotations
+from megalodon.ops.timestep_decay_norm import IMPLEMENTATIONS as _TIMESTEP_DECAY_NORM
+from megalodon.ops.timestep_decay_norm import timestep_decay_norm
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
 from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
 
@@ -31,10 +33,16 @@ __all__ = [
     "rotate",
     "rotations",
     "silu_product",
+    "timestep_decay_norm",
     "timestep_norm",
 ]
 
-OPERATORS = {"cema": _CEMA, "timestep_norm": _TIMESTEP_NORM, "chunk_attention": _CHUNK_ATTENTION}
+OPERATORS = {
+    "cema": _CEMA,
+    "timestep_norm": _TIMESTEP_NORM,
+    "timestep_decay_norm": _TIMESTEP_DECAY_NORM,
+    "chunk_attention": _CHUNK_ATTENTION,
+}
 
 
 def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, tuple[str, ...]]]:

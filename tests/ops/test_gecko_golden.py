@@ -64,3 +64,43 @@ def test_timestep_decay_norm(case: str, backend: str, dtype: torch.dtype) -> Non
     )
     assert torch.equal(count, TENSORS[name + "count_out"])
     check(name, {"y": y, "mean_out": mean, "var_out": var}, inputs, dtype)
+
+
+@everywhere
+@pytest.mark.parametrize("case", ["plain", "cont", "one", "bos", "long"])
+def test_cema(case: str, backend: str, dtype: torch.dtype) -> None:
+    name = f"cema.{case}."
+    inputs = {key: leaf(name + key, dtype) for key in ("x", "p", "q", "gamma", "h") if name + key in TENSORS}
+    q, gamma = (torch.view_as_complex(inputs[key]) for key in ("q", "gamma"))
+    initial = torch.view_as_complex(inputs["h"]) if "h" in inputs else None
+    bos = TENSORS.get(name + "bos_mask")
+    y, h = ops.cema(inputs["x"].mT, inputs["p"], q, gamma, None, initial, bos_mask=bos, backend=backend)
+    check(name, {"y": y.mT, "h_out": torch.view_as_real(h)}, inputs, dtype)
+
+
+@everywhere
+@pytest.mark.parametrize("case", ["plain", "cont", "seg", "segcont"])
+def test_sliding_chunk_attention(case: str, backend: str, dtype: torch.dtype) -> None:
+    name = f"sliding_chunk_attention.{case}."
+    inputs = {key: leaf(name + key, dtype) for key in ("q", "k", "v", "prev_k", "prev_v") if name + key in TENSORS}
+    renamed = {key.replace("prev", "before"): value for key, value in inputs.items()}
+    bos, places = segments_of(name)
+    y = ops.sliding_chunk_attention(
+        **renamed, chunk_size=META["chunk_size"], bos_mask=bos, bos_places=places, backend=backend
+    )
+    check(name, {"y": y}, inputs, dtype)
+
+
+def segments_of(name: str) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """BOS flags, and the last place of one in the chunk before, from the golden's numbers of segments."""
+    if name + "segment_idx" not in TENSORS:
+        return None, None
+    numbers, earlier = TENSORS[name + "segment_idx"], TENSORS.get(name + "prev_segment_idx")
+    if earlier is None:
+        return numbers.diff(dim=1, prepend=torch.zeros_like(numbers[:, :1])) > 0, None
+    ahead = TENSORS.get(name + "prev_segment_count")
+    ahead = earlier[:, :1] if ahead is None else ahead[:, None]
+    flags = torch.cat([ahead, earlier, numbers], dim=1).diff(dim=1) > 0
+    before, bos = flags.split([earlier.shape[1], numbers.shape[1]], dim=1)
+    index = torch.arange(before.shape[1])
+    return bos, (torch.where(before, index, -1).amax(1), torch.full((len(bos),), -1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,7 +68,7 @@ def test_pieces_equal_the_whole(cuts: list[int], bos: bool, seed: int) -> None:
     state = (count, inputs["mean"], inputs["var"])
     whole = timestep_decay_norm(inputs["x"], **shared, count=state[0], mean=state[1], var=state[2], bos_mask=bos_mask)
     outputs, edges = [], [0, *sorted(cuts), 150]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         piece = inputs["x"][:, start:stop]
         flags = bos_mask[:, start:stop] if bos else None
         y, *state = timestep_decay_norm(piece, **shared, count=state[0], mean=state[1], var=state[2], bos_mask=flags)
@@ -95,7 +97,7 @@ def test_spans_computed_apart_join_to_the_whole(cuts: list[int], bos: bool, seed
     )  # fmt: skip
     edges = [0, *sorted(cuts), 90]
     found, later = before, None
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         span = slice(start, stop)
         own = decayed_statistics(x[:, span], GROUPS, **BETAS, padding_mask=padding[:, span], bos_mask=bos_mask[:, span])
         restarted = (bos_mask & ~padding)[:, span].any(1)

@@ -61,7 +61,7 @@ def decayed_sums(values: Tensor, beta: float, places: Places) -> Tensor:
 
     A token that does not count must have the value zero.
     """
-    batch, length, groups = values.shape
+    length = values.shape[1]
     seen, restarts, even = places
     if length <= BLOCK:
         own = (seen, restarts)

@@ -293,10 +293,10 @@ class Layout:
     @cached_property
     def bins(self) -> Bins:
         """Every span of every document, packed into as few rectangles as first-fit decreasing finds."""
-        return self.pack(self.spans)
+        return self.pack(self.chunk_spans)
 
     def pack(self, spans: np.ndarray) -> Bins:
-        """Some of `spans`, packed as `bins` packs all."""
+        """Some of `chunk_spans`, packed as `bins` packs all."""
         sizes = spans[:, 2] + spans[:, 3]
         width = max(int(sizes.max(initial=1)), 1)
         bin_of, start_of, count = _first_fit_decreasing(sizes, width)
@@ -318,7 +318,7 @@ class Layout:
         )
 
     @cached_property
-    def spans(self) -> np.ndarray:
+    def chunk_spans(self) -> np.ndarray:
         """int64 [spans, 4]: row, first token, cached keys before it, tokens. Order: by row, then by token."""
         index = np.arange(self.length)
         real = index < self.lengths[:, None]

@@ -74,7 +74,7 @@ def checked_prefix(
             raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be like {tuple(like.shape)} but for L")
         if value is not None and name.startswith("before") and value.shape[1] != size:
             raise ValueError(f"{name} has {value.shape[1]} tokens: a whole chunk has chunk_size={size}")
-    pairs = []
+    pairs: list[tuple[Tensor, Tensor] | None] = []
     for name, one, other in (("before", before_k, before_v), ("open", open_k, open_v)):
         if one is None or other is None:
             if one is not other:

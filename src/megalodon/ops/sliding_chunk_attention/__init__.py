@@ -10,9 +10,9 @@ from torch import Tensor
 from megalodon.ops.backend import Implementations, check_devices, choose
 from megalodon.ops.compiling import one_break_at_most
 from megalodon.ops.layout import Layout, layout_of
+from megalodon.ops.prefix import checked_prefix
 from megalodon.ops.segments import Segments
 from megalodon.ops.sliding_chunk_attention import blocked, reference
-from megalodon.ops.prefix import Prefix, checked_prefix
 from megalodon.ops.sliding_chunk_attention.window import Visible, window_attention
 
 __all__ = ["IMPLEMENTATIONS", "Visible", "sliding_chunk_attention", "window_attention"]

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from megalodon.ops.chunk_attention.causal import causal_attention
-from megalodon.ops.layout import Layout, ranges
-from megalodon.ops.layout import move_rows as move
-from megalodon.ops.segments import Segments
+from megalodon.ops.layout import Layout, move_rows, ranges
 from megalodon.ops.prefix import Prefix
+from megalodon.ops.segments import Segments
 from megalodon.ops.sliding_chunk_attention.window import Visible, window_attention
 
 
@@ -110,18 +109,18 @@ def _uniform(
 
 
 class Sides(NamedTuple):
-    """n spans side by side, all of which see a chunk before: tables of where their tokens and cached keys go.
+    """`spans` spans side by side, all of which see a chunk before: tables of where their tokens and cached keys go.
 
     Pairs are (from, to), int64: tokens of B*L, cached keys of the open chunks of B*w and of the chunks before of B*C.
 
     Attributes:
         queries, own, before: the most of each in a span.
-        query: tokens to slots of n*queries. token, cached: to slots of n*own, the span's own chunk.
-        before_token, before_cached, before_before: to slots of n*before.
-        offset: int64 [n]; the place of a span's first token in its chunk.
+        query: tokens to slots of spans*queries. token, cached: to slots of spans*own, the span's own chunk.
+        before_token, before_cached, before_before: to slots of spans*before.
+        offset: int64 [spans]; the place of a span's first token in its chunk.
     """
 
-    count: int
+    spans: int
     queries: int
     own: int
     query: tuple[Tensor, Tensor]
@@ -145,7 +144,7 @@ def spans_of(layout: Layout) -> Spans:
     if "_window_spans" not in layout.__dict__:
         size = layout.chunk_size
         assert size is not None
-        spans = layout.spans
+        spans = layout.chunk_spans
         row, first = spans[:, 0], spans[:, 1]
         has_before = layout.document_positions[row, first] >= size
         tokens = spans[:, 3]
@@ -158,7 +157,7 @@ def spans_of(layout: Layout) -> Spans:
 def _sides(layout: Layout, chosen: np.ndarray) -> Sides:
     size, device = layout.chunk_size, layout.device
     assert size is not None
-    row, first, cached, tokens = layout.spans[chosen].T
+    row, first, cached, tokens = layout.chunk_spans[chosen].T
     number, cache_width = np.arange(len(chosen)), max(layout.longest_offset, 1)
     queries, own = int(tokens.max()), int((cached + tokens).max())
 
@@ -171,11 +170,11 @@ def _sides(layout: Layout, chosen: np.ndarray) -> Sides:
     # The chunk before a span that begins inside the batch is the span before it, all of it tokens but for what the
     # open chunk held; before a row's first span, it is cached.
     leading = first == 0
-    earlier = layout.spans[np.maximum(chosen - 1, 0)]
+    earlier = layout.chunk_spans[np.maximum(chosen - 1, 0)]
     inside = np.where(leading, 0, earlier[:, 3])
     held = np.where(leading, 0, earlier[:, 2])
     return Sides(
-        count=len(chosen),
+        spans=len(chosen),
         queries=queries,
         own=own,
         query=pair(row * layout.length + first, number * queries, tokens),
@@ -186,6 +185,75 @@ def _sides(layout: Layout, chosen: np.ndarray) -> Sides:
         before_before=pair(row * size, number * size, np.where(leading, size, 0)),
         offset=torch.from_numpy(cached).to(device),
     )
+
+
+class _Arranged(NamedTuple):
+    """Queries, keys and values of a ragged batch as rows, tokens and cached keys alike, to be moved where they belong.
+
+    Attributes:
+        q, q_before, k, v: [B L, H, .].
+        first: int64 [B L]; see `first_visible`.
+        open, before: cached keys and values, [B w, H, .] and [B C, H, .] each.
+    """
+
+    q: Tensor
+    q_before: Tensor | None
+    k: Tensor
+    v: Tensor
+    first: Tensor | None
+    open: tuple[Tensor, Tensor] | None
+    before: tuple[Tensor, Tensor] | None
+
+    def keys_and_values(self, tables: list[tuple[Tensor, Tensor]], slots: int, rows: int) -> tuple[Tensor, Tensor]:
+        """[rows, slots / rows, H, .] each: tokens by the first table, cached ones by those that follow."""
+
+        def gather(new: Tensor, which: int) -> Tensor:
+            out = move_rows(new, *tables[0], slots)
+            for cached, table in zip((self.open, self.before), tables[1:], strict=False):
+                if table[0].numel():
+                    assert cached is not None
+                    out = out + move_rows(cached[which].to(new.dtype), *table, slots)
+            return out.unflatten(0, (rows, -1))
+
+        return gather(self.k, 0), gather(self.v, 1)
+
+    def in_bins(self, layout: Layout, spans: np.ndarray, dropout: float, dropkey: bool) -> Tensor:
+        """What the queries of spans without a chunk before find: [B L, H, e], zero elsewhere."""
+        bins = layout.pack(spans)
+        slots = bins.shape[0] * bins.shape[1]
+        keys, values = self.keys_and_values(
+            [(bins.token, bins.slot), (bins.cached, bins.cached_slot)], slots, bins.shape[0]
+        )
+        first = bins.first
+        if self.first is not None:  # a token's slot, less the tokens of its chunk that it sees before itself
+            assert layout.chunk_size is not None
+            places = (layout.token_positions % layout.chunk_size).expand(layout.batch, -1).flatten()
+            own = torch.arange(bins.shape[1], device=first.device).repeat(bins.shape[0])
+            first = first.flatten().clone()
+            first[bins.slot] = own[bins.slot] - (places + layout.chunk_size - self.first)[bins.token]
+            first = first.view(bins.shape)
+        queries = move_rows(self.q, bins.token, bins.slot, slots).unflatten(0, bins.shape)
+        found = causal_attention(queries, keys, values, 0, first, dropout, dropkey)
+        return move_rows(found.flatten(0, 1), bins.slot, bins.token, len(self.q))
+
+    def side_by_side(self, group: Sides, size: int, dropout: float, dropkey: bool) -> Tensor:
+        """What the queries of a group of spans find: [B L, H, e], zero elsewhere."""
+        shape, slots = (group.spans, group.queries), group.spans * group.queries
+        own = self.keys_and_values([group.token, group.cached], group.spans * group.own, group.spans)
+        tables = [group.before_token, group.before_cached, group.before_before]
+        before = self.keys_and_values(tables, group.spans * size, group.spans)
+        q, q_before, first = (
+            None if x is None else move_rows(x, *group.query, slots).unflatten(0, shape)
+            for x in (self.q, self.q_before, self.first)
+        )
+        assert q is not None
+        found = window_attention(q, q_before, *own, before, Visible(group.offset, first), dropout, dropkey)
+        return move_rows(found.flatten(0, 1), group.query[1], group.query[0], len(self.q))
+
+
+def flattened(cached: tuple[Tensor, Tensor] | None, width: int) -> tuple[Tensor, Tensor] | None:
+    """The first `width` places of cached keys and values, as rows of B*width."""
+    return None if cached is None else (cached[0][:, :width].flatten(0, 1), cached[1][:, :width].flatten(0, 1))
 
 
 def _ragged(
@@ -199,59 +267,23 @@ def _ragged(
     dropout: float,
     dropkey: bool,
 ) -> Tensor:
-    spans, size, total = spans_of(layout), layout.chunk_size, q.shape[0] * q.shape[1]
+    size, width = layout.chunk_size, layout.longest_offset
     assert size is not None
-    queries, turned, keys, values = (None if x is None else x.flatten(0, 1) for x in (q, q_before, k, v))
-    assert queries is not None and keys is not None and values is not None
     first = first_visible(layout, segments)
-    first = None if first is None else first.expand(q.shape[:2]).flatten()
-    width = layout.longest_offset
-    open_ = None if prefix.open is None or not width else [x[:, :width].flatten(0, 1) for x in prefix.open]
-    before = None if prefix.before is None else [x.flatten(0, 1) for x in prefix.before]
-
-    def gather(new: Tensor, which: int, tables: list[tuple[Tensor, Tensor]], slots: int) -> Tensor:
-        """Keys (`which` 0) or values (1), new and cached, in their slots."""
-        out = move(new, *tables[0], slots)
-        for cached, table in zip((open_, before), tables[1:], strict=False):
-            if table[0].numel():
-                assert cached is not None
-                out = out + move(cached[which].to(new.dtype), *table, slots)
-        return out
-
-    out = values.new_zeros(total, *v.shape[2:])
+    arranged = _Arranged(
+        q.flatten(0, 1),
+        None if q_before is None else q_before.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        None if first is None else first.expand(q.shape[:2]).flatten(),
+        None
+        if prefix.open is None
+        else (prefix.open[0][:, :width].flatten(0, 1), prefix.open[1][:, :width].flatten(0, 1)),
+        None if prefix.before is None else (prefix.before[0].flatten(0, 1), prefix.before[1].flatten(0, 1)),
+    )
+    spans = spans_of(layout)
+    parts = [arranged.side_by_side(group, size, dropout, dropkey) for group in spans.groups]
     if len(spans.lone):
-        bins = layout.pack(spans.lone)
-        slots = bins.shape[0] * bins.shape[1]
-        tables = [(bins.token, bins.slot), (bins.cached, bins.cached_slot)]
-        arranged = move(queries, *tables[0], slots), gather(keys, 0, tables, slots), gather(values, 1, tables, slots)
-        begin = bins.first
-        if first is not None:  # the slot of a token, less the tokens of its own chunk that it sees before itself
-            place = (layout.token_positions % size).expand(q.shape[:2]).flatten()
-            own = torch.arange(bins.shape[1], device=q.device).repeat(bins.shape[0])
-            reach = place - (first - size)
-            begin = begin.flatten().clone()
-            begin[bins.slot] = own[bins.slot] - reach[bins.token]
-            begin = begin.view(bins.shape)
-        rectangle = (x.unflatten(0, bins.shape) for x in arranged)
-        found = causal_attention(*rectangle, 0, begin, dropout, dropkey)
-        out = out + move(found.flatten(0, 1), bins.slot, bins.token, total)
-    for group in spans.groups:
-        shape = group.count, group.queries
-        slots, own_slots, before_slots = group.count * group.queries, group.count * group.own, group.count * size
-        arranged_q = move(queries, *group.query, slots).unflatten(0, shape)
-        arranged_t = None if turned is None else move(turned, *group.query, slots).unflatten(0, shape)
-        own = tuple(
-            gather(x, i, [group.token, group.cached], own_slots).unflatten(0, (group.count, -1))
-            for i, x in enumerate((keys, values))
-        )
-        tables = [group.before_token, group.before_cached, group.before_before]
-        earlier = tuple(
-            gather(x, i, tables, before_slots).unflatten(0, (group.count, -1)) for i, x in enumerate((keys, values))
-        )
-        begin = None
-        if first is not None:
-            begin = move(first[:, None], *group.query, slots)[:, 0].view(shape)
-        visible = Visible(group.offset, begin)
-        found = window_attention(arranged_q, arranged_t, *own, earlier, visible, dropout, dropkey)
-        out = out + move(found.flatten(0, 1), group.query[1], group.query[0], total)
+        parts.append(arranged.in_bins(layout, spans.lone, dropout, dropkey))
+    out = sum(parts[1:], parts[0]) if parts else torch.zeros_like(v).flatten(0, 1)
     return out.unflatten(0, q.shape[:2])

@@ -8,8 +8,8 @@ from torch import Tensor
 from megalodon.ops.backend import full_precision
 from megalodon.ops.chunk_attention.reference import drop_keys
 from megalodon.ops.layout import Layout
-from megalodon.ops.segments import Segments
 from megalodon.ops.prefix import Prefix
+from megalodon.ops.segments import Segments
 
 
 def sliding_chunk_attention(

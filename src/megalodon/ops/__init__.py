@@ -12,6 +12,11 @@ from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
 from megalodon.ops.layout import Layout, layout_of, move_rows
 from megalodon.ops.rotary import rotate, rotations
+from megalodon.ops.segments import Segments, segmented
+from megalodon.ops.sliding_chunk_attention import IMPLEMENTATIONS as _SLIDING_CHUNK_ATTENTION
+from megalodon.ops.sliding_chunk_attention import Visible, sliding_chunk_attention, window_attention
+from megalodon.ops.timestep_decay_norm import IMPLEMENTATIONS as _TIMESTEP_DECAY_NORM
+from megalodon.ops.timestep_decay_norm import timestep_decay_norm
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
 from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
 
@@ -20,7 +25,9 @@ __all__ = [
     "KeptTables",
     "Layout",
     "Prior",
+    "Segments",
     "Statistics",
+    "Visible",
     "backends",
     "causal_attention",
     "cema",
@@ -30,11 +37,21 @@ __all__ = [
     "move_rows",
     "rotate",
     "rotations",
+    "segmented",
     "silu_product",
+    "sliding_chunk_attention",
+    "timestep_decay_norm",
     "timestep_norm",
+    "window_attention",
 ]
 
-OPERATORS = {"cema": _CEMA, "timestep_norm": _TIMESTEP_NORM, "chunk_attention": _CHUNK_ATTENTION}
+OPERATORS = {
+    "cema": _CEMA,
+    "timestep_norm": _TIMESTEP_NORM,
+    "timestep_decay_norm": _TIMESTEP_DECAY_NORM,
+    "chunk_attention": _CHUNK_ATTENTION,
+    "sliding_chunk_attention": _SLIDING_CHUNK_ATTENTION,
+}
 
 
 def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, tuple[str, ...]]]:

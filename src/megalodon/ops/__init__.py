@@ -12,6 +12,8 @@ from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
 from megalodon.ops.layout import Layout, layout_of, move_rows
 from megalodon.ops.rotary import rotate, rotations
+from megalodon.ops.selective_scan import IMPLEMENTATIONS as _SELECTIVE_SCAN
+from megalodon.ops.selective_scan import selective_scan
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
 from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
 
@@ -30,11 +32,13 @@ __all__ = [
     "move_rows",
     "rotate",
     "rotations",
+    "selective_scan",
     "silu_product",
     "timestep_norm",
 ]
 
 OPERATORS = {"cema": _CEMA, "timestep_norm": _TIMESTEP_NORM, "chunk_attention": _CHUNK_ATTENTION}
+OPERATORS["selective_scan"] = _SELECTIVE_SCAN
 
 
 def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, tuple[str, ...]]]:

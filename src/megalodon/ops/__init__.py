@@ -11,9 +11,13 @@ from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
 from megalodon.ops.layout import Layout, layout_of, move_rows
+from megalodon.ops.long_convolution import IMPLEMENTATIONS as _LONG_CONVOLUTION
+from megalodon.ops.long_convolution import long_convolution
 from megalodon.ops.rotary import rotate, rotations
 from megalodon.ops.selective_scan import IMPLEMENTATIONS as _SELECTIVE_SCAN
 from megalodon.ops.selective_scan import selective_scan
+from megalodon.ops.sparse_attention import IMPLEMENTATIONS as _SPARSE_ATTENTION
+from megalodon.ops.sparse_attention import sparse_attention
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
 from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
 
@@ -29,16 +33,22 @@ __all__ = [
     "chunk_attention",
     "default_backend",
     "layout_of",
+    "long_convolution",
     "move_rows",
     "rotate",
     "rotations",
     "selective_scan",
     "silu_product",
+    "sparse_attention",
     "timestep_norm",
 ]
 
 OPERATORS = {"cema": _CEMA, "timestep_norm": _TIMESTEP_NORM, "chunk_attention": _CHUNK_ATTENTION}
-OPERATORS["selective_scan"] = _SELECTIVE_SCAN
+OPERATORS |= {
+    "selective_scan": _SELECTIVE_SCAN,
+    "long_convolution": _LONG_CONVOLUTION,
+    "sparse_attention": _SPARSE_ATTENTION,
+}
 
 
 def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, tuple[str, ...]]]:

@@ -63,7 +63,7 @@ def selective_scan(
         raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}: it must have {state_shape}")
     run = choose(IMPLEMENTATIONS, backend, x.device, x.dtype)
     if layout is None:
-        layout = layout_of(*x.shape[:2], x.device, segment_ids=segment_ids)
+        layout = layout_of(x.shape[0], x.shape[1], x.device, segment_ids=segment_ids)
     real = full_precision(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if initial_state is None:

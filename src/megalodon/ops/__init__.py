@@ -11,7 +11,8 @@ from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
 from megalodon.ops.layout import Layout, layout_of, move_rows
-from megalodon.ops.rotary import rotate, rotations
+from megalodon.ops.rotary import rotate, rotate_halves, rotations, rotations_of
+from megalodon.ops.short_convolution import short_convolution
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
 from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
 
@@ -29,7 +30,10 @@ __all__ = [
     "layout_of",
     "move_rows",
     "rotate",
+    "rotate_halves",
     "rotations",
+    "rotations_of",
+    "short_convolution",
     "silu_product",
     "timestep_norm",
 ]

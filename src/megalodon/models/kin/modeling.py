@@ -86,7 +86,7 @@ class KinModel(KinPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        state = the_state(past_key_values, cache, kwargs)
+        state: Any = the_state(past_key_values, cache, kwargs)
         x = self._embed(input_ids, inputs_embeds)
         length = x.shape[1]
         self._check(x, attention_mask, state, segment_ids)
@@ -147,6 +147,8 @@ class KinModel(KinPreTrainedModel):
         if not isinstance(state, KinState):
             raise ValueError(f"past_key_values is a {type(state).__name__}: it must be a KinState or None")
         check_dimensions(state.dimensions, self.dimensions)
+        if self.config.state_kind == "none" and bool(state.position.any()):
+            raise ValueError("past_key_values: a mixer of this model cannot be read in pieces: give the whole text")
         if state.batch_size != batch:
             raise ValueError(f"past_key_values has {state.batch_size} rows: input_ids has {batch}")
 

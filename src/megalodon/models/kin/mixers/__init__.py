@@ -5,9 +5,9 @@ from __future__ import annotations
 from difflib import get_close_matches
 from importlib import import_module
 
-from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters
+from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters, Reference
 
-__all__ = ["MIXERS", "Memory", "Mixer", "MixerParameters", "mixer_class"]
+__all__ = ["MIXERS", "Memory", "Mixer", "MixerParameters", "Reference", "mixer_class"]
 
 MIXERS: dict[str, str] = {
     "attention": "attention.Attention",

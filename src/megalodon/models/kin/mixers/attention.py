@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Mixer, MixerParameters
+from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
 from megalodon.models.kin.mixers.keys_and_values import KeysAndValues, attend
 from megalodon.ops.layout import Layout
 
@@ -45,3 +47,19 @@ class Attention(Mixer):
         memory = self.empty(len(x), x.device, k.dtype) if memory is None else memory
         out, memory = attend(q / math.sqrt(self.head_dim), k, v, memory, layout)
         return self.o_proj(out.flatten(-2)), memory
+
+    @classmethod
+    def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:
+        """Zoology's attention: one product for queries, keys and values, with biases, no positions."""
+        dim, heads = config["d_model"], config["num_heads"]
+        fields = {"model_dim": dim, "num_heads": heads, "rope_base": None}
+        return Reference(fields, {"bias": True, "out_bias": True}, unpacked(tensors))
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zoology's `Wqkv` and `out_proj` under our names."""
+    state_dict = {f"o_proj.{kind}": tensors[f"out_proj.{kind}"] for kind in ("weight", "bias")}
+    for kind in ("weight", "bias"):
+        for name, part in zip("qkv", tensors[f"Wqkv.{kind}"].chunk(3), strict=True):
+            state_dict[f"{name}_proj.{kind}"] = part
+    return state_dict

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -111,6 +111,20 @@ def _equally_wide(parts: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+class Reference(NamedTuple):
+    """What a mixer's authors call by other names, as ours.
+
+    Attributes:
+        fields: of `KinConfig` (`model_dim`, `num_heads`, ...).
+        parameters: of the mixer.
+        state_dict: of the mixer.
+    """
+
+    fields: dict[str, Any]
+    parameters: dict[str, Any]
+    state_dict: dict[str, Tensor]
+
+
 class MixerParameters(BaseModel):
     """What users may set of a mixer; subclasses add fields. Unknown names and wrong types are refused."""
 
@@ -160,6 +174,15 @@ class Mixer(nn.Module):
             padding is ignored.
         """
         raise NotImplementedError
+
+    @classmethod
+    def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:
+        """The authors' config and parameters, under the names of their code, as ours.
+
+        Raises:
+            ValueError: there is no published code, or it has an option that is not reproduced; the message names it.
+        """
+        raise ValueError(f"{cls.__name__} has no published code whose parameters could be read")
 
     def initialise(self, std: float) -> None:
         """Set what is not a plain linear layer (those are drawn from N(0, std) before), through

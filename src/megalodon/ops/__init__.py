@@ -13,9 +13,10 @@ from megalodon.ops.gate import silu_product
 from megalodon.ops.layout import Layout, layout_of, move_rows
 from megalodon.ops.long_convolution import IMPLEMENTATIONS as _LONG_CONVOLUTION
 from megalodon.ops.long_convolution import long_convolution
-from megalodon.ops.rotary import rotate, rotations
+from megalodon.ops.rotary import rotate, rotate_halves, rotations, rotations_of
 from megalodon.ops.selective_scan import IMPLEMENTATIONS as _SELECTIVE_SCAN
 from megalodon.ops.selective_scan import selective_scan
+from megalodon.ops.short_convolution import short_convolution
 from megalodon.ops.sparse_attention import IMPLEMENTATIONS as _SPARSE_ATTENTION
 from megalodon.ops.sparse_attention import sparse_attention
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
@@ -36,8 +37,11 @@ __all__ = [
     "long_convolution",
     "move_rows",
     "rotate",
+    "rotate_halves",
     "rotations",
+    "rotations_of",
     "selective_scan",
+    "short_convolution",
     "silu_product",
     "sparse_attention",
     "timestep_norm",

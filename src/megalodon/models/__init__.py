@@ -1,0 +1,1 @@
+"""The networks, one folder per architecture; they read like their specifications. No word of ranks or kernels."""

@@ -12,11 +12,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megalodon import KinConfig, KinForCausalLM
+from megalodon.models.kin.mixers import Mixer
+from megalodon.ops import layout_of
 
 VOCABULARY = 97
 
 CAUSAL: dict[str, dict[str, Any]] = {
     "attention": {},
+    "mamba": {"state_size": 4},
+    "mamba2": {"state_size": 8, "head_dim": 16, "groups": 2},
+    "phi_mamba": {"state_size": 8},
 }
 """Every causal mixer, with the parameters that make its windows, chunks and states as small as tests need."""
 
@@ -69,3 +74,27 @@ def golden(shared: Path, file: str, case: str) -> Golden:
     cases = meta.get("cases")
     config = cases[case]["config"] if cases else meta["config"].get(case, meta["config"])
     return Golden(config, tensors)
+
+
+def whole_file(shared: Path, file: str) -> Golden:
+    """All of `golden/kin/<file>.safetensors`: its metadata, and the tensors under their full names."""
+    with safe_open(shared / "golden" / "kin" / f"{file}.safetensors", "pt") as opened:
+        meta = json.loads(opened.metadata()["meta"])
+        return Golden(meta, {name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+
+
+def check_mixer(mixer: Mixer, vectors: Golden, gradients: str = "grad.", upstream: str = "dy") -> None:
+    """That a mixer gives a golden file's y for its u, and for its dy the gradients of u and of all parameters.
+
+    The mixer's parameters must have the names of the file.
+    """
+    u = vectors.tensors["u"].clone().requires_grad_()
+    y, _ = mixer(u, None, layout_of(u.shape[0], u.shape[1], u.device))
+    assert relative(y, vectors.tensors["y"]) < 1e-5
+    y.backward(vectors.tensors[upstream])
+    assert relative(u.grad, vectors.tensors["du"]) < 1e-4
+    expected = vectors.named(gradients)
+    own = {name: parameter.grad for name, parameter in mixer.named_parameters() if parameter.grad is not None}
+    assert set(own) == set(expected)
+    for name, gradient in expected.items():
+        assert relative(own[name], gradient) < 1e-4, name

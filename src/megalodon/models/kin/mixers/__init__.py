@@ -11,6 +11,9 @@ __all__ = ["MIXERS", "Memory", "Mixer", "MixerParameters", "Reference", "mixer_c
 
 MIXERS: dict[str, str] = {
     "attention": "attention.Attention",
+    "mamba": "mamba.Mamba",
+    "mamba2": "mamba2.Mamba2",
+    "phi_mamba": "phi_mamba.PhiMamba",
 }
 """Name -> module of this folder and class, imported when it is first asked for."""
 

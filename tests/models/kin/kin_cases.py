@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ VOCABULARY = 97
 
 CAUSAL: dict[str, dict[str, Any]] = {
     "attention": {},
+    "base_conv": {},
+    "h3": {"state_size": 8, "head_dim": 2},
+    "hyena": {"max_length": 4096, "filter_width": 16},
     "mamba": {"state_size": 4},
     "mamba2": {"state_size": 8, "head_dim": 16, "groups": 2},
     "phi_mamba": {"state_size": 8},
@@ -83,18 +87,20 @@ def whole_file(shared: Path, file: str) -> Golden:
         return Golden(meta, {name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
 
 
-def check_mixer(mixer: Mixer, vectors: Golden, gradients: str = "grad.", upstream: str = "dy") -> None:
+def check_mixer(mixer: Mixer, vectors: Golden, renamed: Mapping[str, str] | None = None) -> None:
     """That a mixer gives a golden file's y for its u, and for its dy the gradients of u and of all parameters.
 
-    The mixer's parameters must have the names of the file.
+    Args:
+        renamed: our name of a parameter -> the authors', where they differ.
     """
     u = vectors.tensors["u"].clone().requires_grad_()
     y, _ = mixer(u, None, layout_of(u.shape[0], u.shape[1], u.device))
     assert relative(y, vectors.tensors["y"]) < 1e-5
-    y.backward(vectors.tensors[upstream])
+    y.backward(vectors.tensors["dy"])
     assert relative(u.grad, vectors.tensors["du"]) < 1e-4
-    expected = vectors.named(gradients)
-    own = {name: parameter.grad for name, parameter in mixer.named_parameters() if parameter.grad is not None}
-    assert set(own) == set(expected)
+    expected = vectors.named("grad.")
+    named = {(renamed or {}).get(name, name): parameter for name, parameter in mixer.named_parameters()}
+    assert {name for name, parameter in named.items() if parameter.grad is not None} == set(expected)
     for name, gradient in expected.items():
-        assert relative(own[name], gradient) < 1e-4, name
+        found = named[name].grad
+        assert relative(found.reshape(gradient.shape), gradient) < 1e-4, name

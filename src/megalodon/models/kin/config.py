@@ -203,7 +203,8 @@ class KinConfig(PreTrainedConfig):
     @property
     def state_kind(self) -> str:
         """ "none" if a layer cannot be read in pieces, "growing" if one's memory grows, else "constant"."""
-        kinds = {mixer_class(self.mixer_of(layer)[0]).kind for layer in range(self.num_layers)}
+        layers = map(self.mixer_of, range(self.num_layers))
+        kinds = {mixer_class(name).kind_with(parameters) for name, parameters in layers}
         return next((kind for kind in ("none", "growing") if kind in kinds), "constant")
 
 

@@ -11,6 +11,9 @@ __all__ = ["MIXERS", "Memory", "Mixer", "MixerParameters", "Reference", "mixer_c
 
 MIXERS: dict[str, str] = {
     "attention": "attention.Attention",
+    "base_conv": "base_conv.BaseConv",
+    "h3": "h3.H3",
+    "hyena": "hyena.Hyena",
     "mamba": "mamba.Mamba",
     "mamba2": "mamba2.Mamba2",
     "phi_mamba": "phi_mamba.PhiMamba",

@@ -176,6 +176,11 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def kind_with(cls, parameters: MixerParameters) -> Kind:
+        """`kind`, where it depends on the parameters."""
+        return cls.kind
+
+    @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:
         """The authors' config and parameters, under the names of their code, as ours.
 

@@ -20,12 +20,14 @@ VOCABULARY = 97
 
 CAUSAL: dict[str, dict[str, Any]] = {
     "attention": {},
+    "attamba": {"chunk": 5, "leading": 3, "state_size": 4},
     "base_conv": {},
     "h3": {"state_size": 8, "head_dim": 2},
     "hyena": {"max_length": 4096, "filter_width": 16},
     "mamba": {"state_size": 4},
     "mamba2": {"state_size": 8, "head_dim": 16, "groups": 2},
     "phi_mamba": {"state_size": 8},
+    "scout": {"segment": 4, "local_parameters": {"state_size": 4}},
 }
 """Every causal mixer, with the parameters that make its windows, chunks and states as small as tests need."""
 

@@ -11,12 +11,15 @@ __all__ = ["MIXERS", "Memory", "Mixer", "MixerParameters", "Reference", "mixer_c
 
 MIXERS: dict[str, str] = {
     "attention": "attention.Attention",
+    "attamba": "attamba.Attamba",
     "base_conv": "base_conv.BaseConv",
     "h3": "h3.H3",
+    "hydra": "hydra.Hydra",
     "hyena": "hyena.Hyena",
     "mamba": "mamba.Mamba",
     "mamba2": "mamba2.Mamba2",
     "phi_mamba": "phi_mamba.PhiMamba",
+    "scout": "scout.Scout",
 }
 """Name -> module of this folder and class, imported when it is first asked for."""
 

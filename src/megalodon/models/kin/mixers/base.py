@@ -141,11 +141,13 @@ class Mixer(nn.Module):
         kind: how its memory grows with what was read.
         two_way_mode: whether it has a noncausal form, used where `config.two_way`.
         causal_mode: whether it has a causal form.
+        takes_residual: whether it is given the residual stream itself, not its norm, to bring norms of its own.
     """
 
     kind: ClassVar[Kind]
     two_way_mode: ClassVar[bool] = False
     causal_mode: ClassVar[bool] = True
+    takes_residual: ClassVar[bool] = False
 
     class Parameters(MixerParameters):
         pass

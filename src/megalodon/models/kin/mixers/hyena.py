@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Filter(nn.Module):
         self.features = nn.Parameter(torch.empty(given.max_length, given.time_features))
         self.frequency = nn.Parameter(torch.empty(width))
         sizes = [given.time_features] + [width] * (given.inner_layers + 1)
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.out = nn.Linear(width, dim, bias=False)
         self.skip = nn.Parameter(torch.empty(dim))
         self.kept = KeptKernel()

@@ -79,9 +79,7 @@ class Mamba(Mixer):
         init.uniform_(self.out_proj.weight, -bound, bound)
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> ScanMemory:
-        return ScanMemory.empty(
-            batch, self.conv1d.taps, self.inner, (self.inner, self.state_size), device, dtype
-        )
+        return ScanMemory.empty(batch, self.conv1d.taps, self.inner, (self.inner, self.state_size), device, dtype)
 
     def opened(self, u: Tensor, memory: ScanMemory | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """(the convolved x [B, L, E], the gate z [B, L, E], the convolution's last inputs)."""

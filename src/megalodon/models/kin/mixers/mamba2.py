@@ -47,9 +47,10 @@ class Mamba2(Mixer):
 
     class Parameters(MixerParameters):
         """expand: E / D; head_dim: P (None: 64, or its largest part that divides E); state_size: N; groups: of heads
-        that share B and C; kernel_size: taps of the convolution; step_least, step_most: limits of the steps (None: no limit); norm_before_gate: norm(y)
-        * silu(z) instead; norm_groups: parts that are normalised alone (None: groups); step_min, step_max,
-        step_floor: of the steps at the start; rate_min, rate_max: of the decays at the start."""
+        that share B and C; kernel_size: taps of the convolution; norm_before_gate: norm(y) * silu(z) instead;
+        norm_groups: parts that are normalised alone (None: groups); step_least, step_most: limits of the steps (None:
+        no limit); step_min, step_max, step_floor: of the steps at the start; rate_min, rate_max: of the decays at the
+        start."""
 
         expand: int = 2
         head_dim: int | None = None

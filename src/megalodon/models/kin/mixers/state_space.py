@@ -18,7 +18,7 @@ from megalodon.ops.layout import Layout
 
 @dataclass(frozen=True)
 class ScanMemory(Memory):
-    """recent: [B, K - 1, channels], the convolution's last inputs; state: of the scan, [B, ...] in float32 or better."""
+    """recent: [B, K - 1, channels], the convolution's last inputs; state: of the scan, [B, ...], at least float32."""
 
     recent: Tensor
     state: Tensor

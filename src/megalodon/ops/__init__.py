@@ -11,23 +11,32 @@ from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
 from megalodon.ops.layout import Layout, layout_of, move_rows
+from megalodon.ops.linear_attention import IMPLEMENTATIONS as _LINEAR_ATTENTION
+from megalodon.ops.linear_attention import LinearState, Window, linear_attention
 from megalodon.ops.rotary import rotate, rotate_halves, rotations, rotations_of
 from megalodon.ops.short_convolution import short_convolution
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
 from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
+from megalodon.ops.window_attention import IMPLEMENTATIONS as _WINDOW_ATTENTION
+from megalodon.ops.window_attention import RecentKeys, WindowSums, window_attention, window_sums
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
     "KeptTables",
     "Layout",
+    "LinearState",
     "Prior",
+    "RecentKeys",
     "Statistics",
+    "Window",
+    "WindowSums",
     "backends",
     "causal_attention",
     "cema",
     "chunk_attention",
     "default_backend",
     "layout_of",
+    "linear_attention",
     "move_rows",
     "rotate",
     "rotate_halves",
@@ -36,9 +45,17 @@ __all__ = [
     "short_convolution",
     "silu_product",
     "timestep_norm",
+    "window_attention",
+    "window_sums",
 ]
 
-OPERATORS = {"cema": _CEMA, "timestep_norm": _TIMESTEP_NORM, "chunk_attention": _CHUNK_ATTENTION}
+OPERATORS = {
+    "cema": _CEMA,
+    "timestep_norm": _TIMESTEP_NORM,
+    "chunk_attention": _CHUNK_ATTENTION,
+    "linear_attention": _LINEAR_ATTENTION,
+    "window_attention": _WINDOW_ATTENTION,
+}
 
 
 def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, tuple[str, ...]]]:

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 
-from megalodon.model.generation import MegalodonGenerationMixin
-from megalodon.model.loss import summed_loss
-from megalodon.model.output import MegalodonModelOutput, MegalodonOutput, the_state
-from megalodon.model.padding import RealTokens
+from megalodon.models.generation import MegalodonGenerationMixin
 from megalodon.models.kin.block import KinBlock
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers import Mixer
 from megalodon.models.kin.state import KinState, check_dimensions, dimensions_of
+from megalodon.models.loss import summed_loss
+from megalodon.models.output import MegalodonModelOutput, MegalodonOutput, the_state
+from megalodon.models.padding import RealTokens
 from megalodon.ops.layout import layout_of
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megalodon import ops
-from megalodon.model.state import OpenChunk
 from megalodon.models.kin.mixers.base import Memory
+from megalodon.models.state import OpenChunk
 from megalodon.ops.layout import Layout
 
 WITHOUT_END = 1 << 40

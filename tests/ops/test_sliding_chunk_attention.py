@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from operator_cases import gradients, relative, segments
 from torch import Tensor
 
-from megalodon.ops import Segments, Visible, layout_of, sliding_chunk_attention, window_attention
+from megalodon.ops import Segments, Visible, layout_of, sliding_chunk_attention, two_chunk_attention
 from megalodon.ops.sliding_chunk_attention import window
 
 HEADS = 2
@@ -118,14 +118,14 @@ def test_gradcheck_of_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
     first = torch.tensor([[0, 1, 2], [3, 3, 5], [0, 0, 0], [2, 4, 4]])
 
     def chained(q, turned, k, v, before_k, before_v):
-        return window_attention(q, turned, k, v, (before_k, before_v), Visible(0, first), chain=2)
+        return two_chunk_attention(q, turned, k, v, (before_k, before_v), Visible(0, first), chain=2)
 
     assert torch.autograd.gradcheck(chained, (q, turned, k, v, *tensors(2, 3, "k", "v").values()))
-    assert torch.autograd.gradcheck(lambda *x: window_attention(*x, None, chain=2), (q, turned, k, v))
-    assert torch.autograd.gradcheck(lambda q, k, v: window_attention(q, None, k, v, None, chain=1), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: two_chunk_attention(*x, None, chain=2), (q, turned, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: two_chunk_attention(q, None, k, v, None, chain=1), (q, k, v))
 
     def apart(q, turned, k, v, before_k, before_v):
-        return window_attention(
+        return two_chunk_attention(
             q[:, 1:], turned[:, 1:], k, v, (before_k, before_v), Visible(torch.tensor([0, 1, 1, 0]))
         )
 

@@ -161,6 +161,30 @@ class Layout:
         fresh = self.positions == 0
         return self._tensor(fresh) if fresh.any() else None
 
+    def with_chunks(self, chunk_size: int) -> Layout:
+        """The same layout with chunks of this size, made once."""
+        cache = self.__dict__.setdefault("_with_chunks", {})
+        if chunk_size not in cache:
+            cache[chunk_size] = self._chunked(chunk_size)
+        return cache[chunk_size]
+
+    def _chunked(self, chunk_size: int) -> Layout:
+        other = Layout(
+            self.batch,
+            self.length,
+            self.device,
+            lengths=self._lengths,
+            positions=self._positions,
+            chunk_size=chunk_size,
+        )
+        other._segments = self._segments
+        return other
+
+    @cached_property
+    def document_begins(self) -> Tensor:
+        """int64 [B, L]: `document_start`, where the tokens are."""
+        return self._tensor(self.document_start)
+
     @cached_property
     def offsets(self) -> np.ndarray:
         """int64 [B]: tokens in each row's open chunk before this batch."""
@@ -366,6 +390,9 @@ class PlainLayout(Layout):
     ) -> None:
         self.batch, self.length, self.device, self.chunk_size = batch, length, device, chunk_size
         self.position = position
+
+    def _chunked(self, chunk_size: int) -> Layout:
+        return PlainLayout(self.batch, self.length, self.device, self.position, chunk_size)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -13,9 +13,9 @@ from megalodon.ops.layout import Layout, layout_of
 from megalodon.ops.prefix import checked_prefix
 from megalodon.ops.segments import Segments
 from megalodon.ops.sliding_chunk_attention import blocked, reference
-from megalodon.ops.sliding_chunk_attention.window import Visible, window_attention
+from megalodon.ops.sliding_chunk_attention.window import Visible, two_chunk_attention
 
-__all__ = ["IMPLEMENTATIONS", "Visible", "sliding_chunk_attention", "window_attention"]
+__all__ = ["IMPLEMENTATIONS", "Visible", "sliding_chunk_attention", "two_chunk_attention"]
 
 IMPLEMENTATIONS: Implementations = {
     "reference": reference.sliding_chunk_attention,

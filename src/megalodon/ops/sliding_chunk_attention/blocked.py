@@ -17,7 +17,7 @@ from megalodon.ops.chunk_attention.causal import causal_attention
 from megalodon.ops.layout import Layout, move_rows, ranges
 from megalodon.ops.prefix import Prefix
 from megalodon.ops.segments import Segments
-from megalodon.ops.sliding_chunk_attention.window import Visible, window_attention
+from megalodon.ops.sliding_chunk_attention.window import Visible, two_chunk_attention
 
 
 def sliding_chunk_attention(
@@ -76,7 +76,7 @@ def _uniform(
     def part(start: int, stop: int, own: tuple[Tensor, Tensor], place: int) -> Tensor:
         seen = None if first is None else first[:, start:stop] - (0 if before is not None else chunk)
         turned = None if q_before is None else q_before[:, start:stop]
-        return window_attention(q[:, start:stop], turned, *own, before, Visible(place, seen), dropout, dropkey)
+        return two_chunk_attention(q[:, start:stop], turned, *own, before, Visible(place, seen), dropout, dropkey)
 
     outputs = []
     if head:
@@ -97,7 +97,7 @@ def _uniform(
         assert queries is not None and keys is not None and values is not None
         if whole == chunk and before is None and seen is not None:
             seen = seen - chunk
-        out = window_attention(
+        out = two_chunk_attention(
             queries, turned, keys, values, before, Visible(0, seen), dropout, dropkey, chain=q.shape[0]
         )
         outputs.append(out.unflatten(0, (-1, q.shape[0])).transpose(0, 1).flatten(1, 2))
@@ -247,7 +247,7 @@ class _Arranged(NamedTuple):
             for x in (self.q, self.q_before, self.first)
         )
         assert q is not None
-        found = window_attention(q, q_before, *own, before, Visible(group.offset, first), dropout, dropkey)
+        found = two_chunk_attention(q, q_before, *own, before, Visible(group.offset, first), dropout, dropkey)
         return move_rows(found.flatten(0, 1), group.query[1], group.query[0], len(self.q))
 
 

@@ -173,7 +173,7 @@ class _WindowAttention(torch.autograd.Function):
         return dq, None if q_before is None else d_turned, dk, dv, d_before_k, d_before_v, None, None
 
 
-def window_attention(
+def two_chunk_attention(
     q: Tensor,
     q_before: Tensor | None,
     k: Tensor,

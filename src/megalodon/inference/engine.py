@@ -38,6 +38,8 @@ from megalodon.ops import KeptTables
 
 PIECE = 512
 """Tokens of a text read at once. More is a little quicker, and makes others wait longer for their next token."""
+LOOK_UP_SECONDS = 0.005
+"""How long a step that finds nothing to do waits for a look-up before it sees whether there is something else."""
 _log = logging.getLogger(__name__)
 
 
@@ -84,7 +86,7 @@ class Engine:
         keep_tables(model)
         self.decoding = Decoding(decoder, tokenizer, block, self.counters)
         empty = empty_snapshot(unread_state(model), START)
-        self.reading = Reading(model, self.decoding, empty, piece, self.counters, store, share_prefixes)
+        self.reading = Reading(model, self.decoding, empty, piece, self.counters, self._wake, store, share_prefixes)
         self._changed = threading.Condition()
         self._dirty = self._stopping = self._abandon = self._stepping = False
         self._step_began = 0.0
@@ -197,7 +199,7 @@ class Engine:
             read = self.reading.step()
             decoded = self.decoding.step()
             self._count(read or decoded)
-        return read or decoded
+        return read or decoded or self.reading.await_look_up(LOOK_UP_SECONDS)
 
     @contextmanager
     def _one_step(self) -> Iterator[None]:

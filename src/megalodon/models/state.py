@@ -115,6 +115,16 @@ class State:
         raise NotImplementedError
 
     @classmethod
+    def places(cls, sizes: Any, name: str, position: int) -> int:
+        """How long a tensor of `state_dict` of any length (-1 in `shapes`) is for one row of so many tokens."""
+        return position % int(sizes.alignment)
+
+    @classmethod
+    def is_possible(cls, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor of `state_dict` could be that of a state: finite, and no variance negative."""
+        return bool(tensor.isfinite().all()) and not (name.endswith(".var") and bool((tensor < 0).any()))
+
+    @classmethod
     def layer_from(cls, tensors: Mapping[str, Tensor], sizes: Any, layer: int) -> Any:
         """The memory of a layer, from what its `tensors` gave."""
         raise NotImplementedError

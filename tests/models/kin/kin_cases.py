@@ -17,6 +17,16 @@ VOCABULARY = 97
 
 CAUSAL: dict[str, dict[str, Any]] = {
     "attention": {},
+    "based": {"feature_dim": 4},
+    "feedforward_kernel": {},
+    "gated_delta": {},
+    "gla": {"gate_rank": 4},
+    "hedgehog": {},
+    "lizard": {"window": 5},
+    "lolcats": {"window": 5},
+    "megalodon": {"chunk_size": 8, "cema_ndim": 4},
+    "retention": {},
+    "sliding_attention": {"window": 6},
 }
 """Every causal mixer, with the parameters that make its windows, chunks and states as small as tests need."""
 

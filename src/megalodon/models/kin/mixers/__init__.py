@@ -11,6 +11,16 @@ __all__ = ["MIXERS", "Memory", "Mixer", "MixerParameters", "Reference", "mixer_c
 
 MIXERS: dict[str, str] = {
     "attention": "attention.Attention",
+    "based": "based.Based",
+    "feedforward_kernel": "feedforward_kernel.FeedForwardKernel",
+    "gated_delta": "gated_delta.GatedDelta",
+    "gla": "gla.GLA",
+    "hedgehog": "hedgehog.Hedgehog",
+    "lizard": "lizard.Lizard",
+    "lolcats": "lolcats.LoLCATs",
+    "megalodon": "megalodon.MegalodonMixer",
+    "retention": "retention.Retention",
+    "sliding_attention": "sliding_attention.SlidingAttention",
 }
 """Name -> module of this folder and class, imported when it is first asked for."""
 

@@ -35,6 +35,11 @@ class KinPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["KinBlock"]  # noqa: RUF012
     _is_stateful = True
 
+    def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
+        """As for Transformers' own models: theirs alone have `_init_weights` called for modules that hold no parameter
+        themselves, as most mixers, which set those of their parts."""
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.init_std

@@ -37,7 +37,7 @@ class MegalodonMemory(Memory):
 
 
 class MegalodonMixer(Mixer):
-    """The first residual branch of a Megalodon block; in place of its second hop, the kin's block adds one of its own."""
+    """The first residual branch of a Megalodon block. The kin's block has a residual of its own for the second hop."""
 
     kind = "constant"
 

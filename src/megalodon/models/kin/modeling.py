@@ -49,8 +49,10 @@ class KinPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, 0.0, std)
-        elif isinstance(module, nn.RMSNorm) and module.weight is not None:
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.weight is not None:
             init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm) and module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, Mixer):
             module.initialise(std)
 

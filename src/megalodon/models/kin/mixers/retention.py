@@ -26,7 +26,7 @@ class Retention(Projected):
     kind = "constant"
 
     class Parameters(MixerParameters):
-        """decay: slopes as of ALiBi, of RetNet, or none. first_slope: of head 0, in place of ALiBi's. qk_norm: an RMS
+        """decay: slopes as of ALiBi, of RetNet, or none. first_slope: of head 0, in place of ALiBi's. qk_norm: a layer
         norm of all heads of a token together, before the rotation. norm_eps: of the norm of each head."""
 
         decay: Literal["alibi", "retnet", "none"] = "alibi"
@@ -44,8 +44,8 @@ class Retention(Projected):
         own, groups = self.num_groups != self.num_heads, self.num_groups * self.head_dim
         self.feature_q = nn.Linear(width, width)
         self.feature_k = nn.Linear(groups, groups) if own else None  # with equal heads queries and keys share one
-        self.q_norm = nn.RMSNorm(width, 1e-5) if parameters.qk_norm else None
-        self.k_norm = nn.RMSNorm(width, 1e-5) if parameters.qk_norm else None
+        self.q_norm = nn.LayerNorm(width, bias=False) if parameters.qk_norm else None
+        self.k_norm = nn.LayerNorm(width, bias=False) if parameters.qk_norm else None
         self.slopes = slopes(self.num_heads, parameters.decay, parameters.first_slope)
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> Sums:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.config import Config
+from megalodon.models.kin import KinConfig, KinForCausalLM, KinModel
 from megalodon.models.megalodon.config import PRESETS, MegalodonConfig
 from megalodon.models.megalodon.model import MegalodonForCausalLM, MegalodonModel
 from megalodon.models.megalodon.state import MegalodonState
@@ -31,6 +32,7 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "megalodon": Architecture(MegalodonConfig, MegalodonModel, MegalodonForCausalLM),
+    "megalodon-kin": Architecture(KinConfig, KinModel, KinForCausalLM),
 }
 """Every architecture by its `model_type`. The first is the default where none is named."""
 
@@ -85,6 +87,9 @@ __all__ = [
     "Architecture",
     "CausalLM",
     "Config",
+    "KinConfig",
+    "KinForCausalLM",
+    "KinModel",
     "MegalodonConfig",
     "MegalodonForCausalLM",
     "MegalodonModel",

@@ -107,7 +107,7 @@ class StatefulModel(StatefulPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(self.make_block(i) for i in range(config.num_layers))
         self.final_norm = self.make_final_norm()
-        self.embedding_scale = math.sqrt(config.model_dim) if config.scale_emb else 1.0
+        self.embedding_scale = math.sqrt(config.model_dim) if getattr(config, "scale_emb", False) else 1.0
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -127,6 +127,11 @@ class StatefulModel(StatefulPreTrainedModel):
     def single_token(self, x: Tensor, state: State | None) -> SingleToken | None:
         """A shorter way for one token a row, where it is good for these embeddings x [B, L, D] and this state."""
         return None
+
+    @property
+    def reads_in_pieces(self) -> bool:
+        """Whether a long text may go through a layer piece by piece, at no cost and with the same result."""
+        return True
 
     @property
     def chunk_size(self) -> int | None:
@@ -261,7 +266,7 @@ class StatefulModel(StatefulPreTrainedModel):
         self, x: Tensor, state: State | None, segment_ids: Tensor | None, lengths: Tensor | None
     ) -> list[Layout]:
         """Where the tokens of each piece of x stand that goes through a layer at a time."""
-        whole = segment_ids is not None or lengths is not None
+        whole = segment_ids is not None or lengths is not None or not self.reads_in_pieces
         positions: Tensor | np.ndarray | None = None if state is None else state.position
         layouts: list[Layout] = []
         for size in [x.shape[1]] if whole else self._pieces(x, state):

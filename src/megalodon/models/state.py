@@ -92,7 +92,7 @@ class State:
     """The memory of a batch of sequences. An architecture's subclass says what `layers` and `final` are.
 
     Attributes:
-        layers: one memory a layer.
+        layers: one memory a layer; None where a layer has none.
         final: the final norm's memory; None where it has none.
         position: int64 [B], on the CPU; tokens of its current document that each row has read.
         dimensions: the sizes of the model it belongs to.
@@ -162,7 +162,8 @@ class State:
     @property
     def device(self) -> torch.device:
         """Where the tensors are; `position` stays on the CPU."""
-        return next(t.device for name, t in self.state_dict().items() if name != "position")
+        places = (tensor.device for name, tensor in self.state_dict().items() if name != "position")
+        return next(places, self.position.device)
 
     @property
     def open_tokens(self) -> Tensor:
@@ -183,8 +184,8 @@ class State:
     # --- values made of it ----------------------------------------------------------------------------------------
 
     def _with(self, change: Callable[[Any], Any], position: Tensor) -> Self:
-        final = None if self.final is None else change(self.final)
-        return type(self)([change(layer) for layer in self.layers], final, position, self.dimensions)
+        *layers, final = (None if memory is None else change(memory) for memory in (*self.layers, self.final))
+        return type(self)(layers, final, position, self.dimensions)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A state with copies of what `function` makes of each tensor; `function` keeps the batch as it is."""
@@ -239,10 +240,10 @@ class State:
             state.dimensions.check(first.dimensions)
 
         def join(memories: Sequence[Any]) -> Any:
-            return type(memories[0]).concatenate(memories)
+            return None if memories[0] is None else type(memories[0]).concatenate(memories)
 
         layers = [join(column) for column in zip(*(state.layers for state in states), strict=True)]
-        final = None if first.final is None else join([state.final for state in states])
+        final = join([state.final for state in states])
         return type(first)(layers, final, torch.cat([state.position for state in states]), first.dimensions)
 
     # --- to and from disk -----------------------------------------------------------------------------------------
@@ -250,10 +251,9 @@ class State:
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors by name; complex ones as (re, im) in the last dimension; only the filled part of what is open."""
         tensors = {"position": self.position}
-        parts = [("final_norm.", self.final)] if self.final is not None else []
-        parts += [(f"layers.{i}.", layer) for i, layer in enumerate(self.layers)]
+        parts = [("final_norm.", self.final), *((f"layers.{i}.", layer) for i, layer in enumerate(self.layers))]
         for prefix, memory in parts:
-            named = memory.tensors(self.position, self.dimensions)
+            named = {} if memory is None else memory.tensors(self.position, self.dimensions)
             tensors |= {prefix + name: tensor for name, tensor in named.items()}
         return tensors
 

@@ -22,12 +22,22 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "attention": {},
     "attamba": {"chunk": 5, "leading": 3, "state_size": 4},
     "base_conv": {},
+    "based": {"feature_dim": 4},
+    "feedforward_kernel": {},
+    "gated_delta": {},
+    "gla": {"gate_rank": 4},
     "h3": {"state_size": 8, "head_dim": 2},
+    "hedgehog": {},
     "hyena": {"max_length": 4096, "filter_width": 16},
+    "lizard": {"window": 5},
+    "lolcats": {"window": 5},
     "mamba": {"state_size": 4},
     "mamba2": {"state_size": 8, "head_dim": 16, "groups": 2},
+    "megalodon": {"chunk_size": 8, "cema_ndim": 4},
     "phi_mamba": {"state_size": 8},
+    "retention": {},
     "scout": {"segment": 4, "local_parameters": {"state_size": 4}},
+    "sliding_attention": {"window": 6},
 }
 """Every causal mixer, with the parameters that make its windows, chunks and states as small as tests need."""
 

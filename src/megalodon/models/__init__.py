@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.config import Config
-from megalodon.models.kin import KinConfig, KinForCausalLM, KinModel
 from megalodon.models.gecko.config import GeckoConfig
 from megalodon.models.gecko.model import GeckoForCausalLM, GeckoModel
 from megalodon.models.gecko.state import GeckoState
+from megalodon.models.kin import KinConfig, KinForCausalLM, KinModel
 from megalodon.models.megalodon.config import PRESETS, MegalodonConfig
 from megalodon.models.megalodon.model import MegalodonForCausalLM, MegalodonModel
 from megalodon.models.megalodon.state import MegalodonState
@@ -91,13 +91,13 @@ __all__ = [
     "Architecture",
     "CausalLM",
     "Config",
-    "KinConfig",
-    "KinForCausalLM",
-    "KinModel",
     "GeckoConfig",
     "GeckoForCausalLM",
     "GeckoModel",
     "GeckoState",
+    "KinConfig",
+    "KinForCausalLM",
+    "KinModel",
     "MegalodonConfig",
     "MegalodonForCausalLM",
     "MegalodonModel",

@@ -53,9 +53,7 @@ class GeckoState(State):
     final: DecayedMoments
     dimensions: GeckoDimensions
 
-    def __init__(
-        self, layers: Sequence[LayerState], final: Any, position: Tensor, dimensions: GeckoDimensions
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerState], final: Any, position: Tensor, dimensions: GeckoDimensions) -> None:
         super().__init__([layer.resolved() for layer in layers], final, position, dimensions)
 
     @property

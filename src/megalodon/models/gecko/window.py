@@ -88,9 +88,7 @@ class Window(NamedTuple):
                     out = out + move_rows(old.flatten(0, 1).to(new.dtype), *pairs, layout.batch * size)
             return out.unflatten(0, (layout.batch, size))
 
-        return OpenChunk(
-            gather(k, self.open.keys, self.before.keys), gather(v, self.open.values, self.before.values)
-        )
+        return OpenChunk(gather(k, self.open.keys, self.before.keys), gather(v, self.open.values, self.before.values))
 
     def _before_of_equal_rows(self, k: Tensor, v: Tensor, position: int, size: int) -> OpenChunk:
         offset, length = position % size, k.shape[1]

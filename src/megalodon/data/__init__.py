@@ -1,17 +1,11 @@
 """Text to batches: corpora, tokenizers, the token cache, held-out splits, packing and the loader."""
 
-from megalodon.data.cache import (
-    TokenizedCorpus,
-    TokenizeProgress,
-    cache_root,
-    check_vocabulary,
-    open_tokenized,
-    tokenize,
-)
+from megalodon.data.cache import TokenizeProgress, cache_root, open_tokenized, tokenize
 from megalodon.data.corpus import Corpus, CorpusConfig, Document
 from megalodon.data.loader import Batch, Loader, Origin, held_out_batches
 from megalodon.data.reading import TextFile, read_text
 from megalodon.data.split import DocumentSet, HeldOutConfig, check_sizes, prepare_documents, split_documents
+from megalodon.data.tokenized import TokenizedCorpus, check_vocabulary
 from megalodon.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer
 
 __all__ = [

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megalodon.data.cache import TokenizedCorpus, TokenizeProgress, tokenize
+from megalodon.data.cache import TokenizeProgress, tokenize
 from megalodon.data.corpus import CorpusConfig
+from megalodon.data.tokenized import TokenizedCorpus
 from megalodon.data.tokenizer import Tokenizer
 
 DEFAULT_FRACTION = 0.05

@@ -19,7 +19,7 @@ from megalodon.data import Corpus
 from megalodon.data.formats import is_about_the_corpus, kind_of
 from megalodon.data.slices import split_parts
 
-ROWS = [{"text": "one, \"two\"\r\nthree\n", "n": 1}, {"text": "zwei Ü😀", "n": 2}, {"text": "", "n": 3}]
+ROWS = [{"text": 'one, "two"\r\nthree\n', "n": 1}, {"text": "zwei Ü😀", "n": 2}, {"text": "", "n": 3}]
 TEXTS = [row["text"] for row in ROWS]
 
 
@@ -313,12 +313,22 @@ def test_a_folder_with_a_state_of_its_own_is_no_saved_dataset(tmp_path):
 
 def test_saved_splits_inside_a_folder_are_read_without_what_is_beside_them(saved):
     (saved / "dataset_dict.json").unlink()
-    assert sorted(texts(source=str(saved))) == sorted([f"train {i}" for i in range(25)] + [f"test {i}" for i in range(4)])
+    assert sorted(texts(source=str(saved))) == sorted(
+        [f"train {i}" for i in range(25)] + [f"test {i}" for i in range(4)]
+    )
 
 
 # --- bad rows -----------------------------------------------------------------------------------------------
 
-BAD = ["{broken", "[1]", '{"text": 3}', '{"text": null}', '{"body": "x"}', r'{"text": "a\u0000b"}', r'{"text": "\ud800"}']
+BAD = [
+    "{broken",
+    "[1]",
+    '{"text": 3}',
+    '{"text": null}',
+    '{"body": "x"}',
+    r'{"text": "a\u0000b"}',
+    r'{"text": "\ud800"}',
+]
 
 
 def test_bad_rows_are_left_out_counted_and_named(tmp_path):

@@ -2,9 +2,11 @@
 
 from megalodon.data.cache import TokenizeProgress, cache_root, open_tokenized, tokenize
 from megalodon.data.corpus import Corpus, CorpusConfig, Document
+from megalodon.data.documents import DocumentSet
 from megalodon.data.loader import Batch, Loader, Origin, held_out_batches
+from megalodon.data.mixture import Mixture, another_text
 from megalodon.data.reading import TextFile, read_text
-from megalodon.data.split import DocumentSet, HeldOutConfig, check_sizes, prepare_documents, split_documents
+from megalodon.data.split import HeldOutConfig, check_sizes, prepare_documents, split_documents
 from megalodon.data.tokenized import TokenizedCorpus, check_vocabulary
 from megalodon.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer
 
@@ -17,12 +19,14 @@ __all__ = [
     "DocumentSet",
     "HeldOutConfig",
     "Loader",
+    "Mixture",
     "Origin",
     "StreamDecoder",
     "TextFile",
     "TokenizeProgress",
     "TokenizedCorpus",
     "Tokenizer",
+    "another_text",
     "cache_root",
     "check_sizes",
     "check_vocabulary",

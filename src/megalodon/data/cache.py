@@ -102,7 +102,7 @@ def _tokenized(
         try:
             _build(found, tokenizer, partial, progress)
             if found.stamps() != before:
-                raise ValueError(f"source {found.config.source!r} was changed while it was read: wait until it is whole")
+                raise ValueError(f"source {found.config.source!r} was changed while it was read: wait until it is done")
             shutil.rmtree(folder, ignore_errors=True)
             partial.replace(folder)
         finally:

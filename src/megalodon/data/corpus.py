@@ -26,9 +26,7 @@ from megalodon.data.rows import READERS, Row, texts
 from megalodon.data.separator import split_at
 from megalodon.data.slices import split_parts
 
-CorpusKind: TypeAlias = Literal[
-    "auto", "text", "jsonl", "json", "csv", "parquet", "arrow", "huggingface", "stdlib"
-]
+CorpusKind: TypeAlias = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "arrow", "huggingface", "stdlib"]
 BAD_ROWS_SHOWN = 3
 
 

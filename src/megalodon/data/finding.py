@@ -31,8 +31,8 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """A file of a corpus as it was found: `name` is shown to people, `kind` says how it is read, and `rows` which of its
-    rows, from the first up to, not including, the second; None for all."""
+    """A file of a corpus as it was found: `name` is shown to people, `kind` says how it is read, and `rows` which of
+    its rows, from the first up to, not including, the second; None for all."""
 
     path: Path
     name: str
@@ -95,7 +95,7 @@ def saved_dataset(folder: Path, split: str | None) -> list[CorpusFile]:
     for part in split_parts(split) if split is not None else [SplitPart(None)]:
         paths = saved_dataset_files(folder, part.name)
         sizes = [count_arrow_rows(path) for path in paths] if part.sliced else []
-        first, stop = part.rows(sum(sizes)) if part.sliced else (0, 0)
+        first, stop = part.rows_of(sum(sizes)) if part.sliced else (0, 0)
         begin = 0
         for path, size in zip(paths, sizes or [0] * len(paths), strict=True):
             rows = (max(0, first - begin), min(size, stop - begin)) if part.sliced else None
@@ -231,7 +231,8 @@ def walk(folder: Path) -> Iterator[Path]:
                 entered.add(target)
                 kept.append(name)
         subfolders[:] = kept
-        if root != str(folder) and SAVED_DATASET in names and is_saved_dataset(Path(root)):  # what a saved dataset computed beside its data is no data
+        # What a saved dataset computed beside its data is no data.
+        if root != str(folder) and SAVED_DATASET in names and is_saved_dataset(Path(root)):
             listed = {path.name for path in saved_dataset_files(Path(root), None)}
             names = [name for name in names if name in listed or not name.endswith(".arrow")]
         yield from (Path(root, name) for name in names)

@@ -101,7 +101,7 @@ def _decompressed(path: Path, compression: str) -> BinaryIO:
 
 @contextmanager
 def open_seekable(path: Path) -> Iterator[BinaryIO]:
-    """As `open_binary`, for formats that are read from their end: what is compressed is unpacked to a temporary file."""
+    """As `open_binary`, for formats that are read from their end: what is compressed is first unpacked to a file."""
     with open_binary(path) as stream:
         if compression_of(path) is None:
             yield stream

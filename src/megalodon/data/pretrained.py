@@ -121,13 +121,13 @@ class PretrainedTokenizer(Tokenizer):
             encodings = encode([texts[i] for i in places], add_special_tokens=False)[::-1]
             for i in places:
                 encoding = encodings.pop()
-                ids = np.array(encoding.ids, dtype=np.int64)
-                sizes = None
+                own = np.array(encoding.ids, dtype=np.int64)
+                sizes: np.ndarray | None = None
                 if with_offsets:
                     sizes = sizes_by_offsets(texts[i], encoding.offsets)
                 elif sized:
-                    sizes = self._sizes(texts[i], ids, goes_on)
-                encoded[i] = Encoded(ids, sizes)
+                    sizes = self._sizes(texts[i], own, goes_on)
+                encoded[i] = Encoded(own, sizes)
         return encoded  # type: ignore[return-value]
 
     def _sizes(self, text: str, ids: np.ndarray, continues: bool) -> np.ndarray:

@@ -19,7 +19,7 @@ PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class TextFile:
-    """The text of a UTF-8 file in pieces of about 1 MiB, decompressed as its name says; every iteration opens it anew."""
+    """The text of a UTF-8 file in pieces of about 1 MiB, decompressed as its name says; every iteration opens it."""
 
     path: Path
 

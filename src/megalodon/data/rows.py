@@ -195,8 +195,8 @@ def csv_rows(path: Path, field: str) -> Iterator[Row]:
             if not record:
                 continue
             if len(record) != len(names):
-                problem = f"{path}:{line}: {len(record)} values for {len(names)} fields"
-                yield f"{path}:{line}", ValueError(problem)
+                counts = f"{len(record)} values for {len(names)} fields"
+                yield f"{path}:{line}", ValueError(f"{path}:{line}: {counts}")
             else:
                 yield f"{path}:{line}", dict(zip(names, record, strict=True))
 

@@ -37,6 +37,11 @@ class SplitPart:
             raise ValueError(f"split {self}: there is no such slice{rows}")
         return first, stop
 
+    def rows_of(self, length: int) -> tuple[int, int]:
+        """`rows` of a split of known length."""
+        first, stop = self.rows(length)
+        return first, length if stop is None else stop
+
     def __str__(self) -> str:
         return f"{self.name}[{self.first or ''}:{self.stop or ''}]" if self.sliced else str(self.name)
 
@@ -61,6 +66,6 @@ def split_parts(split: str) -> list[SplitPart]:
     for written in split.split("+"):
         match = PART.fullmatch(written.strip())
         if match is None:
-            raise ValueError(f"split is {split!r}: write a name, a slice such as train[:10%] or train[100:200], or a sum")
+            raise ValueError(f"split is {split!r}: write a name, a slice such as train[:10%] or train[9:99], or a sum")
         parts.append(SplitPart(match["name"], match["first"], match["stop"], match["slice"] is not None))
     return parts

@@ -1,9 +1,9 @@
-"""Documents as token ids: one array that knows where each of them begins, what they are called and how long they were.
-"""
+"""Documents as token ids: one array that knows where each of them begins, their names and their lengths."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +108,7 @@ class TokenizedCorpus:
             parts = [part for piece in pieces for part in (piece.sizes, np.zeros(len(end), np.int64))]
             sizes = np.concatenate(parts).astype(SIZE_DTYPE)  # type: ignore[arg-type]
         digest, borders = ContentDigest(tokenizer), np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        for first, stop in zip(borders[:-1], borders[1:], strict=True):
+        for first, stop in itertools.pairwise(borders):
             digest.add(tokens[first:stop])
             digest.end_document()
         return cls(

@@ -131,11 +131,6 @@ def test_copies_of_a_drawn_document_are_held_out_with_it():
             assert any({"a", "again"} <= side for side in names)
 
 
-def test_remove_needs_a_corpus_of_its_own():
-    with pytest.raises(ValueError, match="shared: remove needs a corpus of its own"):
-        HeldOutConfig(fraction=0.1, shared="remove")
-
-
 def test_places_are_found_wherever_blocks_end(monkeypatch):
     monkeypatch.setattr(shared_module, "BLOCK", 300)
     long = text(5, 400)

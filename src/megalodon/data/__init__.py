@@ -6,9 +6,9 @@ from megalodon.data.documents import DocumentSet
 from megalodon.data.loader import Batch, Loader, Origin, held_out_batches
 from megalodon.data.mixture import Mixture, another_text
 from megalodon.data.reading import TextFile, read_text
-from megalodon.data.split import HeldOutConfig, check_sizes, prepare_documents, split_documents
+from megalodon.data.split import HeldOutConfig, check_sizes, prepare_documents, split_documents, without_shared
 from megalodon.data.tokenized import TokenizedCorpus, check_vocabulary
-from megalodon.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer
+from megalodon.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer, same_tokens
 
 __all__ = [
     "Batch",
@@ -35,6 +35,8 @@ __all__ = [
     "open_tokenized",
     "prepare_documents",
     "read_text",
+    "same_tokens",
     "split_documents",
     "tokenize",
+    "without_shared",
 ]

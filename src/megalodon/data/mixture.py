@@ -102,18 +102,27 @@ class Mixture:
         return sizes
 
 
-def another_text(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> str | None:
-    """What is different in documents whose `identity` was saved, in one sentence; None if they are the same."""
+def another_text(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    what: str,
+    words: tuple[str, str, str] = ("than it was", "before", "now"),
+) -> str | None:
+    """What is different in documents whose `identity` was saved, in one sentence; None if they are the same.
+
+    Args:
+        what: a name for them. words: what it is compared with, and what the two sides are called.
+    """
     if saved.get("documents") == now["documents"]:
         return None
     if "num_documents" not in saved:
         return f"{what} cannot be compared: it was saved by an earlier version, which knew texts by their files' names"
     if saved["tokenizer"] != now["tokenizer"]:
-        return f"the tokenizer of {what} is another than it was"
+        return f"the tokenizer of {what} is another {words[0]}"
     before, after = (f"{of['num_documents']:,} documents with {of['num_tokens']:,} tokens" for of in (saved, now))
     if before == after:
-        return f"{what} is another than it was: as many documents and tokens ({after}), but not the same text"
-    return f"{what} is another than it was: {before} before, {after} now"
+        return f"{what} is another {words[0]}: as many documents and tokens ({after}), but not the same text"
+    return f"{what} is another {words[0]}: {before} {words[1]}, {after} {words[2]}"
 
 
 def _gathered(sources: np.ndarray, places: np.ndarray, arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -44,8 +44,6 @@ class HeldOutConfig(BaseModel):
         ways = [key for key in ("fraction", "documents", "corpus") if given.get(key) is not None]
         if len(ways) > 1:
             raise ValueError(f"give one of fraction, documents and corpus; {' and '.join(ways)} were given")
-        if given.get("shared") == "remove" and ways != ["corpus"]:
-            raise ValueError("shared: remove needs a corpus of its own; what is drawn is never trained on")
         return given if ways else given | {"fraction": DEFAULT_FRACTION}
 
 
@@ -202,8 +200,11 @@ def without_shared(
     rule: Literal["refuse", "remove"],
     memory: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
+    what: str = "held_out.corpus",
 ) -> DocumentSet:
     """The training documents, where none has a text of the held-out ones; with `remove`, those that do not.
+
+    `what` names the held-out ones in an error.
 
     Raises ValueError, with `refuse`, naming the first such document.
     """
@@ -221,7 +222,7 @@ def without_shared(
     tokens = int(held_out.lengths[shared.held_out].sum())
     one, other = held_out.name(shared.held_out[0]), training.name(shared.training[0])
     raise ValueError(
-        f"held_out.corpus: {len(shared.held_out):,} of its {len(held_out):,} documents ({tokens:,} of "
+        f"{what}: {len(shared.held_out):,} of its {len(held_out):,} documents ({tokens:,} of "
         f"{held_out.num_tokens:,} tokens) are part of the training corpus by content, such as {one}, which is in "
         f"{other}; a loss on text that was trained on means nothing: take them out of one of the two, or set "
         "held_out.shared to remove, which leaves them out of training"

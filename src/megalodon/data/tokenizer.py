@@ -245,3 +245,14 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
         f"tokenizer {name!r}: no such file or folder (from folder {Path.cwd()}). Give `bytes`, a tokenizer.json, a "
         "folder with a tokenizer, or a name on the Hugging Face hub"
     )
+
+
+def same_tokens(one: Tokenizer, other: Tokenizer) -> str | None:
+    """None if each id that both tokenizers have is the same token in both; else what the first other one is in each."""
+    if one.fingerprint == other.fingerprint:
+        return None
+    by_id, other_by_id = ({index: token for token, index in of.vocabulary().items()} for of in (one, other))
+    for index in sorted(by_id.keys() & other_by_id.keys()):
+        if by_id[index] != other_by_id[index]:
+            return f"id {index} is {by_id[index]!r} in one and {other_by_id[index]!r} in the other"
+    return None

@@ -72,7 +72,7 @@ class Follower:
 
 
 class Grammars:
-    """Makes grammars for one tokenizer. Any thread may ask, and should not be the event loop's: it can take a second."""
+    """Makes grammars for one tokenizer. Any thread but an event loop's may ask: it can take a second."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._lock = tokenizer, threading.Lock()
@@ -95,7 +95,9 @@ class Grammars:
     def regex(self, pattern: str) -> Grammar:
         """Text that a regular expression (Rust's syntax, `\\d` for 0 to 9) matches whole. Errors as `json_schema`."""
         library = _library()
-        return self._grammar(library.LLMatcher.grammar_from_lark(f"start: /{library.regex_to_lark(_checked(pattern))}/"))
+        return self._grammar(
+            library.LLMatcher.grammar_from_lark(f"start: /{library.regex_to_lark(_checked(pattern))}/")
+        )
 
     def choice(self, choices: Sequence[str]) -> Grammar:
         """One of several strings. Errors as `json_schema`."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 ROWS = 64
-"""Hidden states that are made logits of at a time: a fixed number, so that memory and bits do not depend on the piece."""
+"""Hidden states that are made logits of at a time: a fixed number, so that memory does not depend on the piece."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,9 @@ class Generation:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {right}")
         for token, value in self.logit_bias:
             if not (token >= 0 and abs(value) <= MOST_BIAS):
-                raise ValueError(f"logit_bias has {value} for token {token}; it must be from {-MOST_BIAS:g} to {MOST_BIAS:g}")
+                raise ValueError(
+                    f"logit_bias has {value} for token {token}; it must be from {-MOST_BIAS:g} to {MOST_BIAS:g}"
+                )
         if self.grammar is not None and self.min_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}; where a form is to be kept to, that decides the length")
 

@@ -1,8 +1,8 @@
 """JSON bodies of any allowed size, read without holding up the event loop and in memory bounded by their own size.
 
 A body of 16 MB can hold eight million values, each of which would be an object of its own, and reading it in one call
-would keep every other thread from running. So a body is first scanned, 64 KiB at a time, for where its strings and lists
-are. Long strings and lists of numbers are taken out and read piece by piece; of all other values there may be
+would keep every other thread from running. So a body is first scanned, 64 KiB at a time, for where its strings and
+lists are. Long strings and lists of numbers are taken out and read piece by piece; of all other values there may be
 `MOST_VALUES`, counted before any of them is made. What is wrong is one error, which names the field.
 """
 
@@ -11,17 +11,17 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from json.scanner import py_make_scanner
-from typing import Any
+from json import scanner
+from typing import Any, TypeAlias
 
 import numpy as np
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import PydanticCustomError, core_schema
 
 from megalodon.serving.errors import ApiError
+from megalodon.serving.texts import LongText, Numbers, wrong_number
 
+Raw: TypeAlias = bytes | bytearray
 MOST_VALUES = 1 << 16
 """Members of lists and objects that a body may have, those of long lists of numbers not counted."""
 MOST_DEPTH = 64
@@ -48,113 +48,7 @@ _WHOLE_ESCAPES = re.compile(
 )
 
 
-class LongText:
-    """A text as pieces of UTF-8, none of which cuts a character: what a JSON string of more than `PIECE` bytes becomes.
-
-    A string in the interpreter's own form can be four times as large. Schemas take it wherever they take a `Text`.
-    """
-
-    def __init__(self, pieces: Sequence[bytes]) -> None:
-        self._pieces = pieces
-        self.nbytes = sum(map(len, pieces))
-
-    def __iter__(self) -> Iterator[str]:
-        return (piece.decode() for piece in self._pieces)
-
-    def __str__(self) -> str:
-        return "".join(self)
-
-    def __repr__(self) -> str:
-        return f"a text of {self.nbytes:,} bytes"
-
-    def __contains__(self, character: str) -> bool:
-        return any(character.encode() in piece for piece in self._pieces)
-
-
-class Numbers:
-    """A list of many numbers: int64 `values`, or what is `wrong` with them as token ids (which one, and why)."""
-
-    def __init__(self, values: np.ndarray, wrong: str | None = None) -> None:
-        self.values, self.wrong = values, wrong
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __repr__(self) -> str:
-        return "a list of many numbers"
-
-
-class Text:
-    """For schemas: a JSON string, as `str` or `LongText`."""
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, _: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(cls._check)
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, _: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"type": "string"}
-
-    @staticmethod
-    def _check(value: Any) -> str | LongText:
-        if not isinstance(value, str | LongText):
-            raise PydanticCustomError("string_type", "Input should be a valid string")
-        if "\0" in value:
-            raise PydanticCustomError("nul", "it holds a NUL character, which cannot be part of a text")
-        try:
-            if isinstance(value, str):
-                value.encode()
-        except UnicodeEncodeError:
-            raise PydanticCustomError("surrogate", "it holds half of a surrogate pair, which is no character") from None
-        return value
-
-
-class TokenIds:
-    """For schemas: a list of token ids, as an int32 array."""
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, _: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(cls._check)
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, _: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1}
-
-    @staticmethod
-    def _check(value: Any) -> np.ndarray:
-        wrong: str | None = None
-        if isinstance(value, Numbers):
-            ids, wrong = value.values, value.wrong
-        elif isinstance(value, list):
-            wrong = _wrong_number(value, 0)
-            ids = np.array([] if wrong else value, dtype=np.int64)
-        else:
-            raise PydanticCustomError("list_type", "Input should be a list of token ids")
-        if wrong is None and not len(ids):
-            wrong = "the list is empty; give at least one token id"
-        elif wrong is None and not 0 <= ids.min() <= ids.max() < 2**31:
-            place = int(np.flatnonzero((ids < 0) | (ids >= 2**31))[0])
-            wrong = f"element {place} is {ids[place]}, which is no token id"
-        if wrong is not None:
-            raise PydanticCustomError("token_ids", "{wrong}", {"wrong": wrong})
-        return ids.astype(np.int32)
-
-
-def plain(value: Any) -> Any:
-    """A value read by `parse` in the interpreter's own types, for libraries that know no others."""
-    match value:
-        case LongText():
-            return str(value)
-        case Numbers():
-            return value.values.tolist()
-        case dict():
-            return {key: plain(one) for key, one in value.items()}
-        case list():
-            return [plain(one) for one in value]
-    return value
-
-
-def parse(body: bytes) -> dict[str, Any]:
+def parse(body: Raw) -> dict[str, Any]:
     """The object in a JSON body. Strings of more than `PIECE` bytes are `LongText`, long lists of numbers `Numbers`.
 
     Must run in a thread: it takes up to a second for 16 MB, and lets others run every few milliseconds.
@@ -195,7 +89,7 @@ class _Decoder(json.JSONDecoder):
             return taken[found[nonce]] if nonce in found else found
 
         super().__init__(object_hook=put_back)
-        self.scan_once = py_make_scanner(self)  # type: ignore[arg-type]
+        self.scan_once = scanner.py_make_scanner(self)  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -218,7 +112,7 @@ class _Marks:
         opens = (self.kinds[:-1] == _OPEN) & (self.kinds[1:] == _CLOSE)
         return np.flatnonzero(opens & (np.diff(self.commas) > FEW))
 
-    def check(self, body: bytes) -> None:
+    def check(self, body: Raw) -> None:
         """Raise ApiError for too many values, or too deep ones."""
         depth = np.cumsum(_DEPTH[self.kinds])
         if depth.max(initial=0) > MOST_DEPTH:
@@ -239,7 +133,7 @@ class _Marks:
         message = f"{field or 'body'}: more than {MOST_VALUES:,} values, the most that are accepted"
         raise ApiError(400, message, "too_many_values", field)
 
-    def _field(self, body: bytes, depth: np.ndarray, mark: int) -> str | None:
+    def _field(self, body: Raw, depth: np.ndarray, mark: int) -> str | None:
         """The field of the outermost object in which a mark is."""
         tops = np.flatnonzero((self.kinds[: mark + 1] == _COLON) & (depth[: mark + 1] == 1))
         if not len(tops) or tops[-1] < 2:
@@ -248,7 +142,7 @@ class _Marks:
         return body[begin + 1 : min(end, begin + 81)].decode(errors="replace")
 
 
-def _scan(body: bytes, start: int) -> _Marks:
+def _scan(body: Raw, start: int) -> _Marks:
     places, kinds, commas = [], [], []
     found = total = escapes = 0
     inside = np.uint8(0)
@@ -287,7 +181,7 @@ def _escaped(part: np.ndarray, before: int) -> tuple[np.ndarray, int]:
     return escaped, int(run[-1])
 
 
-def _reduced(body: bytes, start: int, marks: _Marks, nonce: str, taken: list[Any]) -> bytes:
+def _reduced(body: Raw, start: int, marks: _Marks, nonce: str, taken: list[Any]) -> bytes:
     """The body with objects that number what was `taken` in the place of strings and lists of numbers."""
     pieces, done = [], start
     for begin, end, is_text in _spans(marks):
@@ -301,7 +195,7 @@ def _reduced(body: bytes, start: int, marks: _Marks, nonce: str, taken: list[Any
     return b"".join(pieces)
 
 
-def _check_scalars(body: bytes, begin: int, end: int) -> None:
+def _check_scalars(body: Raw, begin: int, end: int) -> None:
     """Raise ValueError for a number of so many digits that to read it would take long."""
     if end - begin <= PIECE:
         return
@@ -325,7 +219,7 @@ def _spans(marks: _Marks) -> Iterator[tuple[int, int, bool]]:
         yield int(places[mark]), int(places[mark + 1]), bool(is_text[i])
 
 
-def _text(body: bytes, begin: int, end: int) -> str | LongText:
+def _text(body: Raw, begin: int, end: int) -> str | LongText:
     if end - begin <= PIECE:
         text: str = json.loads(b'"' + body[begin:end] + b'"')
         return text
@@ -344,7 +238,7 @@ def _text(body: bytes, begin: int, end: int) -> str | LongText:
     return LongText(pieces)
 
 
-def _numbers(body: bytes, begin: int, end: int) -> Numbers:
+def _numbers(body: Raw, begin: int, end: int) -> Numbers:
     parts: list[np.ndarray] = []
     count = 0
     while begin < end:
@@ -354,23 +248,10 @@ def _numbers(body: bytes, begin: int, end: int) -> Numbers:
         values = json.loads(b"[" + body[begin:cut] + b"]")
         if not values:
             raise ValueError("Expecting value")
-        wrong = _wrong_number(values, count)
+        wrong = wrong_number(values, count)
         if wrong is not None:
             return Numbers(np.array([], np.int64), wrong)
         parts.append(np.array(values, dtype=np.int32 if max(values) < 2**31 and min(values) >= -(2**31) else np.int64))
         count += len(values)
         begin = cut + 1
     return Numbers(np.concatenate(parts))
-
-
-def _wrong_number(values: Sequence[Any], before: int) -> str | None:
-    """What is wrong with a list of integers whose first element is number `before`, or None."""
-    if set(map(type, values)) == {int} and -(2**63) <= min(values) and max(values) < 2**63:
-        return None
-    for place, value in enumerate(values, before):
-        if type(value) is not int:
-            shown = json.dumps(value)[:40] if not isinstance(value, list | dict | LongText | Numbers) else "no number"
-            return f"element {place} is {shown}, which is no token id"
-        if not -(2**63) <= value < 2**63:
-            return f"element {place} is {str(value)[:40]}, which is no token id"
-    return None

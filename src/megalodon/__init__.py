@@ -4,7 +4,19 @@ Importing it registers the model with Transformers, so that `AutoModelForCausalL
 """
 
 from megalodon.models import PRESETS, MegalodonConfig, MegalodonForCausalLM, MegalodonModel, MegalodonState
+from megalodon.models.kin import KinConfig, KinForCausalLM, KinModel, KinState
 
 __version__ = "0.1.0"
 
-__all__ = ["PRESETS", "MegalodonConfig", "MegalodonForCausalLM", "MegalodonModel", "MegalodonState", "__version__"]
+__all__ = [
+    "PRESETS",
+    "KinConfig",
+    "KinForCausalLM",
+    "KinModel",
+    "KinState",
+    "MegalodonConfig",
+    "MegalodonForCausalLM",
+    "MegalodonModel",
+    "MegalodonState",
+    "__version__",
+]

@@ -25,19 +25,20 @@ import torch
 from megalodon.data.tokenizer import Tokenizer
 from megalodon.inference.decoding import Decoding
 from megalodon.inference.prefix_cache import PrefixStore
-from megalodon.inference.promise import Model
 from megalodon.inference.reader import block_and_piece, empty_snapshot
 from megalodon.inference.reading import Reading
 from megalodon.inference.request import Failure, Request, StoppingError
 from megalodon.inference.schedule import Schedule
-from megalodon.inference.slots import BUCKETS, SlotDecoder, choose_buckets
+from megalodon.inference.slots import BUCKETS, SlotDecoder, choose_buckets, slot_decoder
 from megalodon.inference.snapshot import START, Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity
 from megalodon.inference.work import Counters, Work
-from megalodon.ops import KeptTables
+from megalodon.models import CausalLM
 
 PIECE = 512
 """Tokens of a text read at once. More is a little quicker, and makes others wait longer for their next token."""
+LOOK_UP_SECONDS = 0.005
+"""How long a step that finds nothing to do waits for a look-up before it sees whether there is something else."""
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +54,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: CausalLM,
         tokenizer: Tokenizer,
         slots: int = 32,
         queue_length: int = 256,
@@ -77,14 +78,15 @@ class Engine:
         """
         self.model, self.tokenizer, self.counters = model, tokenizer, Counters()
         self.schedule = Schedule(queue_length)
-        decoder = slot_decoder(model, slots)
-        block, piece = block_and_piece(decoder.sizes.chunk_size, piece)
+        decoder = make_decoder(model, slots)
+        block, piece = block_and_piece(model.model.dimensions.alignment, piece)
         self.identity = ModelIdentity.of(model, tokenizer, block, piece)
         store = None if prefixes is None else prefixes(self.identity)
-        keep_tables(model)
+        if model.device.type == "cpu":  # there making them anew is a third of the time of a short prompt
+            model.keep_tables()
         self.decoding = Decoding(decoder, tokenizer, block, self.counters)
         empty = empty_snapshot(unread_state(model), START)
-        self.reading = Reading(model, self.decoding, empty, piece, self.counters, store, share_prefixes)
+        self.reading = Reading(model, self.decoding, empty, piece, self.counters, self._wake, store, share_prefixes)
         self._changed = threading.Condition()
         self._dirty = self._stopping = self._abandon = self._stepping = False
         self._step_began = 0.0
@@ -197,7 +199,7 @@ class Engine:
             read = self.reading.step()
             decoded = self.decoding.step()
             self._count(read or decoded)
-        return read or decoded
+        return read or decoded or self.reading.await_look_up(LOOK_UP_SECONDS)
 
     @contextmanager
     def _one_step(self) -> Iterator[None]:
@@ -261,22 +263,14 @@ class Engine:
             part.forget_ended()
 
 
-def slot_decoder(model: Model, slots: int) -> SlotDecoder:
+def make_decoder(model: CausalLM, slots: int) -> SlotDecoder:
     """Slots for so many sequences, in sizes of a step that give a row the same bits."""
     largest = [size for size in BUCKETS if size >= slots][:1] or [max(BUCKETS)]
-    return SlotDecoder(model, slots, choose_buckets(model, [size for size in BUCKETS if size <= largest[0]]))
-
-
-def keep_tables(model: Model) -> None:
-    """Let modules keep what they make from their weights: on a CPU it is a third of the time of a short prompt."""
-    if model.device.type == "cpu":
-        for module in model.modules():
-            if hasattr(module, "kept"):
-                module.kept = module.kept or KeptTables()
+    return slot_decoder(model, slots, choose_buckets(model, [size for size in BUCKETS if size <= largest[0]]))
 
 
 @torch.inference_mode()
-def unread_state(model: Model):
+def unread_state(model: CausalLM):
     """The state of a sequence that has read nothing."""
     ids = torch.zeros(1, 0, dtype=torch.int64, device=model.device)
     return model.model(ids, use_cache=True).past_key_values

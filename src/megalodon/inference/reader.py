@@ -6,7 +6,9 @@ for the first decoding step. What a snapshot has in its tail is read again, gene
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,14 +16,15 @@ import numpy as np
 from torch import Tensor
 
 from megalodon.inference.feed import TokenFeed
-from megalodon.inference.prefix_cache import PrefixCache
-from megalodon.inference.promise import State
-from megalodon.inference.snapshot import History, Kind, Snapshot, extend_digest
+from megalodon.inference.known_text import KnownText
+from megalodon.inference.snapshot import History, Kind, Snapshot
+from megalodon.models import State
 
-KEPT_APART = 16
-"""Of a long text's inner boundaries, the cache is offered one in so many."""
-KEPT_AT_END = 4
-"""The last boundaries of a text are all offered: the next request most likely shares them."""
+LOOKED_UP = 1 << 17
+"""Tokens that are taken ahead of reading to be looked up."""
+PATIENCE = 0.05
+"""Seconds that a text which has been known so far may take to arrive further before reading begins: what comes may be
+known as well."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Waiting:
-    """For more of the text to arrive."""
+    """For more of the text to arrive, or to be looked up."""
 
 
 Next: TypeAlias = "Piece | Replay | Ready | Finished | Waiting"
@@ -71,9 +74,16 @@ class Reader:
     """
 
     def __init__(
-        self, start: Snapshot, feed: TokenFeed, block: int, piece: int, cache: PrefixCache | None, only: bool
+        self, start: Snapshot, feed: TokenFeed, block: int, piece: int, known: KnownText | None, only: bool
     ) -> None:
-        """`only`: nothing will be generated, so that tokens past the last block boundary need not be fed."""
+        """
+        Args:
+            start: the sequence to go on from.
+            feed: the text.
+            block, piece: as in `block_and_piece`.
+            known: what of the sequence is known already, and where its states are kept; None for neither.
+            only: nothing will be generated, so that tokens past the last block boundary need not be fed.
+        """
         self.state: State | None = start.state
         self.position = start.position
         self.cached = 0
@@ -82,9 +92,9 @@ class Reader:
             Snapshot(start.state, start.position, start.digest, start.read_only, start.recent, ()), block
         )
         self._generator: Tensor | None = start.generator
-        self._feed, self._block, self._piece, self._cache, self._only = feed, block, piece, cache, only
+        self._feed, self._block, self._piece, self._known, self._only = feed, block, piece, known, only
+        self._first, self._patient_until = start.tokens, 0.0
         self._closed = False
-        self._ahead: list[bytes] = []
         self._stages: deque[np.ndarray | Replay] = deque()
         self._held: int | None = None
         self._buffer = np.array([], dtype=np.int64)
@@ -131,7 +141,8 @@ class Reader:
         return self._next_of_text(most)
 
     def _next_of_text(self, most: int) -> Next | None:
-        self._jump()
+        if not self._jump() or (not self._closed and time.monotonic() < self._patient_until):
+            return Waiting()
         if self._is_enough():  # what the cache had may be all that was needed
             return Finished() if self._closed else Waiting()
         room = self._room()
@@ -151,10 +162,9 @@ class Reader:
         self.position += len(tokens)
         self.history.append("read", tokens)
         if self.position % self._block == 0:
-            self._ahead = self._ahead[1:]
             self.state = compact(state)
             self.history.rebase(self.state, read_only=True)
-            self._offer()
+            self._keep()
 
     def replayed(self, kind: Kind, token: int) -> None:
         """One token has been decoded in a slot."""
@@ -176,11 +186,14 @@ class Reader:
         return history.snapshot(self._generator)
 
     def _take(self) -> None:
-        if self._closed or len(self._buffer) > 2 * max(self._block, self._piece):
+        enough = 2 * max(self._block, self._piece)
+        if self._closed or len(self._buffer) > (enough if self._known is None else max(enough, LOOKED_UP)):
             return
         tokens, self._closed = self._feed.take()
         self.arrived += len(tokens)
-        self._buffer = np.concatenate([self._buffer, tokens]) if len(tokens) else self._buffer
+        if len(self._buffer) and len(tokens):
+            tokens = np.concatenate([self._buffer, tokens])
+        self._buffer = tokens if len(tokens) else self._buffer
 
     def _unfed(self) -> int:
         stages = sum(len(stage.tokens) if isinstance(stage, Replay) else len(stage) for stage in self._stages)
@@ -193,32 +206,32 @@ class Reader:
     def _room(self) -> int:
         return self._piece - self.position % self._piece
 
-    def _jump(self) -> None:
-        """Go to the furthest boundary of the arrived text whose state is in the cache."""
-        if self._cache is None or self.position % self._block or not self.history.base.read_only:
-            return
-        blocks = (len(self._buffer) - 1) // self._block
-        while len(self._ahead) < blocks:
-            start = len(self._ahead) * self._block
-            before = self._ahead[-1] if self._ahead else self.history.base.digest
-            assert before is not None
-            self._ahead.append(extend_digest(before, self._buffer[start : start + self._block]))
-        count, state = self._cache.find(self._ahead[:blocks])
-        if state is not None:
-            length = count * self._block
-            self.history.jump(state, self._buffer[:length], self._ahead[count - 1], read_only=True)
-            self.state, self._buffer, self._ahead = state, self._buffer[length:], self._ahead[count:]
-            self.position += length
-            self.cached += length
+    @property
+    def looking(self) -> Future[None] | None:
+        """The look-up of the text that is being done beside the engine, if there is one."""
+        return None if self._known is None else self._known.looking
 
-    def _offer(self) -> None:
-        if self._cache is None or not self.history.base.read_only:
-            return
-        inner = len(self._buffer) > KEPT_AT_END * self._block or not self._closed
-        if not inner or self.position // self._block % KEPT_APART == 0:
-            digest = self.history.base.digest
-            assert self.state is not None and digest is not None
-            self._cache.put(digest, self.state)
+    def _jump(self) -> bool:
+        """Go to the furthest boundary of the arrived text whose state is known; False while that is looked up."""
+        base = self.history.base
+        if self._known is None or self.position % self._block or not base.read_only or base.digest is None:
+            return True
+        if not self._known.search(self.position, base.digest, self._buffer, self.arrived):
+            return False
+        place = self._known.further(self.position)
+        if place is not None:
+            length = place.position - self.position
+            self.history.jump(place.state, self._buffer[:length], place.digest, read_only=True)
+            self.state, self.position, self._buffer = place.state, place.position, self._buffer[length:]
+            self.cached += length
+            self._patient_until = time.monotonic() + PATIENCE
+        return True
+
+    def _keep(self) -> None:
+        base = self.history.base
+        if self._known is not None and self.state is not None and base.read_only and base.digest is not None:
+            marks = [self._first + mark for mark in self._feed.marks]
+            self._known.keep(self.position, base.digest, self.state, self.arrived, marks)
 
 
 def compact(state: State) -> State:

@@ -7,6 +7,8 @@ decoded again (`decoding`), it keeps its turn and waits.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, wait
 from functools import partial
 
 import numpy as np
@@ -14,12 +16,13 @@ import torch
 
 from megalodon.inference.decoding import Decoding
 from megalodon.inference.hidden import Watch
-from megalodon.inference.prefix_cache import PrefixCache, PrefixStore
-from megalodon.inference.promise import Model
+from megalodon.inference.known_text import KnownText
+from megalodon.inference.prefix_cache import PrefixStore
 from megalodon.inference.reader import Finished, Piece, Reader, Ready, Replay, Waiting
 from megalodon.inference.request import Failure, Progress
 from megalodon.inference.snapshot import Snapshot
 from megalodon.inference.work import Counters, RefusedError, Work
+from megalodon.models import CausalLM
 
 READERS_PER_SLOT = 4
 """So many requests that need no slot may read at once, for each slot: most of them wait for their text to arrive."""
@@ -40,17 +43,27 @@ class Reading:
 
     def __init__(
         self,
-        model: Model,
+        model: CausalLM,
         decoding: Decoding,
         empty: Snapshot,
         piece: int,
         counters: Counters,
+        wake: Callable[[], None],
         prefixes: PrefixStore | None = None,
         share_prefixes: bool = False,
     ) -> None:
-        """`decoding`: where sequences go whose text is read; `share_prefixes`: owners use one another's."""
+        """
+        Args:
+            model: in evaluation mode.
+            decoding: where sequences go whose text is read.
+            empty, piece, prefixes: the attributes.
+            counters: what has been read.
+            wake: called, from any thread, when there is something to do again.
+            share_prefixes: owners use one another's.
+        """
         self.empty, self.block, self.piece, self.prefixes = empty, decoding.block, piece, prefixes
         self._model, self._decoding, self._counters, self._share = model, decoding, counters, share_prefixes
+        self._wake = wake
         self._works: deque[Work] = deque()
 
     def __len__(self) -> int:
@@ -81,11 +94,11 @@ class Reading:
             self._works.append(work)
 
     def _begin(self, work: Work) -> bool:
-        request, cache = work.request, None
+        request, known = work.request, None
         if self.prefixes is not None and request.watch is None:  # a watch sees all of the text
-            cache = PrefixCache(self.prefixes, "" if self._share else request.owner)
+            known = KnownText(self.prefixes, "" if self._share else request.owner, self.block, self._wake)
         only = request.generation is None and request.watch is None
-        work.reader = Reader(request.start or self.empty, request.feed, self.block, self.piece, cache, only)
+        work.reader = Reader(request.start or self.empty, request.feed, self.block, self.piece, known, only)
         work.reserved = work.slots_needed
         return True
 
@@ -102,6 +115,13 @@ class Reading:
             progressed = progressed or cost > 0
             budget -= cost
         return progressed
+
+    def await_look_up(self, seconds: float) -> bool:
+        """Wait for a text to be looked up, for so long at most; False if none is being looked up."""
+        looking = [work.reader.looking for work in self._works if work.reader is not None]
+        pending = [look_up for look_up in looking if look_up is not None]
+        wait(pending, seconds, FIRST_COMPLETED)
+        return bool(pending)
 
     def _turn(self, work: Work, budget: int) -> int:
         """Do the next thing for a request, and put it back if it goes on reading; its cost in tokens."""

@@ -3,7 +3,7 @@
 Importing it registers the model with Transformers, so that `AutoModelForCausalLM` finds it.
 """
 
-from megalodon.model import PRESETS, MegalodonConfig, MegalodonForCausalLM, MegalodonModel, MegalodonState
+from megalodon.models import PRESETS, MegalodonConfig, MegalodonForCausalLM, MegalodonModel, MegalodonState
 
 __version__ = "0.1.0"
 

@@ -7,7 +7,7 @@ import torch
 
 from engine_cases import CHUNK, make_model
 from megalodon.inference.slots import SlotDecoder, choose_buckets
-from megalodon.model.projection import Projection
+from megalodon.models.layers.projection import Projection
 
 TOKENS = torch.randint(1, 256, (1, 4 * CHUNK + 5), generator=torch.Generator().manual_seed(3))
 

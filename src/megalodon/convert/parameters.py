@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalodon.model.config import MegalodonConfig
+from megalodon.models.megalodon.config import MegalodonConfig
 
 ROWS, COLUMNS, WHOLE = 0, 1, None
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from megalodon.convert.parameters import Parameter, buffers, parameters
-from megalodon.model.config import MegalodonConfig
+from megalodon.models.megalodon.config import MegalodonConfig
 
 SAME_NAME = (
     *("num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim", "chunk_size"),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from megalodon.data import Document, Tokenizer, check_vocabulary
 from megalodon.evaluation.scores import Positions, Score
 from megalodon.inference.generation import default_piece_length
-from megalodon.model import MegalodonForCausalLM, MegalodonState
+from megalodon.models import MegalodonForCausalLM, MegalodonState
 
 LOGITS_AT_ONCE = 1 << 23
 TEXT_AT_ONCE = 1 << 16

@@ -17,7 +17,7 @@ from megalodon.data.tokenizer import Tokenizer
 from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.snapshot import Segment, Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity, load_snapshot, save_snapshot
-from megalodon.model import MegalodonForCausalLM, MegalodonState
+from megalodon.models import MegalodonForCausalLM, MegalodonState
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from megalodon.inference.request import (
 from megalodon.inference.snapshot_file import ModelIdentity
 from megalodon.inference.steps import PIECE, Steps
 from megalodon.inference.work import Work
-from megalodon.model import MegalodonForCausalLM
+from megalodon.models import MegalodonForCausalLM
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon.model import MegalodonForCausalLM
+from megalodon.models import MegalodonForCausalLM
 
 SAMPLED_VALUES = 1 << 16
 ARCHITECTURE = (

@@ -19,7 +19,7 @@ from megalodon.data.tokenizer import Tokenizer
 from megalodon.inference.context import Context
 from megalodon.inference.sampling import REPETITION_WINDOW, Sampling, sample
 from megalodon.inference.stopping import StopStrings
-from megalodon.model import MegalodonForCausalLM, MegalodonState
+from megalodon.models import MegalodonForCausalLM, MegalodonState
 
 READ_AT_ONCE = 2048
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from megalodon.data import Tokenizer, check_vocabulary, load_tokenizer
-from megalodon.model import MegalodonForCausalLM
+from megalodon.models import MegalodonForCausalLM
 
 
 class DtypeName(StrEnum):

@@ -19,7 +19,7 @@ from pathlib import Path
 from megalodon.files import remove_partial
 from megalodon.inference.snapshot import Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity, load_snapshot, save_snapshot
-from megalodon.model import MegalodonState
+from megalodon.models import MegalodonState
 
 _log = logging.getLogger(__name__)
 SUFFIX = ".prefix.safetensors"

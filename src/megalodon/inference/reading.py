@@ -16,8 +16,8 @@ from torch import Tensor
 from megalodon.inference.feed import TokenFeed
 from megalodon.inference.prefix_cache import PrefixCache
 from megalodon.inference.snapshot import History, Kind, Snapshot, extend_digest
-from megalodon.model import MegalodonState
-from megalodon.model.state import Dimensions
+from megalodon.models import MegalodonState
+from megalodon.models.state import Dimensions
 
 KEPT_APART = 16
 """Of a long text's inner boundaries, the cache is offered one in so many."""

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalodon import ops
-from megalodon.model import MegalodonForCausalLM, MegalodonState
-from megalodon.model.projection import Projection, can_pack
-from megalodon.model.state import Dimensions, LayerState, OpenChunk
-from megalodon.model.timestep_norm import Moments, TimestepNorm
-from megalodon.model.token_step import BlockStep, NormStep, linear_layers
+from megalodon.models import MegalodonForCausalLM, MegalodonState
+from megalodon.models.layers.projection import Projection, can_pack
+from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.megalodon.token_step import BlockStep, NormStep, linear_layers
+from megalodon.models.state import Dimensions, LayerState, OpenChunk
 from megalodon.ops.backend import accumulator_dtype, matmul_dtype
 
 BUCKETS = (16, 32, 64, 128, 256, 512)

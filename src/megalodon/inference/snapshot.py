@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from megalodon.inference.sampling import REPETITION_WINDOW
-from megalodon.model import MegalodonState
+from megalodon.models import MegalodonState
 
 Kind: TypeAlias = Literal["read", "generated"]
 START = hashlib.sha256(b"megalodon text 1").digest()

@@ -23,7 +23,7 @@ from megalodon.files import save_tensors, write_file
 from megalodon.inference.fingerprint import hash_tensor, model_fingerprint
 from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.snapshot import Segment, Snapshot
-from megalodon.model import MegalodonConfig, MegalodonForCausalLM, MegalodonState
+from megalodon.models import MegalodonConfig, MegalodonForCausalLM, MegalodonState
 
 FORMAT = "megalodon-context-1"
 KINDS = ("read", "generated")

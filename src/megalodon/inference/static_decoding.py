@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalodon import ops
-from megalodon.model import MegalodonForCausalLM, MegalodonState
-from megalodon.model.block import MegalodonBlock
-from megalodon.model.state import Dimensions, LayerState, OpenChunk
-from megalodon.model.timestep_norm import Moments, TimestepNorm
+from megalodon.models import MegalodonForCausalLM, MegalodonState
+from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.megalodon.block import MegalodonBlock
+from megalodon.models.state import Dimensions, LayerState, OpenChunk
 
 
 class _Norm:

@@ -34,7 +34,7 @@ from megalodon.inference.slots import BUCKETS, SlotDecoder, choose_buckets
 from megalodon.inference.snapshot import START, Kind
 from megalodon.inference.snapshot_file import ModelIdentity
 from megalodon.inference.work import RefusedError, Work
-from megalodon.model import MegalodonForCausalLM
+from megalodon.models import MegalodonForCausalLM
 from megalodon.ops import KeptTables
 
 PIECE = 512

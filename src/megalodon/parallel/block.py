@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalodon import ops
-from megalodon.model.block import MegalodonBlock
-from megalodon.model.chunk_attention import GatedChunkAttention
-from megalodon.model.norms import LayerNorm, RMSNorm
-from megalodon.model.state import LayerState, OpenChunk
-from megalodon.model.timestep_norm import Moments, TimestepNorm
+from megalodon.models.layers.chunk_attention import GatedChunkAttention
+from megalodon.models.layers.norms import LayerNorm, RMSNorm
+from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.megalodon.block import MegalodonBlock
+from megalodon.models.state import LayerState, OpenChunk
 from megalodon.ops.layout import Layout
 from megalodon.parallel import tensor
 from megalodon.parallel.chunk import (

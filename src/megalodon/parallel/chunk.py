@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megalodon import ops
-from megalodon.model.cema import CEMA
-from megalodon.model.state import OpenChunk
-from megalodon.model.timestep_norm import Moments, TimestepNorm
+from megalodon.models.layers.cema import CEMA
+from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.state import OpenChunk
 from megalodon.ops.backend import accumulator_dtype
 from megalodon.ops.cema.blocked import powers
 from megalodon.parallel.collectives import Exchange, Group, all_to_all

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from megalodon.model.config import MegalodonConfig
-from megalodon.model.modeling import MegalodonForCausalLM
+from megalodon.models.causal_lm import MegalodonForCausalLM
+from megalodon.models.megalodon.config import MegalodonConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 

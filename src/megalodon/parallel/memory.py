@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalodon.model.config import MegalodonConfig
-from megalodon.model.loss import LOGITS_AT_ONCE
-from megalodon.model.modeling import MegalodonForCausalLM
+from megalodon.models.causal_lm import MegalodonForCausalLM
+from megalodon.models.loss import LOGITS_AT_ONCE
+from megalodon.models.megalodon.config import MegalodonConfig
 from megalodon.ops.backend import default_backends
 from megalodon.parallel.block import Axes
 from megalodon.parallel.mesh import MeshSizes

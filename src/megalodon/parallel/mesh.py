@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from megalodon.model.config import MegalodonConfig
+from megalodon.models.megalodon.config import MegalodonConfig
 
 AXES = ("pipeline", "replicate", "shard", "chunk", "tensor")
 """From the outermost to the innermost."""

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalodon.model.modeling import MegalodonForCausalLM
-from megalodon.model.state import MegalodonState
+from megalodon.models.causal_lm import MegalodonForCausalLM
+from megalodon.models.state import MegalodonState
 from megalodon.parallel.block import Axes, parallelize_blocks
 from megalodon.parallel.mesh import Mesh
 from megalodon.parallel.pipeline import Pipeline, PipelinedStage

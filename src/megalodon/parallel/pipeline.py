@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
-from megalodon.model.state import MegalodonState
+from megalodon.models.state import MegalodonState
 from megalodon.parallel.collectives import Group
 from megalodon.parallel.stage import Rows, Stage
 

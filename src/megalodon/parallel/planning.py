@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megalodon.model.config import MegalodonConfig
+from megalodon.models.megalodon.config import MegalodonConfig
 from megalodon.parallel.hardware import Hardware
 from megalodon.parallel.memory import Memory, stage_memory
 from megalodon.parallel.mesh import MeshSizes, mesh_problems

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from megalodon.files import save_tensors
-from megalodon.model.config import MegalodonConfig
+from megalodon.models.megalodon.config import MegalodonConfig
 
 SHARDS = "shards"
 """The folder of a checkpoint in which `torch.distributed.checkpoint` keeps its files."""

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalodon import ops
-from megalodon.model.config import MegalodonConfig
-from megalodon.model.loss import LOGITS_AT_ONCE, sum_in_slices, summed_loss
-from megalodon.model.modeling import MegalodonForCausalLM
-from megalodon.model.state import Dimensions, MegalodonState
-from megalodon.model.timestep_norm import Moments
+from megalodon.models.causal_lm import MegalodonForCausalLM
+from megalodon.models.layers.timestep_norm import Moments
+from megalodon.models.loss import LOGITS_AT_ONCE, sum_in_slices, summed_loss
+from megalodon.models.megalodon.config import MegalodonConfig
+from megalodon.models.state import Dimensions, MegalodonState
 from megalodon.ops.layout import Layout, layout_of
 from megalodon.parallel import tensor
 from megalodon.parallel.block import Axes

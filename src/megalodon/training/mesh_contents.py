@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.optim import Optimizer
 
-from megalodon.model.state import Dimensions, LayerState, MegalodonState, OpenChunk
-from megalodon.model.timestep_norm import Moments
+from megalodon.models.layers.timestep_norm import Moments
+from megalodon.models.state import Dimensions, LayerState, MegalodonState, OpenChunk
 from megalodon.parallel import ParallelModel
 from megalodon.parallel.sharded import MODEL
 from megalodon.training.snapshot import optimizer_tensors

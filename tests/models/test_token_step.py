@@ -10,8 +10,8 @@ from model_cases import relative, tiny_model
 from torch import Tensor
 
 from megalodon import MegalodonForCausalLM, MegalodonState
-from megalodon.model import token_step
-from megalodon.model.token_step import TokenStep
+from megalodon.models.megalodon import token_step
+from megalodon.models.megalodon.token_step import TokenStep
 
 CHUNK = 8
 TOKENS = torch.randint(0, 50, (2, 3 * CHUNK), generator=torch.Generator().manual_seed(5))

@@ -18,19 +18,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers import initialization as init
 
 from megalodon import ops
-from megalodon.model.block import MegalodonBlock
-from megalodon.model.cema import CEMA, initial_theta
-from megalodon.model.chunk_attention import GatedChunkAttention
-from megalodon.model.config import MegalodonConfig
-from megalodon.model.feed_forward import FeedForward
-from megalodon.model.generation import MegalodonGenerationMixin
-from megalodon.model.loss import summed_loss
-from megalodon.model.norms import LayerNorm, RMSNorm
-from megalodon.model.output import MegalodonModelOutput, MegalodonOutput, the_state
-from megalodon.model.padding import RealTokens
-from megalodon.model.state import Dimensions, MegalodonState
-from megalodon.model.timestep_norm import TimestepNorm
-from megalodon.model.token_step import TokenStep, apply_head
+from megalodon.models.generation import MegalodonGenerationMixin
+from megalodon.models.layers.cema import CEMA, initial_theta
+from megalodon.models.layers.chunk_attention import GatedChunkAttention
+from megalodon.models.layers.feed_forward import FeedForward
+from megalodon.models.layers.norms import LayerNorm, RMSNorm
+from megalodon.models.layers.timestep_norm import TimestepNorm
+from megalodon.models.loss import summed_loss
+from megalodon.models.megalodon.block import MegalodonBlock
+from megalodon.models.megalodon.config import MegalodonConfig
+from megalodon.models.megalodon.token_step import TokenStep, apply_head
+from megalodon.models.output import MegalodonModelOutput, MegalodonOutput, the_state
+from megalodon.models.padding import RealTokens
+from megalodon.models.state import Dimensions, MegalodonState
 from megalodon.ops.layout import Layout, layout_of
 
 READ_AT_ONCE = 4096

@@ -6,13 +6,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from megalodon.model.cema import CEMA
-from megalodon.model.chunk_attention import GatedChunkAttention
-from megalodon.model.config import MegalodonConfig
-from megalodon.model.feed_forward import FeedForward
-from megalodon.model.norms import RMSNorm
-from megalodon.model.state import LayerState
-from megalodon.model.timestep_norm import TimestepNorm
+from megalodon.models.layers.cema import CEMA
+from megalodon.models.layers.chunk_attention import GatedChunkAttention
+from megalodon.models.layers.feed_forward import FeedForward
+from megalodon.models.layers.norms import RMSNorm
+from megalodon.models.layers.timestep_norm import TimestepNorm
+from megalodon.models.megalodon.config import MegalodonConfig
+from megalodon.models.state import LayerState
 from megalodon.ops.layout import Layout
 
 

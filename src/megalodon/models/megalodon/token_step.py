@@ -24,19 +24,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalodon import ops
-from megalodon.model.block import MegalodonBlock
-from megalodon.model.cema import CEMA
-from megalodon.model.chunk_attention import GatedChunkAttention
-from megalodon.model.feed_forward import FeedForward
-from megalodon.model.norms import LayerNorm, RMSNorm, effective
-from megalodon.model.projection import MOST_ROWS, Projection, can_pack
-from megalodon.model.state import LayerState, MegalodonState
-from megalodon.model.timestep_norm import Moments, TimestepNorm
-from megalodon.model.watch import Prepared, is_forwarded_as_written
+from megalodon.models.layers.cema import CEMA
+from megalodon.models.layers.chunk_attention import GatedChunkAttention
+from megalodon.models.layers.feed_forward import FeedForward
+from megalodon.models.layers.norms import LayerNorm, RMSNorm, effective
+from megalodon.models.layers.projection import MOST_ROWS, Projection, can_pack
+from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.layers.watch import Prepared, is_forwarded_as_written
+from megalodon.models.megalodon.block import MegalodonBlock
+from megalodon.models.state import LayerState, MegalodonState
 from megalodon.ops.backend import backend_for, full_precision
 
 if TYPE_CHECKING:
-    from megalodon.model.modeling import MegalodonModel
+    from megalodon.models.causal_lm import MegalodonModel
 
 
 PART = 1 << 15

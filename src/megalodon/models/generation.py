@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
-from megalodon.model.output import CACHE, the_state
-from megalodon.model.state import MegalodonState
+from megalodon.models.output import CACHE, the_state
+from megalodon.models.state import MegalodonState
 
 if TYPE_CHECKING:
-    from megalodon.model.modeling import MegalodonModel
+    from megalodon.models.causal_lm import MegalodonModel
 
 
 class MegalodonGenerationMixin(GenerationMixin):

@@ -7,8 +7,8 @@ import torch
 from model_cases import relative
 from torch import nn
 
-from megalodon.model import projection
-from megalodon.model.projection import Projection, can_pack
+from megalodon.models.layers import projection
+from megalodon.models.layers.projection import Projection, can_pack
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -8,7 +8,7 @@ from model_cases import VOCABULARY, gradient_difference, gradients, relative, ti
 from torch import nn
 from torch.nn import functional as F
 
-from megalodon.model import loss as losses
+from megalodon.models import loss as losses
 
 pytest.importorskip("triton", reason="Triton runs on Linux only")
 pytest.importorskip("liger_kernel", reason="an optional package")

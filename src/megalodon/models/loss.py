@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megalodon.model.watch import is_forwarded_as_written
+from megalodon.models.layers.watch import is_forwarded_as_written
 from megalodon.ops.linear_cross_entropy import can_fuse, linear_cross_entropy
 
 LOGITS_AT_ONCE = 1 << 25

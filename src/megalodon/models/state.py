@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megalodon.model.config import MegalodonConfig
-from megalodon.model.timestep_norm import Moments
+from megalodon.models.layers.timestep_norm import Moments
+from megalodon.models.megalodon.config import MegalodonConfig
 from megalodon.ops.layout import Layout, move_rows
 
 FORMAT = "megalodon-state-1"

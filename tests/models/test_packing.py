@@ -60,7 +60,7 @@ def test_sliced_loss_equals_the_loss_of_the_logits(monkeypatch: pytest.MonkeyPat
     whole = model(x, labels=labels)
     whole.loss.backward()
     expected = gradients(model)
-    monkeypatch.setattr("megalodon.model.loss.LOGITS_AT_ONCE", 61 * 11)
+    monkeypatch.setattr("megalodon.models.loss.LOGITS_AT_ONCE", 61 * 11)
     sliced = model(x, labels=labels, return_logits=False)
     assert sliced.logits is None
     sliced.loss.backward()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from megalodon.model.state import MegalodonState
+from megalodon.models.state import MegalodonState
 
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """The name in the installed version: that of the field of outputs, and of the argument in `generate`."""

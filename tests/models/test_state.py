@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from model_cases import VOCABULARY, gradient_difference, gradients, relative, state_difference, tiny_model, tokens
 
 from megalodon import MegalodonState
-from megalodon.model import modeling
-from megalodon.model.timestep_norm import TimestepNorm
+from megalodon.models import causal_lm as modeling
+from megalodon.models.layers.timestep_norm import TimestepNorm
 
 MODEL = tiny_model()
 PIECES = st.lists(st.sampled_from([1, 1, 2, 3, 7, 8, 9, 16, 20]), min_size=1, max_size=7)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalodon import ops
-from megalodon.model.config import MegalodonConfig
-from megalodon.model.state import OpenChunk
+from megalodon.models.megalodon.config import MegalodonConfig
+from megalodon.models.state import OpenChunk
 from megalodon.ops.layout import Layout
 
 

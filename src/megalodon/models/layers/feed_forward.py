@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalodon import ops
-from megalodon.model.config import MegalodonConfig
-from megalodon.model.norms import LayerNorm
+from megalodon.models.layers.norms import LayerNorm
+from megalodon.models.megalodon.config import MegalodonConfig
 
 
 class FeedForward(nn.Module):

@@ -32,7 +32,8 @@ from megalodon.models.layers.projection import MOST_ROWS, Projection, can_pack
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
 from megalodon.models.layers.watch import Prepared, is_forwarded_as_written
 from megalodon.models.megalodon.block import MegalodonBlock
-from megalodon.models.state import LayerState, MegalodonState
+from megalodon.models.megalodon.fused_step import FusedProduct, FusedStep, can_fuse
+from megalodon.models.state import Dimensions, LayerState, MegalodonState
 from megalodon.ops.backend import backend_for, full_precision
 
 if TYPE_CHECKING:
@@ -177,9 +178,11 @@ class TokenStep:
         linear = list(linear_layers(model))
         wide = full_precision(model.dtype)  # for one row, products in float32 are the quickest, bfloat16 weights or not
         packed = all(is_forwarded_as_written(layer, (nn.Linear,)) for layer in linear) and can_pack(linear, wide)
-        self.dtype = wide if packed else model.dtype
-        self.blocks = [BlockStep(block, self.dtype, packed) for block in blocks_of(model)]
+        fused = can_fuse(linear, model.dtype)
+        self.dtype = wide if packed or fused else model.dtype
+        self.blocks = [BlockStep(block, self.dtype, packed and not fused) for block in blocks_of(model)]
         self.final = NormStep(model.final_norm)
+        self.fused = FusedStep(self.blocks, self.final, Dimensions.of(model.config)) if fused else None
 
     @staticmethod
     def of(model: MegalodonModel, x: Tensor, state: MegalodonState | None) -> TokenStep | None:
@@ -194,7 +197,7 @@ class TokenStep:
         if x.shape[1] != 1 or state is None or torch.is_grad_enabled() or model.training:
             _STEPS.forget(model)
             return None
-        if torch.is_autocast_enabled(x.device.type) or backend_for(x.device, x.dtype)[0] != "blocked":
+        if torch.is_autocast_enabled(x.device.type) or backend_for(x.device, x.dtype)[0] not in ("blocked", "numba"):
             return None
         positions = state.position.tolist()
         chunk = state.dimensions.chunk_size
@@ -208,6 +211,8 @@ class TokenStep:
         Returns:
             (the final hidden states [M, D], the state after them).
         """
+        if self.fused is not None:
+            return self.fused.advance(x, state)
         sizes = state.dimensions
         offset = int(state.position[0]) % sizes.chunk_size
         seen = state.position + (sizes.norm_prior_count + 1)
@@ -266,16 +271,21 @@ def _step_of(model: MegalodonModel) -> TokenStep | None:
     return TokenStep(model) if ours_alone else None
 
 
-def _product_of(head: nn.Module) -> Projection | None:
+def _product_of(head: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The head's product with few rows, in float32 or better; None where only the head itself will do."""
     if not isinstance(head, nn.Linear) or not is_forwarded_as_written(head, (nn.Linear,)):
         return None
+    if can_fuse([head], head.weight.dtype):
+        return FusedProduct(head)
     wide = full_precision(head.weight.dtype)
-    return Projection(head, packed=wide) if can_pack([head], wide) else None
+    if not can_pack([head], wide):
+        return None
+    packed = Projection(head, packed=wide)
+    return lambda x: packed(x.to(wide))[0]
 
 
 _STEPS: Prepared[MegalodonModel, TokenStep | None] = Prepared(_step_of)
-_HEADS: Prepared[nn.Module, Projection | None] = Prepared(_product_of)
+_HEADS: Prepared[nn.Module, Callable[[Tensor], Tensor] | None] = Prepared(_product_of)
 
 
 def apply_head(head: nn.Module, x: Tensor, decoding: bool) -> Tensor:
@@ -286,7 +296,6 @@ def apply_head(head: nn.Module, x: Tensor, decoding: bool) -> Tensor:
         _HEADS.forget(head)
         return head(x)
     product = _HEADS.of(head) if x.shape[:-1].numel() <= MOST_ROWS else None
-    if product is None or product.weight is None:
+    if product is None:
         return head(x)
-    (y,) = product(x.flatten(0, -2).to(product.weight.dtype))
-    return y.unflatten(0, x.shape[:-1])
+    return product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])

@@ -12,12 +12,12 @@ from typing import Any
 import numba
 import numpy as np
 
+from megalodon.ops.compiled.tables import BFLOAT16, FLOAT32, INT8
 from megalodon.ops.compiled.vectors import (
-    BFLOAT16,
-    FLOAT32,
-    INT8,
     WIDTH,
+    average_channel,
     bits_of,
+    call,
     exact,
     exp,
     f32,
@@ -95,6 +95,14 @@ def product(
 
 
 @loops
+def whose(number: Any, count: Any) -> Any:
+    """(this thread, threads), by the pool's functions; the only one where those are 0."""
+    if count == 0:
+        return 0, 1
+    return call(number), call(count)
+
+
+@loops
 def share_of(count: Any, part: Any, parts: Any, unit: Any) -> Any:
     """(first, last) of the part of `count` things that a thread takes, in multiples of `unit`."""
     units = (count + unit - 1) // unit
@@ -133,24 +141,20 @@ def running_norm(
 def moving_average(
     n: Any, N: Any, first: Any, last: Any, q: Any, p: Any, gamma: Any, omega: Any, h_in: Any, h_out: Any, out: Any
 ) -> Any:
-    """CEMA of one token for channels `first` to `last`: n, out [D]; h, q, gamma complex [D, N], p [D, N], omega [D]."""
+    """CEMA of one token for channels `first` to `last`: n, out [D]; h, q, gamma complex [D, N], p [D, N], omega [D].
+
+    `h_out` may be `h_in`.
+    """
     x, y, o = f32(n), f32(out), f32(omega)
     for d in range(first, last):
         at = d * N
-        before, after, decay, taps = f32(h_in + 8 * at), f32(h_out + 8 * at), f32(q + 8 * at), f32(gamma + 8 * at)
-        gain, value, total = f32(p + 4 * at), x[d], numba.float32(0)
-        for j in range(N):
-            re, im = before[2 * j], before[2 * j + 1]
-            new_re = decay[2 * j] * re - decay[2 * j + 1] * im + gain[j] * value
-            new_im = decay[2 * j] * im + decay[2 * j + 1] * re
-            after[2 * j], after[2 * j + 1] = new_re, new_im
-            total += taps[2 * j] * new_re - taps[2 * j + 1] * new_im
-        y[d] = total + o[d] * value
+        found = average_channel(x[d], h_in + 8 * at, h_out + 8 * at, q + 8 * at, p + 4 * at, gamma + 8 * at, N)
+        y[d] = found + o[d] * x[d]
 
 
 @loops
 def rms_norm(x: Any, D: Any, scale: Any, eps: Any, out: Any) -> Any:
-    """x [D] over its root mean square, times scale [D] unless that is the address 0; `out` may be x."""
+    """x [D] over its root mean square, times scale [D] unless that is the address 0."""
     u, y = f32(x), f32(out)
     total = numba.float32(0)
     for i in range(D):
@@ -202,16 +206,7 @@ def stored(value: Any, address: Any, index: Any, kind: Any) -> Any:
         u16(address)[index] = numba.uint16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
 
 
-@exact
-def rounded(value: Any, kind: Any) -> Any:
-    """A float32 as it would be read back after `stored`."""
-    if kind == FLOAT32:
-        return value
-    bits = numba.int64(numba.uint32(bits_of(value)))
-    return float_of(numba.int32(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16))
-
-
-@exact
+@loops
 def query_and_key(
     z: Any, d: Any, eps: Any, scale: Any, bias: Any, apart: Any, turns: Any, q: Any, key: Any, kind: Any
 ) -> Any:
@@ -219,19 +214,18 @@ def query_and_key(
 
     scale and bias [2, ...] hold those of queries, and `apart` elements on those of keys; turns complex [d / 2].
     """
-    rms_norm(z, d, 0, eps, z)
     u, s, b, t, out = f32(z), f32(scale), f32(bias), f32(turns), f32(q)
+    total = numba.float32(0)
+    for i in range(d):
+        total += u[i] * u[i]
+    factor = numba.float32(1) / np.sqrt(total / numba.float32(d) + numba.float32(eps))
     for i in range(0, d, 2):
-        for k in range(2):
-            at = k * apart + i
-            even, odd = u[i] * s[at] + b[at], u[i + 1] * s[at + 1] + b[at + 1]
-            turned = even * t[i] - odd * t[i + 1]
-            other = even * t[i + 1] + odd * t[i]
-            if k == 0:
-                out[i], out[i + 1] = turned, other
-            else:
-                stored(turned, key, i, kind)
-                stored(other, key, i + 1, kind)
+        even, odd = u[i] * factor * s[i] + b[i], u[i + 1] * factor * s[i + 1] + b[i + 1]
+        out[i], out[i + 1] = even * t[i] - odd * t[i + 1], even * t[i + 1] + odd * t[i]
+        even = u[i] * factor * s[apart + i] + b[apart + i]
+        odd = u[i + 1] * factor * s[apart + i + 1] + b[apart + i + 1]
+        stored(even * t[i] - odd * t[i + 1], key, i, kind)
+        stored(even * t[i + 1] + odd * t[i], key, i + 1, kind)
 
 
 _key_dots = {(columns, kind): make_dots(1, columns, kind) for columns in (1, 4) for kind in (FLOAT32, BFLOAT16)}
@@ -316,7 +310,7 @@ def weighted_values(
 
 @loops
 def gate(a: Any, b: Any, first: Any, last: Any, out: Any) -> Any:
-    """`out[first:last] = silu(a) * b`, or silu(a) where b is the address 0; `out` may be a or b."""
+    """`out[first:last] = silu(a) * b`, or silu(a) where b is the address 0."""
     u, o = f32(a), f32(out)
     if b == 0:
         for i in range(first, last):

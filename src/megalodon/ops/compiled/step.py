@@ -1,12 +1,12 @@
 """A token of each of several sequences through all blocks, as one kernel for all threads.
 
 Between two barriers every thread has its part: of channels, of a matrix's columns, of keys or of rows. The tables that
-the kernel reads are described by `Call`, `Weights` and `Memory`: int64 numbers, most of them addresses.
+the kernel reads are laid out in `tables`: int64 numbers, most of them addresses.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from megalodon.ops.compiled.rows import (
     COLUMNS,
@@ -21,106 +21,11 @@ from megalodon.ops.compiled.rows import (
     share_of,
     softmax,
     stored,
+    whose,
     weighted_values,
 )
-from megalodon.ops.compiled.vectors import FLOAT32, WIDTH, call, f32, f64, i64, loops, silu
-
-
-class _Call(NamedTuple):
-    """Of one step. Tensors are float32 unless said otherwise; M rows, as many as tokens."""
-
-    barrier: int
-    number: int
-    count: int
-    rows: int  # M
-    layers: int
-    model_dim: int
-    z_dim: int
-    value_dim: int
-    ffn_dim: int
-    heads: int
-    components: int
-    groups: int
-    capacity: int  # places that scores have for a row and head
-    weights: int  # int64 [layers, len(Weights)]
-    memory: int  # int64 [layers, len(Memory)]
-    weight_kind: int
-    key_kind: int
-    x: int  # [M, D]; changed in place
-    share: int  # float64 [M]: 1 / (tokens seen)
-    offsets: int  # int64 [M]: places taken in the open chunk
-    slots: int  # int64 [M]: the row of the memory
-    turns: int  # complex [C, d / 2]
-    key_row: int  # elements from one slot, place and head to the next, of keys and of values
-    key_place: int
-    key_head: int
-    value_row: int
-    value_place: int
-    value_head: int
-    eps: int  # float64 [4]: TimestepNorm, memory norm, queries and keys, feed-forward
-    scratch: int
-
-
-class _Weights(NamedTuple):
-    """Of one block; 0 where there is none. Products: address of weights, of the scales of int8, of the bias."""
-
-    v: int
-    v_scale: int
-    v_bias: int
-    z: int
-    z_scale: int
-    z_bias: int
-    r: int
-    r_scale: int
-    r_bias: int
-    h: int
-    h_scale: int
-    h_bias: int
-    o: int
-    o_scale: int
-    o_bias: int
-    up: int
-    up_scale: int
-    up_bias: int
-    gate: int
-    gate_scale: int
-    gate_bias: int
-    down: int
-    down_scale: int
-    down_bias: int
-    norm_scale: int  # [D]
-    norm_bias: int
-    q: int  # complex [D, N]
-    p: int  # [D, N]
-    gamma: int  # complex [D, N]
-    omega: int  # [D]
-    memory_scale: int  # [D]
-    qk_scale: int  # [2, Z]
-    qk_bias: int
-    ffn_scale: int  # [D]
-    ffn_bias: int
-    alpha: int  # [D]
-
-
-class _Memory(NamedTuple):
-    """Of one block's sequences, by slot."""
-
-    mean_in: int  # float64 [slots, G]
-    var_in: int
-    mean_out: int
-    var_out: int
-    h_in: int  # complex [slots, D, N]
-    h_out: int
-    keys: int
-    values: int
-
-Call, Weights, Memory = _Call(*range(len(_Call._fields))), _Weights(*range(len(_Weights._fields))), _Memory(*range(8))
-"""Where each number stands in its table."""
-
-
-def scratch_size(rows: int, dim: int, z_dim: int, value_dim: int, ffn_dim: int, heads: int, capacity: int) -> int:
-    """float32 numbers that a step needs to work with."""
-    return rows * (5 * dim + 2 * z_dim + 3 * value_dim + 2 * ffn_dim + heads * capacity)
+from megalodon.ops.compiled.tables import FLOAT32, Call, Memory, Product, Weights
+from megalodon.ops.compiled.vectors import WIDTH, call, f32, f64, i64, loops, silu
 
 
 @loops
@@ -130,24 +35,30 @@ def _linear(a: Any, w: Any, at: Any, x: Any, inputs: Any, width: Any, first: Any
 
 
 @loops
+def _normalise(a: Any, w: Any, s: Any, row: Any, first: Any, last: Any, out: Any) -> Any:
+    """TimestepNorm of groups `first` to `last` of a row of x -> out, [M, D]."""
+    D, G, slot = a[Call.model_dim], a[Call.groups], i64(a[Call.slots])[row]
+    at, moments = 4 * row * D, 8 * slot * G
+    for group in range(first, last):
+        running_norm(
+            a[Call.x] + at, D // G, f64(a[Call.share])[row], s[Memory.mean_in] + moments, s[Memory.var_in] + moments,
+            s[Memory.mean_out] + moments, s[Memory.var_out] + moments, f64(a[Call.eps])[0], w[Weights.norm_scale],
+            w[Weights.norm_bias], out + at, group,
+        )  # fmt: skip
+
+
+@loops
 def _average(a: Any, w: Any, s: Any, thread: Any, threads: Any, n: Any, m: Any) -> Any:
     """TimestepNorm and CEMA of this thread's groups: x -> n and the long memory m, [M, D]."""
     D, G, N = a[Call.model_dim], a[Call.groups], a[Call.components]
     size = D // G
     first, last = share_of(G, thread, threads, 1)
     for row in range(a[Call.rows]):
-        slot, at = i64(a[Call.slots])[row], 4 * row * D
-        share, eps = f64(a[Call.share])[row], f64(a[Call.eps])[0]
-        moments, h = 8 * slot * G, 8 * slot * D * N
-        for group in range(first, last):
-            running_norm(
-                a[Call.x] + at, size, share, s[Memory.mean_in] + moments, s[Memory.var_in] + moments,
-                s[Memory.mean_out] + moments, s[Memory.var_out] + moments, eps, w[Weights.norm_scale],
-                w[Weights.norm_bias], n + at, group,
-            )  # fmt: skip
+        h = 8 * i64(a[Call.slots])[row] * D * N
+        _normalise(a, w, s, row, first, last, n)
         moving_average(
-            n + at, N, first * size, last * size, w[Weights.q], w[Weights.p], w[Weights.gamma], w[Weights.omega],
-            s[Memory.h_in] + h, s[Memory.h_out] + h, m + at,
+            n + 4 * row * D, N, first * size, last * size, w[Weights.q], w[Weights.p], w[Weights.gamma],
+            w[Weights.omega], s[Memory.h_in] + h, s[Memory.h_out] + h, m + 4 * row * D,
         )  # fmt: skip
 
 
@@ -174,14 +85,14 @@ def _remember(a: Any, w: Any, s: Any, thread: Any, threads: Any, z: Any, v: Any,
     for task in range(first, last):
         row, head = task // H, task % H
         slot, offset = i64(a[Call.slots])[row], i64(a[Call.offsets])[row]
-        key = slot * a[Call.key_row] + offset * a[Call.key_place] + head * a[Call.key_head]
+        key = slot * s[Memory.key_row] + offset * s[Memory.key_place] + head * s[Memory.key_head]
         query_and_key(
             z + 4 * (row * Z + head * d), d, f64(a[Call.eps])[2], w[Weights.qk_scale] + 4 * head * d,
             w[Weights.qk_bias] + 4 * head * d, Z, a[Call.turns] + 4 * offset * d, q + 4 * (row * Z + head * d),
             s[Memory.keys] + size * key, kind,
         )  # fmt: skip
         value = s[Memory.values] + size * (
-            slot * a[Call.value_row] + offset * a[Call.value_place] + head * a[Call.value_head]
+            slot * s[Memory.value_row] + offset * s[Memory.value_place] + head * s[Memory.value_head]
         )
         u = f32(v + 4 * (row * V + head * e))
         for i in range(e):
@@ -197,10 +108,10 @@ def _score(a: Any, s: Any, thread: Any, threads: Any, q: Any, found: Any) -> Any
     first, last = share_of(rows * H * parts, thread, threads, 1)
     for task in range(first, last):
         row, head = task // parts // H, task // parts % H
-        keys = i64(a[Call.slots])[row] * a[Call.key_row] + head * a[Call.key_head]
+        keys = i64(a[Call.slots])[row] * s[Memory.key_row] + head * s[Memory.key_head]
         begin, end = share_of(i64(a[Call.offsets])[row] + 1, task % parts, parts, 4)
         scores(
-            q + 4 * (row * Z + head * d), d, s[Memory.keys] + size * keys, a[Call.key_place], kind, begin, end,
+            q + 4 * (row * Z + head * d), d, s[Memory.keys] + size * keys, s[Memory.key_place], kind, begin, end,
             found + 4 * (row * H + head) * a[Call.capacity],
         )  # fmt: skip
 
@@ -215,22 +126,22 @@ def _weigh(a: Any, thread: Any, threads: Any, found: Any) -> Any:
 
 
 @loops
-def _attend(a: Any, s: Any, thread: Any, threads: Any, found: Any, r: Any, o: Any) -> Any:
-    """This thread's share of what attention finds, gated by silu(r): o [M, V]."""
+def _attend(a: Any, s: Any, thread: Any, threads: Any, found: Any, r: Any, o: Any, out: Any) -> Any:
+    """This thread's share of what attention finds, o [M, V], and of what silu(r) lets through, out [M, V]."""
     H, V, kind = a[Call.heads], a[Call.value_dim], a[Call.key_kind]
     e, size, rows = V // H, 4 if kind == FLOAT32 else 2, a[Call.rows]
     parts = threads if rows * H < 4 * threads else 1
     first, last = share_of(rows * H * parts, thread, threads, 1)
     for task in range(first, last):
         row, head = task // parts // H, task // parts % H
-        values = i64(a[Call.slots])[row] * a[Call.value_row] + head * a[Call.value_head]
+        values = i64(a[Call.slots])[row] * s[Memory.value_row] + head * s[Memory.value_head]
         begin, end = share_of(e, task % parts, parts, WIDTH)
         at = 4 * (row * V + head * e)
         weighted_values(
             found + 4 * (row * H + head) * a[Call.capacity], i64(a[Call.offsets])[row] + 1,
-            s[Memory.values] + size * values, a[Call.value_place], kind, begin, end, o + at,
+            s[Memory.values] + size * values, s[Memory.value_place], kind, begin, end, o + at,
         )  # fmt: skip
-        gate(r + at, o + at, begin, end, o + at)
+        gate(r + at, o + at, begin, end, out + at)
 
 
 @loops
@@ -263,15 +174,17 @@ def _block(a: Any, w: Any, s: Any, thread: Any, threads: Any) -> Any:
     m, h, y, out = n + 4 * M * D, n + 8 * M * D, n + 12 * M * D, n + 16 * M * D
     z = n + 20 * M * D
     q, v = z + 4 * M * Z, z + 8 * M * Z
-    r, o, up = v + 4 * M * V, v + 8 * M * V, v + 12 * M * V
-    side, found = up + 4 * M * F, up + 8 * M * F
+    r, o, gated = v + 4 * M * V, v + 8 * M * V, v + 12 * M * V
+    up = v + 16 * M * V
+    side, hidden = up + 4 * M * F, up + 8 * M * F
+    found = up + 12 * M * F
     first_row, last_row = share_of(M, thread, threads, 1)
     first, last = share_of(D, thread, threads, COLUMNS)
 
-    _average(a, w, s, thread, threads, n, m)
+    _average(a, w, s, thread, threads, n, y)
     _wait(a)
     for row in range(first_row, last_row):
-        rms_norm(m + 4 * row * D, D, w[Weights.memory_scale], f64(a[Call.eps])[1], m + 4 * row * D)
+        rms_norm(y + 4 * row * D, D, w[Weights.memory_scale], f64(a[Call.eps])[1], m + 4 * row * D)
     _wait(a)
     _project(a, w, thread, threads, n, m, z, v, r, h)
     _wait(a)
@@ -281,9 +194,9 @@ def _block(a: Any, w: Any, s: Any, thread: Any, threads: Any) -> Any:
     _wait(a)
     _weigh(a, thread, threads, found)
     _wait(a)
-    _attend(a, s, thread, threads, found, r, o)
+    _attend(a, s, thread, threads, found, r, o, gated)
     _wait(a)
-    _linear(a, w, Weights.o, o, V, D, first, last, y)
+    _linear(a, w, Weights.o, gated, V, D, first, last, y)
     _add(a, first, last, y, h, 0)
     _add(a, first, last, y, x, 0)
     _wait(a)
@@ -293,14 +206,14 @@ def _block(a: Any, w: Any, s: Any, thread: Any, threads: Any) -> Any:
     _wait(a)
     begin, end = share_of(F, thread, threads, COLUMNS)
     _linear(a, w, Weights.up, n, D, F, begin, end, up)
-    gated = w[Weights.gate] != 0
-    if gated:
+    swiglu = w[Weights.gate] != 0
+    if swiglu:
         _linear(a, w, Weights.gate, n, D, F, begin, end, side)
     for row in range(M):
         at = 4 * row * F
-        gate(up + at, side + at if gated else 0, begin, end, up + at)
+        gate(up + at, side + at if swiglu else 0, begin, end, hidden + at)
     _wait(a)
-    _linear(a, w, Weights.down, up, F, D, first, last, out)
+    _linear(a, w, Weights.down, hidden, F, D, first, last, out)
     _add(a, first, last, x, out, w[Weights.alpha])
     _wait(a)
 
@@ -308,12 +221,24 @@ def _block(a: Any, w: Any, s: Any, thread: Any, threads: Any) -> Any:
 @loops
 def blocks(a: Any) -> Any:
     """All blocks, on every thread of the pool: `a` int64, laid out as `Call`."""
-    thread, threads = 0, 1
-    if a[Call.count] != 0:
-        thread, threads = call(a[Call.number]), call(a[Call.count])
-    for layer in range(a[Call.layers]):
+    thread, threads = whose(a[Call.number], a[Call.count])
+    for layer in range(a[Call.layers] + 1):
         w = i64(a[Call.weights] + 8 * layer * len(Weights))
         s = i64(a[Call.memory] + 8 * layer * len(Memory))
-        _block(a, w, s, thread, threads)
+        if layer < a[Call.layers]:
+            _block(a, w, s, thread, threads)
+        else:
+            first, last = share_of(a[Call.groups], thread, threads, 1)
+            for row in range(a[Call.rows]):
+                _normalise(a, w, s, row, first, last, a[Call.out])
 
 
+@loops
+def matrix(a: Any) -> Any:
+    """One product, on every thread of the pool: `a` int64, laid out as `Product`."""
+    thread, threads = whose(a[Product.number], a[Product.count])
+    first, last = share_of(a[Product.width], thread, threads, COLUMNS)
+    product(
+        a[Product.x], a[Product.rows], a[Product.inputs], a[Product.weight], a[Product.kind], a[Product.scale],
+        a[Product.bias], first, last, a[Product.out], a[Product.width],
+    )  # fmt: skip

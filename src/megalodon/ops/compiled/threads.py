@@ -53,8 +53,19 @@ def pool() -> Pool | None:
     return None
 
 
+def functions() -> tuple[int, int, int]:
+    """The pool's `barrier`, `number` and `count` for a kernel that `run` is about to call; 0 where it runs alone."""
+    found = pool()
+    return (0, 0, 0) if found is None or torch.get_num_threads() == 1 else found[1:]
+
+
+_alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
 def run(kernel: int, arguments: int) -> None:
     """Call `void kernel(int64 *arguments)`, by address, on every thread of the pool. Python's lock is not held."""
-    found = pool()
-    assert found is not None, "callers ask `pool` first"
-    found.parallel(kernel, arguments, torch.get_num_threads(), 0)
+    found, threads = pool(), torch.get_num_threads()
+    if threads == 1 or found is None:
+        _alone(kernel)(arguments)
+    else:
+        found.parallel(kernel, arguments, threads, 0)

@@ -18,8 +18,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-FLOAT32, BFLOAT16, INT8 = 0, 1, 2
-"""Kinds of stored numbers, as kernels are told of them."""
+from megalodon.ops.compiled.tables import BFLOAT16, FLOAT32, INT8
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _STORED = {FLOAT32: _FLOAT, BFLOAT16: ir.IntType(16), INT8: ir.IntType(8)}
@@ -64,24 +63,31 @@ def _load(builder: Any, address: Any, index: Any, kind: int, width: int = WIDTH)
     return _widened(builder, load, kind)
 
 
-def _load_some(builder: Any, address: Any, index: Any, count: Any, kind: int) -> Any:
-    """The same of `count` numbers, less than a vector; the rest are zeros."""
-    element = _STORED[kind]
-    vector, name = ir.VectorType(element, WIDTH), {FLOAT32: "f32", BFLOAT16: "i16", INT8: "i8"}[kind]
-    mask_type = ir.VectorType(ir.IntType(1), WIDTH)
-    function = builder.module.declare_intrinsic(
-        f"llvm.masked.load.v{WIDTH}{name}.p0",
-        (),
-        ir.FunctionType(vector, [vector.as_pointer(), _INT, mask_type, vector]),
-    )
+def _load_some(builder: Any, address: Any, index: Any, count: Any, kind: int, width: int = WIDTH) -> Any:
+    """The same of `count` numbers, less than `width`; the rest are zeros."""
+    vector, name = ir.VectorType(_STORED[kind], width), {FLOAT32: "f32", BFLOAT16: "i16", INT8: "i8"}[kind]
+    signature = ir.FunctionType(vector, [vector.as_pointer(), _INT, ir.VectorType(ir.IntType(1), width), vector])
+    function = builder.module.declare_intrinsic(f"llvm.masked.load.v{width}{name}.p0", (), signature)
     pointer = builder.bitcast(_pointer(builder, address, index, kind), vector.as_pointer())
-    mask = builder.icmp_signed("<", _lanes(), _spread(builder, builder.trunc(count, _INT)))
-    align = ir.Constant(_INT, _BYTES[kind])
-    return _widened(builder, builder.call(function, [pointer, align, mask, ir.Constant(vector, None)]), kind)
+    align, zeros = ir.Constant(_INT, _BYTES[kind]), ir.Constant(vector, None)
+    return _widened(builder, builder.call(function, [pointer, align, _first(builder, count, width), zeros]), kind)
 
 
-def _lanes() -> Any:
-    return ir.Constant(ir.VectorType(_INT, WIDTH), list(range(WIDTH)))
+def _store_some(builder: Any, value: Any, address: Any, index: Any, count: Any) -> None:
+    """The first `count` lanes."""
+    vector = value.type
+    signature = ir.FunctionType(
+        ir.VoidType(), [vector, vector.as_pointer(), _INT, ir.VectorType(ir.IntType(1), vector.count)]
+    )
+    function = builder.module.declare_intrinsic(f"llvm.masked.store.v{vector.count}f32.p0", (), signature)
+    pointer = builder.bitcast(_pointer(builder, address, index, FLOAT32), vector.as_pointer())
+    builder.call(function, [value, pointer, ir.Constant(_INT, 4), _first(builder, count, vector.count)])
+
+
+def _first(builder: Any, count: Any, width: int) -> Any:
+    """A mask of the first `count` lanes."""
+    lanes = ir.Constant(ir.VectorType(_INT, width), list(range(width)))
+    return builder.icmp_signed("<", lanes, _spread(builder, builder.trunc(count, _INT), width))
 
 
 def _spread(builder: Any, value: Any, width: int = WIDTH) -> Any:
@@ -203,7 +209,59 @@ def make_weighted_sum(vectors: int, kind: int) -> Any:
     return weighted_sum
 
 
+@intrinsic
+def average_channel(typing: Any, value: Any, h_in: Any, h_out: Any, q: Any, p: Any, gamma: Any, size: Any) -> Any:
+    """One channel of CEMA: `h = q h + p x`, and the sum of `Re(gamma h)`.
+
+    `value` is x; h, q, gamma are addresses of complex [size], p of float32 [size]. `h_out` may be `h_in`.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value, h_in, h_out, q, p, gamma, size = arguments
+        integer, vector, half = size.type, ir.VectorType(_FLOAT, WIDTH), WIDTH // 2
+        total = cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * WIDTH))
+        numbers = builder.mul(size, integer(2))
+        evens = [i - i % 2 for i in range(WIDTH)]
+        signs = ir.Constant(vector, [-1.0, 1.0] * half)
+        x = _spread(builder, value)
+
+        def advance(i: Any, count: Any) -> None:
+            def load(address: Any, width: int = WIDTH) -> Any:
+                at = i if width == WIDTH else builder.lshr(i, integer(1))
+                if count is None:
+                    return _load(builder, address, at, FLOAT32, width)
+                some = count if width == WIDTH else builder.lshr(count, integer(1))
+                return _load_some(builder, address, at, some, FLOAT32, width)
+
+            h, decay, taps, gain = load(h_in), load(q), load(gamma), load(p, half)
+            none = ir.Constant(ir.VectorType(_FLOAT, half), [0.0] * half)
+            gain = _shuffle(builder, gain, none, [i // 2 if i % 2 == 0 else half for i in range(WIDTH)])
+            real = _shuffle(builder, decay, decay, evens)
+            imaginary = builder.fmul(_shuffle(builder, decay, decay, [i + 1 for i in evens]), signs)
+            swapped = _shuffle(builder, h, h, [i ^ 1 for i in range(WIDTH)])
+            new = _multiply_add(builder, imaginary, swapped, builder.fmul(gain, x, flags=_CONTRACT))
+            new = _multiply_add(builder, real, h, new)
+            if count is None:
+                _store(builder, new, h_out, i)
+            else:
+                _store_some(builder, new, h_out, i, count)
+            found = builder.fmul(taps, builder.fmul(new, ir.Constant(vector, [1.0, -1.0] * half)))
+            builder.store(builder.fadd(builder.load(total), found, flags=_CONTRACT), total)
+
+        whole = builder.and_(numbers, integer(-WIDTH))
+        with cgutils.for_range_slice(builder, integer(0), whole, integer(WIDTH), integer) as (i, _):
+            advance(i, None)
+        rest = builder.sub(numbers, whole)
+        with builder.if_then(builder.icmp_signed(">", rest, integer(0))):
+            advance(whole, rest)
+        return builder.extract_element(_sums(builder, [builder.load(total)]), ir.Constant(_INT, 0))
+
+    return types.float32(types.float32, *[types.int64] * 6), generate
+
+
 def _make_pointer(element: Any, llvm_type: Any) -> Any:
+    """An intrinsic that makes a pointer of an address."""
+
     @intrinsic
     def pointer(typing: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

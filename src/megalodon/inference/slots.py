@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,9 +26,18 @@ from megalodon import ops
 from megalodon.models import MegalodonForCausalLM, MegalodonState
 from megalodon.models.layers.projection import Projection, can_pack
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.megalodon.fused_step import (
+    FusedProduct,
+    FusedStep,
+    can_fuse,
+    final_row,
+    memory_row,
+    sequence_row,
+)
 from megalodon.models.megalodon.token_step import BlockStep, NormStep, linear_layers
 from megalodon.models.state import Dimensions, LayerState, OpenChunk
 from megalodon.ops.backend import accumulator_dtype, matmul_dtype
+from megalodon.ops.compiled.tables import KINDS
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
 """Numbers of rows that a step may run on; fewer than 16 are padded."""
@@ -38,14 +48,19 @@ class SlotNorm:
 
     def __init__(self, norm: TimestepNorm, step: NormStep, slots: int) -> None:
         device = norm.weight.device
-        self.norm, self._step = norm, step
+        self.norm, self.norm_step = norm, step
         wide = accumulator_dtype(device)
         self.mean = torch.zeros(slots, norm.num_groups, dtype=wide, device=device)
         self.var = torch.ones(slots, norm.num_groups, dtype=wide, device=device)
 
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance [slots, G], as they lie in memory."""
+        return self.mean, self.var
+
     def step(self, x: Tensor, share: Tensor) -> Tensor:
         """x [M, D] and 1 / (tokens seen, this one included) [M, 1] -> the normalised x, in the dtype of x."""
-        return self._step(x, share, self.mean[: len(x)], self.var[: len(x)]).to(x.dtype)
+        return self.norm_step(x, share, self.mean[: len(x)], self.var[: len(x)]).to(x.dtype)
 
 
 class SlotLayer:
@@ -60,6 +75,11 @@ class SlotLayer:
         self.keys = torch.zeros(*heads, sizes.head_dim, dtype=dtype, device=device)
         self.values = torch.zeros(*heads, sizes.value_head_dim, dtype=dtype, device=device)
         self._keys_of, self._values_of = self.keys.transpose(-1, -2).unbind(), self.values.unbind()
+
+    def row(self) -> list[int]:
+        """How the fused step is told of this memory, which it changes in place."""
+        keys, values = (buffer.transpose(1, 2) for buffer in (self.keys, self.values))
+        return memory_row(*self.norm.moments) + sequence_row(self.h, self.h, keys, values)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, active: Active) -> Tensor:
         """Append k [M, H, d] and v [M, H, e] of the active rows, then attend with q [M, H, d] -> [M, H, e].
@@ -121,8 +141,9 @@ class SlotDecoder:
         self.positions = [0] * self.slots
         capacity = -(-self.sizes.chunk_size // 32) * 32  # keeps every row of the buffers on a 64-byte boundary
         with torch.inference_mode():
-            packed = _can_pack(model)
-            self.head = Projection(model.lm_head, packed=model.dtype if packed else None)
+            fused = _can_fuse(model)
+            packed = _can_pack(model) and not fused
+            self.head = FusedProduct(model.lm_head) if fused else Projection(model.lm_head, packed=model.dtype if packed else None)
             self.layers = [
                 SlotLayer(BlockStep(block, model.dtype, packed), self.slots, self.sizes, capacity, model.dtype)
                 for block in model.model.layers
@@ -131,6 +152,10 @@ class SlotDecoder:
             self.final = SlotNorm(final, NormStep(final), self.slots)
             chunk = torch.arange(self.sizes.chunk_size, device=model.device)
             self.turns = ops.rotations(chunk, self.sizes.head_dim, self.sizes.rope_base)
+            self._fused = None
+            if fused:
+                self._fused = FusedStep([layer.step for layer in self.layers], self.final.norm_step, self.sizes)
+                self._memory = np.array([*(layer.row() for layer in self.layers), final_row(*self.final.moments)])
 
     @property
     def nbytes(self) -> int:
@@ -155,6 +180,8 @@ class SlotDecoder:
         Returns:
             logits float32 [len(active), V]: what follows each token.
         """
+        if self._fused is not None:
+            return self._step_fused(self._fused, tokens, active)
         live, device = active[-1] + 1, self.model.device
         rows = self.bucket(live)  # matrix products run on all of them, the memory's own work only where it may count
         ids = torch.zeros(rows, dtype=torch.int64)
@@ -172,6 +199,19 @@ class SlotDecoder:
             self.positions[slot] += 1
         (logits,) = self.head(x)
         return logits[where.slots].float()
+
+    def _step_fused(self, fused: FusedStep, tokens: Sequence[int], active: Sequence[int]) -> Tensor:
+        """The same of just the active slots: no row's bits depend on how many there are."""
+        x = self.model.model.embed_tokens(torch.tensor(tokens)) * self.model.model.embedding_scale
+        slots = np.array(active)
+        positions = np.array([self.positions[slot] for slot in active])
+        share = 1 / (positions + (self.model.config.norm_prior_count + 1))
+        places = positions % self.sizes.chunk_size
+        kind = KINDS[self.layers[0].keys.dtype]
+        out = fused.run(x.to(torch.float32, copy=True), share, places, slots, self._memory, kind)
+        for slot in active:
+            self.positions[slot] += 1
+        return self.head(out)
 
     def _block(self, layer: SlotLayer, x: Tensor, share: Tensor, turns: Tensor, active: Active) -> Tensor:
         step = layer.step
@@ -239,6 +279,10 @@ def _can_pack(model: MegalodonForCausalLM) -> bool:
     return can_pack([*linear_layers(model.model), model.lm_head], model.dtype)
 
 
+def _can_fuse(model: MegalodonForCausalLM) -> bool:
+    return can_fuse([*linear_layers(model.model), model.lm_head], model.dtype)
+
+
 @torch.inference_mode()
 def choose_buckets(model: MegalodonForCausalLM, candidates: Sequence[int]) -> tuple[int, ...]:
     """The candidates whose matrix products give each row, wherever it stands, the same bits as the largest candidate.
@@ -250,6 +294,8 @@ def choose_buckets(model: MegalodonForCausalLM, candidates: Sequence[int]) -> tu
         RuntimeError: if they do: results on this machine would depend on who else is being served.
     """
     largest = max(candidates)
+    if _can_fuse(model):  # sums each row's terms in one order, whatever the number of rows
+        return tuple(sorted(candidates))
     packed = _can_pack(model)
     block = BlockStep(model.model.layers[0], model.dtype, packed)
     products = [Projection(model.lm_head, packed=model.dtype if packed else None), *block.products]

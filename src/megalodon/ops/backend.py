@@ -71,8 +71,9 @@ def without_kernels(device_type: str, index: int | None = None) -> str | None:
 def default_backend(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     """The form for a device and dtype unless one is named: plain PyTorch, which runs everywhere, or compiled loops on a
     CPU that has what they need."""
-    compiled_too = device.type == "cpu" and dtype in KERNEL_DTYPES and compiled.missing() is None
-    return "numba" if compiled_too else "blocked"
+    if device.type != "cpu" or dtype not in KERNEL_DTYPES or torch.compiler.is_compiling():
+        return "blocked"
+    return "numba" if compiled.missing() is None else "blocked"
 
 
 def backend_for(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

@@ -154,7 +154,7 @@ class FusedStep:
             layers.append(LayerState(Moments(mean, var), after, chunk))
             read.append((before, average))
         before, final = _plain(state.final), Moments(*moments[-2:])
-        table.append(memory_row(*before, final) + [0] * (len(Memory) - 4))
+        table.append(final_row(*before, final))
         seen = state.position.numpy() + (sizes.norm_prior_count + 1)
         places, slots = np.full(rows, offset), np.arange(rows)
         wide = x.to(torch.float32, copy=True).contiguous()
@@ -171,7 +171,7 @@ class FusedStep:
             share: float64 [M]; 1 / (tokens seen, this one and the prior's included).
             offsets: int64 [M]; tokens in each row's open chunk.
             slots: int64 [M]; where each row's memory is.
-            memory: int64 [layers + 1, len(Memory)]: `memory_row` and `sequence_row` of each block, `memory_row` of the
+            memory: int64 [layers + 1, len(Memory)]: `memory_row` and `sequence_row` of each block, `final_row` of the
                 final norm.
             kind: of keys and values.
 
@@ -229,6 +229,12 @@ def memory_row(mean: Tensor, var: Tensor, after: tuple[Tensor, Tensor] | None = 
     same)."""
     mean_out, var_out = after or (mean, var)
     return [mean.data_ptr(), var.data_ptr(), mean_out.data_ptr(), var_out.data_ptr()]
+
+
+def final_row(mean: Tensor, var: Tensor, after: tuple[Tensor, Tensor] | None = None) -> list[int]:
+    """The same of the final norm, as a whole row of the table."""
+    row = memory_row(mean, var, after)
+    return row + [0] * (len(Memory) - len(row))
 
 
 def sequence_row(h: Tensor, h_out: Tensor, keys: Tensor, values: Tensor) -> list[int]:

@@ -26,20 +26,22 @@ _FAILED: list[str] = []
 """Why kernels cannot be had after all, once compiling them was tried."""
 
 
-def missing() -> str | None:
-    """Why no kernel can run in this process; None where they can, as far as one knows before compiling one."""
-    return _FAILED[0] if _FAILED else _missing()
-
-
-@cache
 def _missing() -> str | None:
     if find_spec("numba") is None:
         return "Numba is not installed (pip install 'megalodon-lm[cpu]')"
     if platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_avx2_supported():
         return "this CPU has no AVX2"
     if threads.pool() is None:
-        return "PyTorch does not use GNU's OpenMP or one compatible with it here"
+        return "PyTorch does not use GNU's OpenMP here, nor one compatible with it"
     return None
+
+
+_MISSING = _missing()
+
+
+def missing() -> str | None:
+    """Why no kernel can run in this process; None where they can, as far as one knows before compiling one."""
+    return _FAILED[0] if _FAILED else _MISSING
 
 
 def address(name: str) -> int | None:

@@ -29,7 +29,7 @@ from megalodon.inference.request import (
 from megalodon.inference.snapshot_file import ModelIdentity
 from megalodon.inference.steps import PIECE, Steps
 from megalodon.inference.work import Work
-from megalodon.models import MegalodonForCausalLM
+from megalodon.models import CausalLM
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Engine(Steps):
 
     def __init__(
         self,
-        model: MegalodonForCausalLM,
+        model: CausalLM,
         tokenizer: Tokenizer,
         slots: int = 32,
         queue_length: int = 256,

@@ -19,7 +19,7 @@ from pathlib import Path
 from megalodon.files import remove_partial
 from megalodon.inference.snapshot import Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity, load_snapshot, save_snapshot
-from megalodon.models import MegalodonState
+from megalodon.models import State
 
 _log = logging.getLogger(__name__)
 SUFFIX = ".prefix.safetensors"
@@ -55,7 +55,7 @@ class PrefixStore:
         """
         self.counters = CacheCounters()
         self._identity, self._memory_bytes, self._folder, self._disk_bytes = identity, memory_bytes, folder, disk_bytes
-        self._memory: OrderedDict[str, MegalodonState] = OrderedDict()
+        self._memory: OrderedDict[str, State] = OrderedDict()
         self._disk: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
         self._writer = ThreadPoolExecutor(1, "prefix-cache") if folder is not None else None
@@ -66,7 +66,7 @@ class PrefixStore:
                 self._disk[path.name.removesuffix(SUFFIX)] = path.stat().st_size
             self._trim_disk()
 
-    def get(self, key: str) -> MegalodonState | None:
+    def get(self, key: str) -> State | None:
         """The state of this key, if there is one."""
         with self._lock:
             state = self._memory.get(key)
@@ -81,7 +81,7 @@ class PrefixStore:
             self.put(key, state)
         return state
 
-    def put(self, key: str, state: MegalodonState) -> None:
+    def put(self, key: str, state: State) -> None:
         """Keep a state. It must not be changed afterwards."""
         with self._lock:
             if key in self._memory:
@@ -89,7 +89,7 @@ class PrefixStore:
                 return
             self._memory[key] = state
             self.counters.memory_bytes += state.nbytes
-            leaving: list[tuple[str, MegalodonState]] = []
+            leaving: list[tuple[str, State]] = []
             while self._memory and self.counters.memory_bytes > self._memory_bytes:
                 old, gone = self._memory.popitem(last=False)
                 self.counters.memory_bytes -= gone.nbytes
@@ -109,7 +109,7 @@ class PrefixStore:
         assert self._folder is not None
         return self._folder / f"{key}{SUFFIX}"
 
-    def _load(self, key: str) -> MegalodonState | None:
+    def _load(self, key: str) -> State | None:
         path = self._path(key)
         try:
             state = load_snapshot(path, self._identity).state
@@ -122,7 +122,7 @@ class PrefixStore:
             self._disk.move_to_end(key)
         return state
 
-    def _save(self, key: str, state: MegalodonState) -> None:
+    def _save(self, key: str, state: State) -> None:
         snapshot = Snapshot(state, int(state.position[0]), bytes.fromhex(key), True, (), ())
         try:
             save_snapshot(self._path(key), snapshot, self._identity)
@@ -149,14 +149,14 @@ class PrefixCache:
     def __init__(self, store: PrefixStore, owner: str) -> None:
         self._store, self._owner = store, owner.encode()
 
-    def find(self, digests: Sequence[bytes]) -> tuple[int, MegalodonState | None]:
+    def find(self, digests: Sequence[bytes]) -> tuple[int, State | None]:
         """The longest of ever longer texts that is known: (how many digests up to its own, the state), or (0, None)."""
         for count in range(len(digests), 0, -1):
             if (state := self._store.get(self._key(digests[count - 1]))) is not None:
                 return count, state
         return 0, None
 
-    def put(self, digest: bytes, state: MegalodonState) -> None:
+    def put(self, digest: bytes, state: State) -> None:
         """Keep the state after the text with this digest."""
         self._store.put(self._key(digest), state)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megalodon.inference.feed import TokenFeed
 from megalodon.inference.prefix_cache import PrefixCache
 from megalodon.inference.snapshot import History, Kind, Snapshot, extend_digest
-from megalodon.models import MegalodonState
+from megalodon.models import State
 from megalodon.models.state import Dimensions
 
 KEPT_APART = 16
@@ -75,7 +75,7 @@ class Reader:
         self, start: Snapshot, feed: TokenFeed, block: int, piece: int, cache: PrefixCache | None, only: bool
     ) -> None:
         """`only`: nothing will be generated, so that tokens past the last block boundary need not be fed."""
-        self.state: MegalodonState | None = start.state
+        self.state: State | None = start.state
         self.position = start.position
         self.cached = 0
         self.arrived = start.tokens
@@ -151,7 +151,7 @@ class Reader:
             return Waiting()
         return Ready("read", int(self._buffer[0])) if len(self._buffer) else Finished()
 
-    def fed(self, tokens: np.ndarray, state: MegalodonState) -> None:
+    def fed(self, tokens: np.ndarray, state: State) -> None:
         """A piece has been run; `state` is what it left."""
         self.state = state
         self.position += len(tokens)
@@ -227,13 +227,13 @@ class Reader:
             self._cache.put(digest, self.state)
 
 
-def compact(state: MegalodonState) -> MegalodonState:
+def compact(state: State) -> State:
     """The same state in memory of its own, without room for keys and values to come."""
     tensors = {name: tensor.clone() for name, tensor in state.state_dict().items()}
-    return MegalodonState.from_state_dict(tensors, state.dimensions)
+    return type(state).from_state_dict(tensors, state.dimensions)
 
 
-def empty_snapshot(state: MegalodonState, digest: bytes) -> Snapshot:
+def empty_snapshot(state: State, digest: bytes) -> Snapshot:
     """The beginning of every text; `state` is one that has read nothing."""
     return Snapshot(state, 0, digest, True, (), ())
 
@@ -249,7 +249,7 @@ def block_and_piece(sizes: Dimensions, piece: int) -> tuple[int, int]:
     """
     if piece < 1:
         raise ValueError(f"piece is {piece}; it must be 1 or more")
-    chunk = sizes.chunk_size
+    chunk = sizes.alignment
     if piece >= chunk:
         return (piece // chunk * chunk,) * 2
     return chunk, max(size for size in range(1, piece + 1) if chunk % size == 0)

@@ -23,7 +23,7 @@ from megalodon.files import save_tensors, write_file
 from megalodon.inference.fingerprint import hash_tensor, model_fingerprint
 from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.snapshot import Segment, Snapshot
-from megalodon.models import MegalodonConfig, MegalodonForCausalLM, MegalodonState
+from megalodon.models import CausalLM, Config, State
 
 FORMAT = "megalodon-context-1"
 KINDS = ("read", "generated")
@@ -39,7 +39,7 @@ class ModelIdentity:
         tokenizer: its fingerprint; tokenizer_name: for people.
         block: tokens between two boundaries, and piece: tokens read at once; both shape the last bits. None for a
             `Session`, which takes up anybody's snapshots, and whose snapshots, with a tail of one token, anybody can.
-        config: the model's.
+        config: the model's; state_class: that of its states.
         device: where states are loaded to.
     """
 
@@ -49,13 +49,12 @@ class ModelIdentity:
     tokenizer_name: str
     block: int | None
     piece: int | None
-    config: MegalodonConfig
+    config: Config
+    state_class: type[State]
     device: torch.device
 
     @staticmethod
-    def of(
-        model: MegalodonForCausalLM, tokenizer: Tokenizer, block: int | None = None, piece: int | None = None
-    ) -> ModelIdentity:
+    def of(model: CausalLM, tokenizer: Tokenizer, block: int | None = None, piece: int | None = None) -> ModelIdentity:
         """That of a model and a tokenizer."""
         return ModelIdentity(
             model_fingerprint(model),
@@ -65,6 +64,7 @@ class ModelIdentity:
             block,
             piece,
             model.config,
+            model.model.state_class,
             model.device,
         )
 
@@ -181,7 +181,7 @@ def _check_identity(header: _Header, identity: ModelIdentity) -> None:
 
 def _snapshot(header: _Header, tensors: dict[str, Tensor], identity: ModelIdentity) -> Snapshot:
     parts = {name.removeprefix("state."): x for name, x in tensors.items() if name.startswith("state.")}
-    state = MegalodonState.from_state_dict(parts, identity.config)
+    state = identity.state_class.from_state_dict(parts, identity.config)
     _check_state(parts, header, identity)
     tokens, kinds = tensors["tail.tokens"].numpy(), tensors["tail.kinds"].numpy()
     _check_tail(tokens, kinds, header, identity.config.vocab_size)

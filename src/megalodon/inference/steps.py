@@ -30,12 +30,11 @@ from megalodon.inference.reading import (
 from megalodon.inference.request import Done, Ended, Failure, Progress, Usage
 from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.schedule import Schedule
-from megalodon.inference.slots import BUCKETS, SlotDecoder, choose_buckets
+from megalodon.inference.slots import BUCKETS, choose_buckets, slot_decoder
 from megalodon.inference.snapshot import START, Kind
 from megalodon.inference.snapshot_file import ModelIdentity
 from megalodon.inference.work import RefusedError, Work
-from megalodon.models import MegalodonForCausalLM
-from megalodon.ops import KeptTables
+from megalodon.models import CausalLM
 
 PIECE = 512
 """Tokens of a text read at once. More is a little quicker, and makes others wait longer for their next token."""
@@ -54,7 +53,7 @@ class Steps(Schedule):
 
     def __init__(
         self,
-        model: MegalodonForCausalLM,
+        model: CausalLM,
         tokenizer: Tokenizer,
         slots: int,
         piece: int,
@@ -65,11 +64,10 @@ class Steps(Schedule):
         self.model, self.tokenizer = model, tokenizer
         largest = [size for size in BUCKETS if size >= slots][:1] or [max(BUCKETS)]
         buckets = choose_buckets(model, [size for size in BUCKETS if size <= largest[0]])
-        self.decoder = SlotDecoder(model, slots, buckets)
+        self.decoder = slot_decoder(model, slots, buckets)
         if model.device.type == "cpu":  # where a short prompt takes a third of its time to make them anew
-            for layer in model.model.layers:
-                layer.cema.kept = layer.cema.kept or KeptTables()
-        block, piece = block_and_piece(self.decoder.sizes, piece)
+            model.keep_tables()
+        block, piece = block_and_piece(model.model.dimensions, piece)
         self.identity = ModelIdentity.of(model, tokenizer, block, piece)
         with torch.inference_mode():
             output = model.model(torch.zeros(1, 0, dtype=torch.int64, device=model.device), use_cache=True)

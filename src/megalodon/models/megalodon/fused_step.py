@@ -7,53 +7,38 @@ anybody writes into them. What is small and made from weights (CEMA's coefficien
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalodon import ops
+from megalodon.models.layers.few_rows import weight_kind
+from megalodon.models.layers.memory_block import LayerState
 from megalodon.models.layers.timestep_norm import Moments
-from megalodon.models.layers.watch import is_forwarded_as_written
-from megalodon.models.state import Dimensions, LayerState, MegalodonState
+from megalodon.models.megalodon.state import MegalodonDimensions, MegalodonState
 from megalodon.ops import compiled
-from megalodon.ops.backend import backend_for
 from megalodon.ops.compiled import tables, threads
-from megalodon.ops.compiled.tables import Call, Memory, Product, Weights
+from megalodon.ops.compiled.tables import Call, Memory, Weights
 
 if TYPE_CHECKING:
     from megalodon.models.megalodon.token_step import BlockStep, NormStep
 
 
-def weight_kind(layers: Iterable[nn.Module]) -> int | None:
-    """How kernels are told of these layers' weights; None where they cannot read them: all plain, in one dtype."""
-    dtypes = set()
-    for layer in layers:
-        if not isinstance(layer, nn.Linear) or not is_forwarded_as_written(layer, (nn.Linear,)):
-            return None
-        if layer.weight.device.type != "cpu" or not layer.weight.is_contiguous():
-            return None
-        dtypes.add(layer.weight.dtype)
-    return tables.KINDS.get(dtypes.pop()) if len(dtypes) == 1 else None
-
-
-def can_fuse(layers: Iterable[nn.Module], dtype: torch.dtype) -> bool:
-    """Whether models of `dtype` with these linear layers run through the kernels, in this process."""
-    if backend_for(torch.device("cpu"), dtype)[0] != "numba" or weight_kind(layers) is None:
-        return False
-    return compiled.address("step.blocks") is not None
+KERNEL = "step.blocks"
 
 
 class FusedStep:
     """A model's blocks and final norm for one token a row; its memory belongs to the caller."""
 
     @torch.no_grad()
-    def __init__(self, blocks: Sequence[BlockStep], final: NormStep, sizes: Dimensions) -> None:
+    def __init__(self, blocks: Sequence[BlockStep], final: NormStep, sizes: MegalodonDimensions) -> None:
         """Of what `can_fuse` has looked at."""
-        self.sizes, self._alive = sizes, []
-        first, address = blocks[0], compiled.address("step.blocks")
+        self.sizes = sizes
+        self._alive: list[Tensor] = []
+        first, address = blocks[0], compiled.address(KERNEL)
         assert address is not None
         self._kernel = address
         kind = weight_kind(layer for product in first.products for layer in product.layers)
@@ -204,7 +189,7 @@ _OF_RUN = [
     for name in (
         "barrier",
         "number",
-        "count",
+        "team",
         "rows",
         "capacity",
         "memory",
@@ -241,33 +226,3 @@ def sequence_row(h: Tensor, h_out: Tensor, keys: Tensor, values: Tensor) -> list
     """CEMA's h, complex64 [M, D, N] and contiguous, before and after a step; keys and values [M, places, H, ...]."""
     places = [keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3]]
     return [h.data_ptr(), h_out.data_ptr(), *places]
-
-
-class FusedProduct:
-    """`x @ layer.weight.T + layer.bias` of a few rows, the weights read where they lie."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        """Of what `can_fuse` has looked at."""
-        kind, address = weight_kind([layer]), compiled.address("step.matrix")
-        assert kind is not None and address is not None
-        self._kernel, self._width = address, len(layer.weight)
-        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach().float()
-        self._alive = (weight, bias)
-        self._table = np.zeros(len(Product), np.int64)
-        for name, value in (
-            ("weight", weight.data_ptr()),
-            ("kind", kind),
-            ("bias", 0 if bias is None else bias.data_ptr()),
-            ("inputs", weight.shape[1]),
-            ("width", self._width),
-        ):
-            self._table[getattr(Product, name)] = value
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[M, in] -> float32 [M, out]."""
-        x = x.float().contiguous()
-        out, table = x.new_empty(len(x), self._width), self._table.copy()
-        table[Product.x], table[Product.rows], table[Product.out] = x.data_ptr(), len(x), out.data_ptr()
-        _, table[Product.number], table[Product.count] = threads.functions()
-        threads.run(self._kernel, table.ctypes.data)
-        return out

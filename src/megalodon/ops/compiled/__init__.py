@@ -10,11 +10,10 @@ import hashlib
 import logging
 import os
 import platform
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -45,7 +44,7 @@ def missing() -> str | None:
 
 
 def address(name: str) -> int | None:
-    """Where the kernel of this name, `module.function`, lies in memory; None, after one warning, if it cannot be had."""
+    """Where the kernel of this name, `module.function`, lies; None, after one warning, if it cannot be had."""
     if missing() is not None:
         return None
     try:
@@ -62,12 +61,14 @@ def _address(name: str) -> int:
     from importlib import import_module
 
     import numba
-    from numba.core import config, types
+    from numba.core import config as numba_config
+    from numba.core import types
 
+    config: Any = numba_config
     folder = cache_folder(numba.__version__)
     _check_writable(folder)
     module, function = name.split(".")
-    kernel: Callable[..., Any] = getattr(import_module(f"megalodon.ops.compiled.{module}"), function)
+    kernel: Any = getattr(import_module(f"megalodon.ops.compiled.{module}"), function)
     before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
     try:
         compiled = numba.cfunc(
@@ -76,7 +77,7 @@ def _address(name: str) -> int:
     finally:
         config.CACHE_DIR = before
     _KEPT.append(compiled)
-    return int(compiled.address)
+    return cast(int, compiled.address)
 
 
 _KEPT: list[Any] = []

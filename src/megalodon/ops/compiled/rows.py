@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from megalodon.ops.compiled.tables import BFLOAT16, FLOAT32, INT8
@@ -22,12 +21,17 @@ from megalodon.ops.compiled.vectors import (
     exp,
     f32,
     f64,
+    float32,
     float_of,
+    int32,
+    int64,
     loops,
     make_dots,
     make_weighted_sum,
     silu,
     u16,
+    uint16,
+    uint32,
 )
 
 COLUMNS = 4
@@ -134,7 +138,7 @@ def running_norm(
     f64(var_out)[group] = var
     factor = 1.0 / np.sqrt(var + eps)
     for i in range(size):
-        y[i] = np.float32((u[i] - new) * factor) * weight[i] + b[i]
+        y[i] = float32((u[i] - new) * factor) * weight[i] + b[i]
 
 
 @loops
@@ -156,10 +160,10 @@ def moving_average(
 def rms_norm(x: Any, D: Any, scale: Any, eps: Any, out: Any) -> Any:
     """x [D] over its root mean square, times scale [D] unless that is the address 0."""
     u, y = f32(x), f32(out)
-    total = numba.float32(0)
+    total = float32(0)
     for i in range(D):
         total += u[i] * u[i]
-    factor = numba.float32(1) / np.sqrt(total / numba.float32(D) + numba.float32(eps))
+    factor = float32(1) / np.sqrt(total / float32(D) + float32(eps))
     if scale != 0:
         weight = f32(scale)
         for i in range(D):
@@ -173,14 +177,14 @@ def rms_norm(x: Any, D: Any, scale: Any, eps: Any, out: Any) -> Any:
 def layer_norm(x: Any, D: Any, scale: Any, bias: Any, eps: Any, out: Any) -> Any:
     """Layer norm of x [D]; scale and bias [D] or the address 0."""
     u, y = f32(x), f32(out)
-    mean = numba.float32(0)
+    mean = float32(0)
     for i in range(D):
         mean += u[i]
-    mean /= numba.float32(D)
-    total = numba.float32(0)
+    mean /= float32(D)
+    total = float32(0)
     for i in range(D):
         total += (u[i] - mean) * (u[i] - mean)
-    factor = numba.float32(1) / np.sqrt(total / numba.float32(D) + numba.float32(eps))
+    factor = float32(1) / np.sqrt(total / float32(D) + float32(eps))
     if scale != 0:
         weight = f32(scale)
         for i in range(D):
@@ -200,10 +204,10 @@ def stored(value: Any, address: Any, index: Any, kind: Any) -> Any:
     if kind == FLOAT32:
         f32(address)[index] = value
     elif value != value:
-        u16(address)[index] = numba.uint16(0x7FC0)
+        u16(address)[index] = uint16(0x7FC0)
     else:
-        bits = numba.int64(numba.uint32(bits_of(value)))
-        u16(address)[index] = numba.uint16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+        bits = int64(uint32(bits_of(value)))
+        u16(address)[index] = uint16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
 
 
 @loops
@@ -215,10 +219,10 @@ def query_and_key(
     scale and bias [2, ...] hold those of queries, and `apart` elements on those of keys; turns complex [d / 2].
     """
     u, s, b, t, out = f32(z), f32(scale), f32(bias), f32(turns), f32(q)
-    total = numba.float32(0)
+    total = float32(0)
     for i in range(d):
         total += u[i] * u[i]
-    factor = numba.float32(1) / np.sqrt(total / numba.float32(d) + numba.float32(eps))
+    factor = float32(1) / np.sqrt(total / float32(d) + float32(eps))
     for i in range(0, d, 2):
         even, odd = u[i] * factor * s[i] + b[i], u[i + 1] * factor * s[i + 1] + b[i + 1]
         out[i], out[i + 1] = even * t[i] - odd * t[i + 1], even * t[i + 1] + odd * t[i]
@@ -261,11 +265,11 @@ def softmax(x: Any, length: Any) -> Any:
     most = u[0]
     for i in range(length):
         most = max(most, u[i])
-    total = numba.float32(0)
+    total = float32(0)
     for i in range(length):
         u[i] = exp(u[i] - most)
         total += u[i]
-    factor = numba.float32(1) / total
+    factor = float32(1) / total
     for i in range(length):
         u[i] = u[i] * factor
 
@@ -297,12 +301,12 @@ def weighted_values(
         j += 8 * WIDTH if wide else WIDTH
     w, o = f32(weights), f32(out)
     while j < last:
-        total = numba.float32(0)
+        total = float32(0)
         for i in range(length):
             if kind == FLOAT32:
                 value = f32(values)[i * step + j]
             else:
-                value = float_of(numba.int32(numba.int64(u16(values)[i * step + j]) << 16))
+                value = float_of(int32(int64(u16(values)[i * step + j]) << 16))
             total += w[i] * value
         o[j] = total
         j += 1

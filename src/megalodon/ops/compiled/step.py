@@ -21,8 +21,8 @@ from megalodon.ops.compiled.rows import (
     share_of,
     softmax,
     stored,
-    whose,
     weighted_values,
+    whose,
 )
 from megalodon.ops.compiled.tables import FLOAT32, Call, Memory, Product, Weights
 from megalodon.ops.compiled.vectors import WIDTH, call, f32, f64, i64, loops, silu
@@ -221,7 +221,7 @@ def _block(a: Any, w: Any, s: Any, thread: Any, threads: Any) -> Any:
 @loops
 def blocks(a: Any) -> Any:
     """All blocks, on every thread of the pool: `a` int64, laid out as `Call`."""
-    thread, threads = whose(a[Call.number], a[Call.count])
+    thread, threads = whose(a[Call.number], a[Call.team])
     for layer in range(a[Call.layers] + 1):
         w = i64(a[Call.weights] + 8 * layer * len(Weights))
         s = i64(a[Call.memory] + 8 * layer * len(Memory))
@@ -236,7 +236,7 @@ def blocks(a: Any) -> Any:
 @loops
 def matrix(a: Any) -> Any:
     """One product, on every thread of the pool: `a` int64, laid out as `Product`."""
-    thread, threads = whose(a[Product.number], a[Product.count])
+    thread, threads = whose(a[Product.number], a[Product.team])
     first, last = share_of(a[Product.width], thread, threads, COLUMNS)
     product(
         a[Product.x], a[Product.rows], a[Product.inputs], a[Product.weight], a[Product.kind], a[Product.scale],

@@ -21,7 +21,7 @@ class _Call(NamedTuple):
 
     barrier: int  # functions of the pool, see `Pool`; 0 where one thread does all
     number: int
-    count: int
+    team: int
     rows: int  # M
     layers: int
     model_dim: int
@@ -47,7 +47,10 @@ class _Call(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """Of one block, and in a last row of the final norm; 0 where there is none. Products: address of weights, of the scales of int8, of the bias."""
+    """Of one block, and in a last row of the final norm; 0 where there is none.
+
+    Products: weights, the scales of int8, the bias.
+    """
 
     v: int
     v_scale: int
@@ -123,7 +126,7 @@ class _Product(NamedTuple):
     """A product of a few rows with a matrix: `out = x @ w.T`."""
 
     number: int
-    count: int
+    team: int
     x: int  # [M, K]
     rows: int
     inputs: int

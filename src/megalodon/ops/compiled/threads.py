@@ -7,9 +7,10 @@ threads as PyTorch uses (`torch.set_num_threads`), and wait for one another at i
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,13 +22,13 @@ class Pool(NamedTuple):
 
     Attributes:
         parallel: `GOMP_parallel(function, data, threads, flags)`.
-        barrier, number, count: addresses of functions without arguments, to be called in a parallel region.
+        barrier, number, team: addresses of functions without arguments, to be called in a parallel region.
     """
 
-    parallel: ctypes._CFuncPtr
+    parallel: Callable[..., Any]
     barrier: int
     number: int
-    count: int
+    team: int
 
 
 @cache
@@ -54,7 +55,7 @@ def pool() -> Pool | None:
 
 
 def functions() -> tuple[int, int, int]:
-    """The pool's `barrier`, `number` and `count` for a kernel that `run` is about to call; 0 where it runs alone."""
+    """The pool's `barrier`, `number` and `team` for a kernel that `run` is about to call; 0 where it runs alone."""
     found = pool()
     return (0, 0, 0) if found is None or torch.get_num_threads() == 1 else found[1:]
 

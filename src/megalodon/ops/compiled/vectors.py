@@ -15,10 +15,18 @@ from typing import Any
 import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from megalodon.ops.compiled.tables import BFLOAT16, FLOAT32, INT8
+
+# Numba types these for its own inside alone.
+intrinsic: Any = extending.intrinsic
+float32: Any = numba.float32
+int32: Any = numba.int32
+int64: Any = numba.int64
+uint16: Any = numba.uint16
+uint32: Any = numba.uint32
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _STORED = {FLOAT32: _FLOAT, BFLOAT16: ir.IntType(16), INT8: ir.IntType(8)}
@@ -319,22 +327,22 @@ exact = numba.njit(fastmath={"contract"}, error_model="numpy", boundscheck=False
 @exact
 def exp(x: Any) -> Any:
     """e**x of a float32, to 2 units in the last place; inputs are held in -87.3 to 88."""
-    x = min(max(x, numba.float32(-87.3)), numba.float32(88.0))
-    shifted = x * numba.float32(1.44269504) + numba.float32(12582912.0)  # adding 1.5 * 2**23 rounds to a whole number
-    n = shifted - numba.float32(12582912.0)
-    r = x - n * numba.float32(0.693359375)
-    r = r + n * numba.float32(2.12194440e-4)
-    y = numba.float32(1.9875691500e-4)
-    y = y * r + numba.float32(1.3981999507e-3)
-    y = y * r + numba.float32(8.3334519073e-3)
-    y = y * r + numba.float32(4.1665795894e-2)
-    y = y * r + numba.float32(1.6666665459e-1)
-    y = y * r + numba.float32(5.0000001201e-1)
-    y = y * r * r + r + numba.float32(1.0)
-    return y * float_of(numba.int32((bits_of(shifted) + 127) << 23))
+    x = min(max(x, float32(-87.3)), float32(88.0))
+    shifted = x * float32(1.44269504) + float32(12582912.0)  # adding 1.5 * 2**23 rounds to a whole number
+    n = shifted - float32(12582912.0)
+    r = x - n * float32(0.693359375)
+    r = r + n * float32(2.12194440e-4)
+    y = float32(1.9875691500e-4)
+    y = y * r + float32(1.3981999507e-3)
+    y = y * r + float32(8.3334519073e-3)
+    y = y * r + float32(4.1665795894e-2)
+    y = y * r + float32(1.6666665459e-1)
+    y = y * r + float32(5.0000001201e-1)
+    y = y * r * r + r + float32(1.0)
+    return y * float_of(int32((bits_of(shifted) + 127) << 23))
 
 
 @exact
 def silu(x: Any) -> Any:
     """x * sigmoid(x) of a float32."""
-    return x / (numba.float32(1.0) + exp(-x))
+    return x / (float32(1.0) + exp(-x))

@@ -23,6 +23,8 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "attamba": {"chunk": 5, "leading": 3, "state_size": 4},
     "base_conv": {},
     "h3": {"state_size": 8, "head_dim": 2},
+    "hax": {"state_size": 4, "keys": 8, "bits": 2},
+    "hip": {"mask_size": 6, "query_block": 4, "key_block": 2, "window": 5, "sinks": 3},
     "hyena": {"max_length": 4096, "filter_width": 16},
     "mamba": {"state_size": 4},
     "mamba2": {"state_size": 8, "head_dim": 16, "groups": 2},

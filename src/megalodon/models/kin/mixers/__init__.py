@@ -14,6 +14,8 @@ MIXERS: dict[str, str] = {
     "attamba": "attamba.Attamba",
     "base_conv": "base_conv.BaseConv",
     "h3": "h3.H3",
+    "hax": "hax.Hax",
+    "hip": "hip.Hip",
     "hydra": "hydra.Hydra",
     "hyena": "hyena.Hyena",
     "mamba": "mamba.Mamba",

@@ -223,7 +223,7 @@ def test_window_attention_equals_definition(length: int, window: int, longest: i
         ({"window": Window(3, 1.0)}, "needs normalise=True"),
         ({"feature_map": "tailor"}, "feature_map='tailor'"),
         ({"backend": "cuda"}, "backend='cuda'"),
-        ({"initial_state": LinearState(torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3))}, "initial_state has weights"),
+        ({"initial_state": LinearState(torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3))}, "initial_state.weights"),
     ],
 )
 def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from megalodon.convert.checkpoint import read_checkpoint, write_checkpoint
 from megalodon.convert.mixers import mixer_from_reference
+from megalodon.convert.peers import kin_from_transformers, kin_to_transformers
 from megalodon.convert.pretrained import read_pretrained, write_pretrained
 from megalodon.convert.reference import (
     config_from_reference,
@@ -13,6 +14,8 @@ from megalodon.convert.reference import (
 __all__ = [
     "config_from_reference",
     "config_to_reference",
+    "kin_from_transformers",
+    "kin_to_transformers",
     "mixer_from_reference",
     "read_checkpoint",
     "read_pretrained",

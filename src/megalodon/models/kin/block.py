@@ -42,10 +42,12 @@ class KinBlock(GradientCheckpointingLayer):
         self.feed_forward = SwiGLU(config.model_dim, hidden) if hidden else None
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, memory: Memory | None, layout: Layout) -> tuple[Tensor, Memory | None]:
-        """x [B, L, D] and this layer's memory of what came before -> (out [B, L, D], the memory after it)."""
+    def forward(
+        self, x: Tensor, memory: Memory | None, layout: Layout, use_cache: bool
+    ) -> tuple[Tensor, Memory | None]:
+        """x [B, L, D] and this layer's memory of what came before -> (out [B, L, D], the memory after it or None)."""
         y, memory = self.mixer(x if self.mixer_norm is None else self.mixer_norm(x), memory, layout)
         x = x + F.dropout(y, self.dropout, self.training)
         if self.feed_forward is not None and self.feed_forward_norm is not None:
             x = x + F.dropout(self.feed_forward(self.feed_forward_norm(x)), self.dropout, self.training)
-        return x, memory
+        return x, memory if use_cache else None

@@ -97,7 +97,7 @@ def linear_attention(
     Args:
         q: [B, L, H, d]; k: [B, L, G, d]; v: [B, L, G, e]. Query head h uses head h // (H / G).
         feature_map: of the last dimension of q and k: a name of `FEATURE_MAPS`, a function, or one each for q and k.
-            None: q and k are the features.
+            None: q and k are the features. The map of k may turn its G heads into H, one for each query head.
         log_decay: at most 0. [G]: constant; [B, L, G]: one number a token; [B, L, G, f]: one a feature. None: no decay.
         beta: [B, L, G]; the delta rule's strength of writing. Not with a normaliser or a window.
         normalise: divide by the sum of weights, `eps` added. Features should be positive.
@@ -133,6 +133,8 @@ def linear_attention(
         if window.shared:
             keys, values = (delayed(x, window.kept, window.size, layout) for x in joined)
     phi_q, phi_k = map_q(q.to(wide)), map_k(keys.to(wide))
+    if phi_k.shape[2] != values.shape[2]:  # a map of its own for each query head
+        values = values.repeat_interleave(phi_k.shape[2] // values.shape[2], 2)
     if window is not None and window.shared:
         phi_k = phi_k * _has_left(window.size, layout, phi_k)
     if log_decay is not None:
@@ -178,7 +180,8 @@ def _wide(x: Tensor | None, dtype) -> Tensor | None:
 
 def _has_left(window: int, layout: Layout, like: Tensor) -> Tensor:
     """1 where some token of the document has left the window, else 0: [1 or B, L, 1, 1]."""
-    places = layout.token_positions.view(-1, layout.length)
+    places = layout.token_positions
+    places = places if places.ndim == 2 else places[None]
     return (places >= window).to(like.dtype)[..., None, None]
 
 

@@ -71,7 +71,7 @@ def linear_attention(
         state = q.new_zeros(len(q), *k.shape[2:], v.shape[3])
         if start is not None:
             state = start[0] if start[1] is None else torch.cat([start[0], start[1][..., None]], dim=-1)
-        outs = []
+        outs = [v.new_zeros(len(q), 0, q.shape[2], v.shape[3])] if q.shape[1] == 0 else []
         for first in range(0, q.shape[1], SPAN):
             here = slice(first, first + SPAN)
             decay = log_decay[:, here] if log_decay is not None and log_decay.ndim > 1 else log_decay

@@ -60,7 +60,8 @@ def _arranged(
     lag = torch.arange(size, device=q.device)[:, None] + before - torch.arange(size + before, device=q.device)
     seen = (lag >= 0) & (lag <= before)
     if not (layout.plain and (layout.batch == 0 or int(layout.positions.min()) >= before)):
-        places = layout.token_positions.view(-1, length)  # [1 or B, L]
+        places = layout.token_positions  # [L] or [B, L]
+        places = places if places.ndim == 2 else places[None]
         places = F.pad(places, (0, unused), value=before).view(-1, count, size, 1)
         seen = seen & (lag <= places)
         if len(seen) != batch:

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import MixerParameters, Reference
 from megalodon.models.kin.mixers.keys_and_values import KeysAndValues, attend
+from megalodon.models.kin.mixers.projected import Projected
 from megalodon.ops.layout import Layout
 
 
-class Attention(Mixer):
+class Attention(Projected):
     """`out = Wo softmax(rope(Wq x) rope(Wk x)^T / sqrt(d)) Wv x`."""
 
     kind = "growing"
@@ -28,22 +28,13 @@ class Attention(Mixer):
         out_bias: bool = False
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
-        super().__init__(config, layer_index, parameters)
-        dim, self.head_dim, self.rope_base = config.model_dim, config.head_size, config.rope_base
-        self.num_heads, self.num_groups = config.num_heads, config.key_value_heads
-        self.q_proj = nn.Linear(dim, self.num_heads * self.head_dim, bias=parameters.bias)
-        self.k_proj = nn.Linear(dim, self.num_groups * self.head_dim, bias=parameters.bias)
-        self.v_proj = nn.Linear(dim, self.num_groups * self.head_dim, bias=parameters.bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, dim, bias=parameters.out_bias)
+        super().__init__(config, layer_index, parameters, parameters.bias, parameters.out_bias)
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeysAndValues:
         return KeysAndValues.empty(batch, self.num_groups, self.head_dim, self.head_dim, device, dtype)
 
     def forward(self, x: Tensor, memory: KeysAndValues | None, layout: Layout) -> tuple[Tensor, KeysAndValues]:
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if self.rope_base is not None:
-            turns = ops.rotations_of(layout, self.head_dim, self.rope_base)
-            q, k = ops.rotate_halves(q, turns), ops.rotate_halves(k, turns)
         memory = self.empty(len(x), x.device, k.dtype) if memory is None else memory
         out, memory = attend(q / math.sqrt(self.head_dim), k, v, memory, layout)
         return self.o_proj(out.flatten(-2)), memory

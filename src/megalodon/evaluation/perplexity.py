@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from megalodon.data import Document, Tokenizer, check_vocabulary
 from megalodon.evaluation.scores import Positions, Score
 from megalodon.inference.generation import default_piece_length
-from megalodon.models import MegalodonForCausalLM, MegalodonState
+from megalodon.models import CausalLM, State
 
 LOGITS_AT_ONCE = 1 << 23
 TEXT_AT_ONCE = 1 << 16
@@ -35,7 +35,7 @@ class Progress:
 
 
 def evaluate_perplexity(
-    model: MegalodonForCausalLM,
+    model: CausalLM,
     tokenizer: Tokenizer,
     documents: Iterable[Document],
     piece_length: int | None = None,
@@ -60,7 +60,7 @@ def evaluate_perplexity(
         ValueError: if the tokenizer has more ids than the model, no document has two tokens, or a loss is not finite.
     """
     check_vocabulary(tokenizer, model.config.vocab_size)
-    piece_length = default_piece_length(model.config.chunk_size) if piece_length is None else piece_length
+    piece_length = default_piece_length(model.model.dimensions.alignment) if piece_length is None else piece_length
     for name, value in (("piece_length", piece_length), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
@@ -88,7 +88,7 @@ def evaluate_perplexity(
 
 
 def document_losses(
-    model: MegalodonForCausalLM,
+    model: CausalLM,
     tokenizer: Tokenizer,
     document: Document,
     piece_length: int,
@@ -99,7 +99,7 @@ def document_losses(
     Yields:
         (position of the first token predicted, losses in nats float64 [n], bytes of those tokens int64 [n] or None).
     """
-    state: MegalodonState | None = None
+    state: State | None = None
     position = 0
     for ids in overlapping_pieces(document_ids(tokenizer, document, max_tokens), piece_length):
         losses, state = _piece_losses(model, ids, state)
@@ -142,9 +142,7 @@ def overlapping_pieces(arrays: Iterable[np.ndarray], length: int) -> Iterator[np
 
 
 @torch.inference_mode()
-def _piece_losses(
-    model: MegalodonForCausalLM, ids: np.ndarray, state: MegalodonState | None
-) -> tuple[np.ndarray, MegalodonState]:
+def _piece_losses(model: CausalLM, ids: np.ndarray, state: State | None) -> tuple[np.ndarray, State]:
     """Loss of each of ids[1:], nats, float64 [n]; and the state after ids[:-1]. Logits exist for a few rows at once."""
     tokens = torch.from_numpy(ids).to(model.device)
     output = model.model(tokens[None, :-1], past_key_values=state, use_cache=True)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from megalodon.data import Tokenizer, check_vocabulary, load_tokenizer
-from megalodon.models import MegalodonForCausalLM
+from megalodon.models import CausalLM, architecture, load_config
 
 
 class DtypeName(StrEnum):
@@ -82,9 +82,7 @@ def model_folder(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder} holds no config.json: it is not a model folder")
 
 
-def load_model(
-    folder: Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> MegalodonForCausalLM:
+def load_model(folder: Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> CausalLM:
     """A model in evaluation mode.
 
     Args:
@@ -100,7 +98,8 @@ def load_model(
     where = choose_device(device) if device is None or isinstance(device, str) else device
     with quiet_transformers():
         try:
-            loaded: Any = MegalodonForCausalLM.from_pretrained(
+            model_class = architecture(load_config(folder).model_type).causal_lm
+            loaded: Any = model_class.from_pretrained(
                 folder,
                 dtype=dtype or "auto",
                 output_loading_info=True,
@@ -111,7 +110,7 @@ def load_model(
             raise ValueError(f"the weights in {folder} are damaged: {error}") from None
         except StrictDataclassError as error:  # Transformers' wrapping of what is wrong
             raise ValueError(f"{folder / 'config.json'} is not possible: {error.__cause__ or error}") from None
-    model: MegalodonForCausalLM
+    model: CausalLM
     model, report = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report[kind]:
@@ -124,7 +123,7 @@ def load_model(
     return model.eval().to(where)
 
 
-def load_tokenizer_for(model: MegalodonForCausalLM, folder: Path, name: str | None = None) -> Tokenizer:
+def load_tokenizer_for(model: CausalLM, folder: Path, name: str | None = None) -> Tokenizer:
     """The tokenizer of this name, or the one in the model's folder.
 
     Raises:

@@ -23,7 +23,7 @@ from megalodon.files import save_tensors, write_file
 from megalodon.inference.fingerprint import hash_tensor, model_fingerprint
 from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.snapshot import Segment, Snapshot
-from megalodon.models import MegalodonConfig, MegalodonForCausalLM, MegalodonState
+from megalodon.models import CausalLM, Config, State
 
 FORMAT = "megalodon-context-1"
 KINDS = ("read", "generated")
@@ -39,7 +39,7 @@ class ModelIdentity:
         tokenizer: its fingerprint; tokenizer_name: for people.
         block: tokens between two boundaries, and piece: tokens read at once; both shape the last bits. None for a
             `Session`, which takes up anybody's snapshots, and whose snapshots, with a tail of one token, anybody can.
-        config: the model's.
+        config: the model's; state_class: that of its states.
         device: where states are loaded to.
     """
 
@@ -49,13 +49,12 @@ class ModelIdentity:
     tokenizer_name: str
     block: int | None
     piece: int | None
-    config: MegalodonConfig
+    config: Config
+    state_class: type[State]
     device: torch.device
 
     @staticmethod
-    def of(
-        model: MegalodonForCausalLM, tokenizer: Tokenizer, block: int | None = None, piece: int | None = None
-    ) -> ModelIdentity:
+    def of(model: CausalLM, tokenizer: Tokenizer, block: int | None = None, piece: int | None = None) -> ModelIdentity:
         """That of a model and a tokenizer."""
         return ModelIdentity(
             model_fingerprint(model),
@@ -65,6 +64,7 @@ class ModelIdentity:
             block,
             piece,
             model.config,
+            model.model.state_class,
             model.device,
         )
 
@@ -181,7 +181,7 @@ def _check_identity(header: _Header, identity: ModelIdentity) -> None:
 
 def _snapshot(header: _Header, tensors: dict[str, Tensor], identity: ModelIdentity) -> Snapshot:
     parts = {name.removeprefix("state."): x for name, x in tensors.items() if name.startswith("state.")}
-    state = MegalodonState.from_state_dict(parts, identity.config)
+    state = identity.state_class.from_state_dict(parts, identity.config)
     _check_state(parts, header, identity)
     tokens, kinds = tensors["tail.tokens"].numpy(), tensors["tail.kinds"].numpy()
     _check_tail(tokens, kinds, header, identity.config.vocab_size)
@@ -207,16 +207,21 @@ def _check_state(parts: dict[str, Tensor], header: _Header, identity: ModelIdent
         raise ValueError("the context file is damaged: its position is not that of its state")
     if header.read_only and (header.digest is None or header.block is None or header.position % header.block):
         raise ValueError("the context file is damaged: its state is not one that reading a known text leaves")
-    filled = header.position % identity.config.chunk_size
+    kind = identity.state_class
+    sizes = kind.dimensions_class.of(identity.config)
+    shapes = kind.shapes(sizes)
     for name, tensor in parts.items():
-        kind = name.rsplit(".", 1)[-1]
         own = getattr(torch, identity.dtype)
-        floating = {"keys": (own,), "values": (own,), "cema": (torch.float32,), "position": (torch.int64,)}
-        if tensor.dtype not in floating.get(kind, (torch.float64, torch.float32)):
+        right = {kind.tensor_dtype(name, own, wide) for wide in (torch.float32, torch.float64)}
+        if tensor.dtype not in right:
             raise ValueError(f"the context file is damaged: its {name} is {tensor.dtype}")
-        if kind in ("keys", "values") and tensor.shape[1] != filled:
-            raise ValueError(f"the context file is damaged: its {name} is not that of {filled} tokens")
-        if not tensor.isfinite().all() or (kind == "var" and (tensor < 0).any()):
+        if name not in shapes:
+            raise ValueError(f"the context file is damaged: no state of this model has a {name}")
+        if -1 in shapes[name]:
+            filled = kind.places(sizes, name, header.position)
+            if tensor.ndim != len(shapes[name]) or tensor.shape[shapes[name].index(-1)] != filled:
+                raise ValueError(f"the context file is damaged: its {name} is not that of {filled} tokens")
+        if not kind.is_possible(name, tensor):
             raise ValueError(f"the context file is damaged: its {name} has values that no state has")
 
 

@@ -1,4 +1,4 @@
-"""The model: embeddings, blocks, final norm and head, as Transformers classes.
+"""The shell that all architectures share: embeddings, blocks, final norm and head, as Transformers classes.
 
 Padding is taken out before the first block and put back after the last: inside, every row begins with its first real
 token, which is where its chunks are counted from.
@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from megalodon import ops
-from megalodon.models.generation import MegalodonGenerationMixin
-from megalodon.models.layers.cema import CEMA, initial_theta
-from megalodon.models.layers.chunk_attention import GatedChunkAttention
-from megalodon.models.layers.feed_forward import FeedForward
-from megalodon.models.layers.norms import LayerNorm, RMSNorm
-from megalodon.models.layers.timestep_norm import TimestepNorm
+from megalodon.models import documents
+from megalodon.models.config import Config
+from megalodon.models.generation import StateGenerationMixin
+from megalodon.models.keywords import refuse_unknown
+from megalodon.models.layers.head import apply_head
 from megalodon.models.loss import summed_loss
-from megalodon.models.megalodon.block import MegalodonBlock
-from megalodon.models.megalodon.config import MegalodonConfig
-from megalodon.models.megalodon.token_step import TokenStep, apply_head
-from megalodon.models.output import MegalodonModelOutput, MegalodonOutput, the_state
+from megalodon.models.output import LanguageModelOutput, ModelOutput, the_state
 from megalodon.models.padding import RealTokens
-from megalodon.models.state import Dimensions, MegalodonState
+from megalodon.models.state import Dimensions, State
 from megalodon.ops.layout import Layout, layout_of
 
 READ_AT_ONCE = 4096
@@ -38,18 +33,26 @@ READ_AT_ONCE = 4096
 32 MiB are taken from the system anew each time, page by page; a token of a long text would cost 1.4 times as much."""
 
 
-class MegalodonPreTrainedModel(PreTrainedModel):
-    """What all Megalodon models share: initialisation, loading and saving."""
+class SingleToken(Protocol):
+    """How an architecture moves one token a row on, in as few operations as it needs."""
 
-    config_class = MegalodonConfig
-    config: MegalodonConfig
+    def advance(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Embeddings x [B, D] and the state before them -> (the final hidden states [B, D], the state after them)."""
+        ...
+
+
+class StatefulPreTrainedModel(PreTrainedModel):
+    """What all models share: initialisation, loading and saving.
+
+    A module that is neither a linear layer nor an embedding says itself how it begins, in `initialize`.
+    """
+
+    config: Any
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MegalodonBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["cema"]  # noqa: RUF012
     _is_stateful = True
 
-    def __init__(self, config: MegalodonConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
         _refuse_float16(config.dtype, torch.get_default_dtype())
         super().__init__(config, *args, **kwargs)
 
@@ -62,21 +65,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             self._init_table(module.weight)
-        elif isinstance(module, TimestepNorm | RMSNorm | LayerNorm):
-            for parameter in module.parameters(recurse=False):
-                init.zeros_(parameter)
-        elif isinstance(module, CEMA):
-            init.normal_(module.alpha, 0.0, 0.2)
-            init.normal_(module.delta, 0.0, 0.2)
-            init.copy_(module.theta, initial_theta(module.theta.shape[0]))
-            real = torch.randn(module.gamma.shape[:2])
-            init.copy_(module.gamma, torch.stack([real, torch.zeros_like(real)], dim=-1))
-            init.trunc_normal_(module.omega, 0.0, 0.25, -1.0, 1.0)
-        elif isinstance(module, GatedChunkAttention):
-            init.zeros_(module.qk_weight)
-            init.zeros_(module.qk_bias)
-        elif isinstance(module, FeedForward) and module.alpha is not None:
-            init.constant_(module.alpha, module.initial_alpha)
+        elif callable(initialize := getattr(module, "initialize", None)):
+            initialize()
 
     def _init_linear(self, module: nn.Linear) -> None:
         if module is self.get_output_embeddings():
@@ -104,19 +94,49 @@ def _refuse_float16(*dtypes: torch.dtype | str | None) -> None:
         raise ValueError("float16 has too little range for Megalodon's memory: use bfloat16 or float32")
 
 
-class MegalodonModel(MegalodonPreTrainedModel):
-    """Token ids -> normalised hidden states, and the state of the sequences."""
+class StatefulModel(StatefulPreTrainedModel):
+    """Token ids -> normalised hidden states, and the state of the sequences.
 
-    def __init__(self, config: MegalodonConfig) -> None:
+    An architecture says what its state, its blocks and its final norm are, and what of a layout each block is given.
+    """
+
+    state_class: ClassVar[type[State]]
+
+    def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
-        self.layers = nn.ModuleList(MegalodonBlock(config, i) for i in range(config.num_layers))
-        self.final_norm = TimestepNorm(
-            config.model_dim, config.norm_num_groups, config.norm_prior_count, config.norm_eps
-        )
-        self.embedding_scale = math.sqrt(config.model_dim) if config.scale_emb else 1.0
+        self.layers = nn.ModuleList(self.make_block(i) for i in range(config.num_layers))
+        self.final_norm = self.make_final_norm()
+        self.embedding_scale = math.sqrt(config.model_dim) if getattr(config, "scale_emb", False) else 1.0
         self.gradient_checkpointing = False
         self.post_init()
+
+    def make_block(self, layer: int) -> nn.Module:
+        """Block number `layer`: called as `(x, memory, *layer_arguments, layout, use_cache) -> (x, memory or None)`."""
+        raise NotImplementedError
+
+    def make_final_norm(self) -> nn.Module:
+        """The norm before the head: called as `(x, memory, layout) -> (x, memory)`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def layer_arguments(config: Any, layout: Layout) -> tuple[Any, ...]:
+        """What every block of a model of this config is given of where tokens stand, besides the layout: made once."""
+        return ()
+
+    def single_token(self, x: Tensor, state: State | None) -> SingleToken | None:
+        """A shorter way for one token a row, where it is good for these embeddings x [B, L, D] and this state."""
+        return None
+
+    @property
+    def reads_in_pieces(self) -> bool:
+        """Whether a long text may go through a layer piece by piece, at no cost and with the same result."""
+        return True
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Tokens of a chunk, where the architecture has chunks."""
+        return getattr(self.config, "chunk_size", None)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -129,15 +149,17 @@ class MegalodonModel(MegalodonPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: MegalodonState | None = None,
+        past_key_values: State | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         segment_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache: MegalodonState | None = None,
+        cache: State | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
-    ) -> MegalodonModelOutput | tuple[Any, ...]:
+    ) -> ModelOutput | tuple[Any, ...]:
         """Run the network.
 
         Args:
@@ -150,23 +172,36 @@ class MegalodonModel(MegalodonPreTrainedModel):
             segment_ids: int [B, L]; a change along L starts a document, isolated from what came before. The first
                 document of a row continues its state.
             output_hidden_states: return the input of each block and the final hidden states.
+            position_ids: int [B, L] or [1, L]; where they start over, a document starts. Otherwise they change nothing.
+            seq_idx: `segment_ids` by another name.
+            kwargs: `cu_seq_lens_q` and the others of `megalodon.models.documents`, which tell documents as well and
+                must agree; and what changes nothing (`megalodon.models.keywords.NEUTRAL`).
 
         Returns:
-            last_hidden_state [B, L, D] and past_key_values (a `MegalodonState`).
+            last_hidden_state [B, L, D] and past_key_values (a `State`).
 
         Raises:
             ValueError: the arguments do not fit each other or the model; the message names the argument.
+            UnknownKeyword: there is no such argument.
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         state = the_state(past_key_values, cache, kwargs)
+        told = {"segment_ids": segment_ids, "position_ids": position_ids, "seq_idx": seq_idx}
+        told |= {name: kwargs.pop(name) for name in documents.NAMES if name in kwargs}
+        refuse_unknown(type(self).forward, kwargs)
         x = self._embed(input_ids, inputs_embeds)
         length = x.shape[1]
         self._check(x, attention_mask, state, segment_ids)
+        segment_ids, fresh = documents.documents_of(
+            x.shape[0], length, x.device, told, attention_mask, None if state is None else state.position
+        )
+        if state is not None and fresh is not None:
+            state = state.reset(fresh)
         plain = attention_mask is None and segment_ids is None and not output_hidden_states
-        step = TokenStep.of(self, x, state if plain and use_cache else None)
+        step = self.single_token(x, state if plain and use_cache else None)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
         if step is not None and state is not None:
             x, state = step.advance(x[:, 0], state)
@@ -182,29 +217,25 @@ class MegalodonModel(MegalodonPreTrainedModel):
             if rows is not None:
                 x, hidden = rows.unpack(x, length), hidden and [rows.unpack(h, length) for h in hidden]
         kept: Any = state if use_cache else None
-        output = MegalodonModelOutput(x, kept, None if hidden is None else tuple(hidden))
+        output = ModelOutput(x, kept, None if hidden is None else tuple(hidden))
         return output if return_dict is not False else output.to_tuple()
 
     def _run(
         self,
         x: Tensor,
-        state: MegalodonState | None,
+        state: State | None,
         use_cache: bool,
         segment_ids: Tensor | None = None,
         lengths: Tensor | None = None,
         hidden: list[Tensor] | None = None,
-    ) -> tuple[Tensor, MegalodonState | None]:
+    ) -> tuple[Tensor, State | None]:
         """Embeddings [B, L, D] of `lengths` real tokens each through all layers: (hidden states, the state after them).
 
         `hidden` collects the input of each block and the final hidden states.
         """
         layouts = self._layouts(x, state, segment_ids, lengths)
         places = [
-            (
-                ops.rotations(layout.chunk_positions, self.config.head_dim, self.config.rope_base),
-                layout,
-                use_cache or layout is not layouts[-1],
-            )
+            (*self.layer_arguments(self.config, layout), layout, use_cache or layout is not layouts[-1])
             for layout in layouts
         ]
         layers = []
@@ -220,13 +251,22 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if not use_cache:
             return x, None
         positions = torch.from_numpy(layouts[-1].end_positions)
-        return x, MegalodonState(layers, final, positions, Dimensions.of(self.config))
+        return x, self.new_state(layers, final, positions)
+
+    @property
+    def dimensions(self) -> Dimensions:
+        """The sizes that a state must share with this model."""
+        return self.state_class.dimensions_class.of(self.config)
+
+    def new_state(self, layers: Sequence[Any], final: Any, position: Tensor) -> State:
+        """A state of this model."""
+        return self.state_class(layers, final, position, self.dimensions)
 
     def _layouts(
-        self, x: Tensor, state: MegalodonState | None, segment_ids: Tensor | None, lengths: Tensor | None
+        self, x: Tensor, state: State | None, segment_ids: Tensor | None, lengths: Tensor | None
     ) -> list[Layout]:
         """Where the tokens of each piece of x stand that goes through a layer at a time."""
-        whole = segment_ids is not None or lengths is not None
+        whole = segment_ids is not None or lengths is not None or not self.reads_in_pieces
         positions: Tensor | np.ndarray | None = None if state is None else state.position
         layouts: list[Layout] = []
         for size in [x.shape[1]] if whole else self._pieces(x, state):
@@ -239,17 +279,17 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 segment_ids=segment_ids,
                 lengths=lengths,
                 positions=positions,
-                chunk_size=self.config.chunk_size,
+                chunk_size=self.chunk_size,
             )
             layouts.append(layout)
         return layouts
 
-    def _pieces(self, x: Tensor, state: MegalodonState | None) -> list[int]:
+    def _pieces(self, x: Tensor, state: State | None) -> list[int]:
         """How many tokens go through a layer at a time: all, unless on a CPU `READ_AT_ONCE` are quicker unseen.
 
         Pieces end where the first row's chunks do.
         """
-        length, chunk = x.shape[1], self.config.chunk_size
+        length, chunk = x.shape[1], self.chunk_size or 1
         if length <= max(READ_AT_ONCE, chunk) or x.device.type != "cpu" or torch.compiler.is_compiling():
             return [length]
         called_often = (*self.layers.modules(), self.final_norm)
@@ -278,9 +318,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         return F.dropout(inputs_embeds * self.embedding_scale, self.config.dropout, self.training)
 
-    def _check(
-        self, x: Tensor, attention_mask: Tensor | None, state: MegalodonState | None, segment_ids: Tensor | None
-    ) -> None:
+    def _check(self, x: Tensor, attention_mask: Tensor | None, state: State | None, segment_ids: Tensor | None) -> None:
         batch, length = x.shape[:2]
         autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         _refuse_float16(x.dtype, autocast)
@@ -295,32 +333,44 @@ class MegalodonModel(MegalodonPreTrainedModel):
             raise ValueError(f"segment_ids has shape {tuple(segment_ids.shape)}: it must be {(batch, length)}")
         if state is None:
             return
-        if not isinstance(state, MegalodonState):
-            raise ValueError(f"past_key_values is a {type(state).__name__}: it must be a MegalodonState or None")
-        state.dimensions.check(Dimensions.of(self.config))
+        kind = self.state_class
+        if not isinstance(state, kind):
+            raise ValueError(f"past_key_values is a {type(state).__name__}: it must be a {kind.__name__} or None")
+        state.dimensions.check(self.dimensions)
         if state.batch_size != batch:
             raise ValueError(f"past_key_values has {state.batch_size} rows: input_ids has {batch}")
         if state.device != x.device:
             raise ValueError(f"past_key_values is on {state.device}: the model is on {x.device} (use .to)")
 
 
-class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
-    """The language model: `MegalodonModel` and a linear head without bias; logits in float32."""
+class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
+    """The language model: a `StatefulModel` and a linear head without bias; logits in float32."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    model_class: ClassVar[type[StatefulModel]]
+    slots_class: ClassVar[Any] = None
+    """A decoder of many sequences at once, `(model, slots, buckets)`, with `choose_buckets(model, candidates)`."""
+    static_step_class: ClassVar[Any] = None
+    """A step of one token whose tensors stay at their addresses, `(model, state, places, compiled)`."""
 
-    def __init__(self, config: MegalodonConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.model = MegalodonModel(config)
+        self.model = self.model_class(config)
         self.vocab_size = config.output_size or config.vocab_size
         self.lm_head = nn.Linear(config.model_dim, self.vocab_size, bias=False)
         self.post_init()
+
+    def keep_tables(self) -> None:
+        """Keep what operators make of coefficients alone, for whoever reads many pieces and has the memory."""
+        for module in self.modules():
+            if callable(keep := getattr(module, "keep_tables", None)) and module is not self:
+                keep()
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: MegalodonState | None = None,
+        past_key_values: State | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -330,10 +380,12 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache: MegalodonState | None = None,
+        cache: State | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
-    ) -> MegalodonOutput | tuple[Any, ...]:
-        """Predict the next token at every position. Arguments that `MegalodonModel.forward` has mean the same.
+    ) -> LanguageModelOutput | tuple[Any, ...]:
+        """Predict the next token at every position. Arguments that `StatefulModel.forward` has mean the same.
 
         Args:
             labels: int64 [B, L]; token ids as they stand in the text: shifted here; -100 is ignored.
@@ -345,9 +397,10 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
                 parameter with "label" in its name for one that each batch brings.
 
         Returns:
-            loss (scalar, nats per target), logits float32 [B, L, vocab], past_key_values (a `MegalodonState`).
+            loss (scalar, nats per target), logits float32 [B, L, vocab], past_key_values (a `State`).
         """
         state = the_state(past_key_values, cache, kwargs)
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -357,9 +410,11 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
             segment_ids,
             output_hidden_states,
             return_dict=True,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            **kwargs,
         )
         x = outputs.last_hidden_state
-        shift_labels = kwargs.get("shift_labels")
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         if shift_labels is not None and shift_labels.shape != x.shape[:2]:
@@ -377,7 +432,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         else:
             total = summed_loss(self.lm_head, x, shift_labels.to(x.device))
             loss = _mean(total, shift_labels, num_items_in_batch)
-        output = MegalodonOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        output = LanguageModelOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
         return output if return_dict is not False else output.to_tuple()
 
 
@@ -397,8 +452,3 @@ def _mean(total: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:
     if count is None:
         return total / (targets != -100).sum().to(total.device)
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
-
-
-AutoConfig.register("megalodon", MegalodonConfig)
-AutoModel.register(MegalodonConfig, MegalodonModel)
-AutoModelForCausalLM.register(MegalodonConfig, MegalodonForCausalLM)

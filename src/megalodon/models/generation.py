@@ -1,4 +1,4 @@
-"""How Transformers' `generate` passes a `MegalodonState` on in place of the key-value caches it knows."""
+"""How Transformers' `generate` passes a `State` on in place of the key-value caches it knows."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
+from megalodon.models.documents import NAMES, as_positions, documents_of
 from megalodon.models.output import CACHE, the_state
-from megalodon.models.state import MegalodonState
-
-if TYPE_CHECKING:
-    from megalodon.models.causal_lm import MegalodonModel
+from megalodon.models.state import State
 
 
-class MegalodonGenerationMixin(GenerationMixin):
+class StateGenerationMixin(GenerationMixin):
     """`generate` with prompts in pieces (`prefill_chunk_size`), states given by the user, beams and padding."""
 
     if TYPE_CHECKING:  # what the class it is mixed into has
-        model: MegalodonModel
+        model: Any
 
         @property
         def device(self) -> torch.device: ...
@@ -36,10 +34,11 @@ class MegalodonGenerationMixin(GenerationMixin):
         """Called once by `generate`, after repeating the prompts for beams or samples: give each copy its state."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: Megalodon's memory is its state, "
+                f"cache_implementation={generation_config.cache_implementation!r}: the memory is the model's state, "
                 "of constant size; leave cache_implementation out"
             )
         state = model_kwargs.get(CACHE)
+        self._place_documents(model_kwargs, state, getattr(generation_config, "_mask_length", 0))
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         if state is not None:
             model_kwargs[CACHE] = state.repeat(copies) if copies > 1 else state
@@ -47,15 +46,37 @@ class MegalodonGenerationMixin(GenerationMixin):
             nothing = torch.zeros(batch_size * copies, 0, dtype=torch.int64, device=self.device)
             model_kwargs[CACHE] = self.model(nothing, use_cache=True).past_key_values
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Positions that merely count on are the state's own; only a user's are passed on."""
+
+    def _place_documents(self, model_kwargs: dict[str, Any], state: State | None, columns: int) -> None:
+        """Say what documents a prompt has by `position_ids`: the one name that `generate` cuts and goes on with.
+
+        `columns`: of the whole text, where `generate` has put aside a mask without padding.
+        """
+        told = {name: model_kwargs[name] for name in NAMES if model_kwargs.get(name) is not None}
+        sizes = [told[name].shape for name in ("segment_ids", "seq_idx", "position_ids") if name in told]
+        if not sizes and "cu_seq_lens_q" in told:
+            sizes = [(1, int(told["cu_seq_lens_q"][-1]))]
+        if not sizes:
+            return
+        (batch, length), mask = sizes[0], model_kwargs.get("attention_mask")
+        is_new_part = (columns if mask is None else mask.shape[1]) > length
+        seen = state.position if state is not None and is_new_part else None
+        documents = documents_of(batch, length, self.device, told, mask, seen)
+        model_kwargs["position_ids"] = as_positions(batch, length, self.device, documents, mask, seen)
+        for name in told.keys() - {"position_ids"}:
+            del model_kwargs[name]
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: MegalodonState | None = None,
+        past_key_values: State | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
-        cache: MegalodonState | None = None,
+        cache: State | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What `generate` passes to the next forward pass: the columns of the prompt that the state has not read.
@@ -83,7 +104,7 @@ class MegalodonGenerationMixin(GenerationMixin):
         )
 
 
-def _columns_read(state: MegalodonState, attention_mask: Tensor | None) -> int:
+def _columns_read(state: State, attention_mask: Tensor | None) -> int:
     """How many columns of a padded batch a state has read: it counts the real tokens of each row alone."""
     if attention_mask is None:
         return state.get_seq_length()

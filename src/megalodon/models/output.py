@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from megalodon.models.state import MegalodonState
+from megalodon.models.state import State
 
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """The name in the installed version: that of the field of outputs, and of the argument in `generate`."""
@@ -24,28 +24,26 @@ class _BothNames:
     if CACHE == "cache":
 
         @property
-        def past_key_values(self) -> MegalodonState | None:
+        def past_key_values(self) -> State | None:
             return self.cache
     else:
 
         @property
-        def cache(self) -> MegalodonState | None:
+        def cache(self) -> State | None:
             return self.past_key_values
 
 
 @dataclass
-class MegalodonModelOutput(_BothNames, BaseModelOutputWithPast):  # type: ignore[misc]
-    """last_hidden_state [B, L, D], past_key_values (a `MegalodonState` or None) and hidden_states."""
+class ModelOutput(_BothNames, BaseModelOutputWithPast):  # type: ignore[misc]
+    """last_hidden_state [B, L, D], past_key_values (a `State` or None) and hidden_states."""
 
 
 @dataclass
-class MegalodonOutput(_BothNames, CausalLMOutputWithPast):  # type: ignore[misc]
-    """loss, logits float32 [B, L, vocab], past_key_values (a `MegalodonState` or None) and hidden_states."""
+class LanguageModelOutput(_BothNames, CausalLMOutputWithPast):  # type: ignore[misc]
+    """loss, logits float32 [B, L, vocab], past_key_values (a `State` or None) and hidden_states."""
 
 
-def the_state(
-    past_key_values: MegalodonState | None, cache: MegalodonState | None, others: Mapping[str, object]
-) -> MegalodonState | None:
+def the_state(past_key_values: State | None, cache: State | None, others: Mapping[str, object]) -> State | None:
     """The one that is given.
 
     Raises:
@@ -54,6 +52,6 @@ def the_state(
     if past_key_values is not None and cache is not None:
         raise ValueError("give past_key_values or cache, and not both: they are two names for the state")
     for name, value in others.items():
-        if isinstance(value, MegalodonState):
-            raise ValueError(f"{name} is a MegalodonState: give it as past_key_values or cache")
+        if isinstance(value, State):
+            raise ValueError(f"{name} is a {type(value).__name__}: give it as past_key_values or cache")
     return cache if past_key_values is None else past_key_values

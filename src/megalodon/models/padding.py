@@ -20,10 +20,19 @@ class RealTokens(NamedTuple):
 
     @staticmethod
     def of(attention_mask: Tensor) -> RealTokens | None:
-        """None when nothing is padded."""
-        real = attention_mask.bool()
+        """None when nothing is padded.
+
+        Raises:
+            ValueError: the mask has values other than 0 and 1: numbers of documents, or what is added to scores.
+        """
+        real = attention_mask == 1
         if real.all():
             return None
+        if not (real | (attention_mask == 0)).all():
+            raise ValueError(
+                "attention_mask has values other than 0 (padding) and 1: documents are told by segment_ids, "
+                "and no scores are added to"
+            )
         lengths = real.sum(1)
         length = max(int(lengths.max()), 1)
         place = real.cumsum(1) - 1 + torch.arange(len(real), device=real.device)[:, None] * length

@@ -181,11 +181,6 @@ class Layout:
         return other
 
     @cached_property
-    def token_positions(self) -> Tensor:
-        """int64 [L], or [B, L] where the rows differ: `document_positions`, where the tokens are."""
-        return self._tensor(self.document_positions)
-
-    @cached_property
     def document_begins(self) -> Tensor:
         """int64 [B, L]: `document_start`, where the tokens are."""
         return self._tensor(self.document_start)
@@ -253,6 +248,23 @@ class Layout:
         return self._tensor(positions % self.chunk_size)
 
     @cached_property
+    def token_positions(self) -> Tensor:
+        """int64 [1 or B, L]: `document_positions`, where the tokens are."""
+        return self._tensor(self.document_positions)
+
+    @cached_property
+    def document_starts(self) -> Tensor:
+        """int64 [1 or B, L]: `document_start`, where the tokens are."""
+        return self._tensor(self.document_start)
+
+    @cached_property
+    def window_reach(self) -> Tensor:
+        """int64 [1 or B, L]: the tokens of its own chunk and of the one before it, up to and with the token itself."""
+        size, positions = self.chunk_size, self.token_positions
+        assert size is not None
+        return positions % size + 1 + torch.where(positions >= size, size, 0)
+
+    @cached_property
     def restart(self) -> Tensor | None:
         """int64 [B, L] for `timestep_norm`: `document_start` as a tensor; None when every row is one document."""
         return None if self.starts is None else self._tensor(self.document_start)
@@ -305,18 +317,21 @@ class Layout:
     @cached_property
     def bins(self) -> Bins:
         """Every span of every document, packed into as few rectangles as first-fit decreasing finds."""
-        spans = self._spans()
+        return self.pack(self.chunk_spans)
+
+    def pack(self, spans: np.ndarray) -> Bins:
+        """Some of `chunk_spans`, packed as `bins` packs all."""
         sizes = spans[:, 2] + spans[:, 3]
         width = max(int(sizes.max(initial=1)), 1)
         bin_of, start_of, count = _first_fit_decreasing(sizes, width)
         slots = bin_of * width + start_of
         cache_width = max(int(self.offsets.max(initial=0)), 1)
-        token = _ranges(spans[:, 0] * self.length + spans[:, 1], spans[:, 3])
-        slot = _ranges(slots + spans[:, 2], spans[:, 3])
-        cached = _ranges(spans[:, 0] * cache_width, spans[:, 2])
-        cached_slot = _ranges(slots, spans[:, 2])
+        token = ranges(spans[:, 0] * self.length + spans[:, 1], spans[:, 3])
+        slot = ranges(slots + spans[:, 2], spans[:, 3])
+        cached = ranges(spans[:, 0] * cache_width, spans[:, 2])
+        cached_slot = ranges(slots, spans[:, 2])
         first = np.tile(np.arange(width), count)  # an empty slot attends to itself, so that its softmax is defined
-        first[_ranges(slots, sizes)] = np.repeat(start_of, sizes)
+        first[ranges(slots, sizes)] = np.repeat(start_of, sizes)
         return Bins(
             shape=(count, width),
             token=self._tensor(token),
@@ -326,7 +341,8 @@ class Layout:
             first=self._tensor(first.reshape(count, width)),
         )
 
-    def _spans(self) -> np.ndarray:
+    @cached_property
+    def chunk_spans(self) -> np.ndarray:
         """int64 [spans, 4]: row, first token, cached keys before it, tokens. Order: by row, then by token."""
         index = np.arange(self.length)
         real = index < self.lengths[:, None]
@@ -351,9 +367,9 @@ class Layout:
         rows = np.arange(self.batch)
         fresh = np.minimum(left, self.lengths)
         kept = left - fresh
-        token = _ranges(rows * self.length + self.lengths - fresh, fresh)
-        token_target = _ranges(rows * width + kept, fresh)
-        cached, cached_target = _ranges(rows * cache_width, kept), _ranges(rows * width, kept)
+        token = ranges(rows * self.length + self.lengths - fresh, fresh)
+        token_target = ranges(rows * width + kept, fresh)
+        cached, cached_target = ranges(rows * cache_width, kept), ranges(rows * width, kept)
         return self._tensor(cached), self._tensor(cached_target), self._tensor(token), self._tensor(token_target), left
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -377,10 +393,6 @@ class PlainLayout(Layout):
 
     def _chunked(self, chunk_size: int) -> Layout:
         return PlainLayout(self.batch, self.length, self.device, self.position, chunk_size)
-
-    @property
-    def token_positions(self) -> Tensor:
-        return torch.arange(self.position, self.position + self.length, device=self.device)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -419,6 +431,14 @@ class PlainLayout(Layout):
         if self.chunk_size is None:
             raise ValueError("chunk_size is needed to place tokens in chunks")
         return self.position % self.chunk_size
+
+    @property
+    def token_positions(self) -> Tensor:
+        return (torch.arange(self.length, device=self.device) + self.position)[None]
+
+    @property
+    def document_starts(self) -> Tensor:
+        return torch.zeros(1, self.length, dtype=torch.int64, device=self.device)
 
     @property
     def chunk_positions(self) -> Tensor:
@@ -471,7 +491,7 @@ def _whole_numbers(
     return array
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The concatenation of `arange(start, start + length)` over pairs."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0

@@ -1,4 +1,4 @@
-"""A block whose channels, or whose rows, are cut over ranks: `MegalodonBlock.forward` with what must travel put in."""
+"""A block whose channels, or whose rows, are cut over ranks: `MemoryBlock.forward` with what must travel put in."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from megalodon import ops
 from megalodon.models.layers.chunk_attention import GatedChunkAttention
+from megalodon.models.layers.memory_block import LayerState, MemoryBlock
 from megalodon.models.layers.norms import LayerNorm, RMSNorm
+from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
-from megalodon.models.megalodon.block import MegalodonBlock
-from megalodon.models.state import LayerState, OpenChunk
 from megalodon.ops.layout import Layout
 from megalodon.parallel import tensor
 from megalodon.parallel.chunk import (
@@ -74,8 +74,8 @@ class ParallelAttention(GatedChunkAttention):
         return out, after
 
 
-class ParallelBlock(MegalodonBlock):
-    """`MegalodonBlock` on a mesh with a tensor or a chunk axis: the residual stream is [B, l, D / T]."""
+class ParallelBlock(MemoryBlock):
+    """`MemoryBlock` on a mesh with a tensor or a chunk axis: the residual stream is [B, l, D / T]."""
 
     axes: Axes
 
@@ -86,7 +86,7 @@ class ParallelBlock(MegalodonBlock):
         m, v, h = self._memory_and_values(n, None if state is None else state.cema, layout)
         branch, open_chunk = self._attention(m, v, turns, None if state is None else state.chunk, layout, use_cache)
         y = x + F.dropout(branch, self.dropout, self.training)
-        out = x + self._feed_forward(y)
+        out = (x if self.two_hop else y) + self._feed_forward(y)
         return out, None if open_chunk is None else LayerState(moments, h, open_chunk)
 
     def _memory_and_values(self, n: Tensor, carried: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,14 +138,14 @@ def _norm(norm: RMSNorm | LayerNorm, x: Tensor, group: Group | None) -> Tensor:
 def parallelize_blocks(root: nn.Module, axes: Axes) -> None:
     """Turn a model's plain blocks and norms into parallel ones, in place; parameters stay as they are."""
     ranks = 1 if axes.tensor is None else axes.tensor.size()
-    kinds = {
-        MegalodonBlock: ParallelBlock,
+    kinds: dict[type[nn.Module], type[nn.Module]] = {
         TimestepNorm: ParallelTimestepNorm,
         GatedChunkAttention: ParallelAttention,
     }
     for module in root.modules():
-        if type(module) in kinds:
-            module.__class__ = kinds[type(module)]
+        kind = ParallelBlock if isinstance(module, MemoryBlock) else kinds.get(type(module))
+        if kind is not None:
+            module.__class__ = kind
             module.axes = axes  # type: ignore[assignment]  # a type checker takes a module's attributes for modules
         if isinstance(module, TimestepNorm):
             module.num_groups //= ranks

@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megalodon import ops
 from megalodon.models.layers.cema import CEMA
+from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
-from megalodon.models.state import OpenChunk
 from megalodon.ops.backend import accumulator_dtype
 from megalodon.ops.cema.blocked import powers
 from megalodon.parallel.collectives import Exchange, Group, all_to_all

@@ -15,12 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megalodon import ops
-from megalodon.models.causal_lm import MegalodonForCausalLM
-from megalodon.models.layers.timestep_norm import Moments
+from megalodon.models import CausalLM, Config, State
 from megalodon.models.loss import LOGITS_AT_ONCE, sum_in_slices, summed_loss
-from megalodon.models.megalodon.config import MegalodonConfig
-from megalodon.models.state import Dimensions, MegalodonState
 from megalodon.ops.layout import Layout, layout_of
 from megalodon.parallel import tensor
 from megalodon.parallel.block import Axes
@@ -42,7 +38,7 @@ class Rows:
     input_ids: Tensor
     labels: Tensor
     segment_ids: Tensor | None
-    state: MegalodonState | None
+    state: State | None
     use_cache: bool
 
 
@@ -57,15 +53,14 @@ class Stage(nn.Module):
         precision: "float32", or "bfloat16" for autocast.
     """
 
-    def __init__(
-        self, model: MegalodonForCausalLM, layers: range, axes: Axes, chunk_rank: int, precision: str = "float32"
-    ) -> None:
+    def __init__(self, model: CausalLM, layers: range, axes: Axes, chunk_rank: int, precision: str = "float32") -> None:
         super().__init__()
         whole = model.model
-        self.config: MegalodonConfig = model.config
+        self.config: Config = model.config
         self.axes, self.chunk_rank, self.precision = axes, chunk_rank, precision
         self.first_memory = 0  # where in the rank's states this stage's layers begin
         self.is_first, self.is_last = layers.start == 0, layers.stop == len(whole.layers)
+        self.kind = type(whole)
         self.embedding_scale, self.vocab_size = whole.embedding_scale, model.vocab_size
         self.model: Any = nn.Module()
         if self.is_first:
@@ -75,7 +70,7 @@ class Stage(nn.Module):
             self.model.final_norm = whole.final_norm
             self.lm_head = model.lm_head
 
-    def forward(self, x: Tensor | None, rows: Rows) -> tuple[Tensor, MegalodonState | None]:
+    def forward(self, x: Tensor | None, rows: Rows) -> tuple[Tensor, State | None]:
         """Run the stage on this rank's span.
 
         Args:
@@ -88,16 +83,16 @@ class Stage(nn.Module):
         with torch.autocast(rows.input_ids.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             return self._forward(x, rows)
 
-    def _forward(self, x: Tensor | None, rows: Rows) -> tuple[Tensor, MegalodonState | None]:
+    def _forward(self, x: Tensor | None, rows: Rows) -> tuple[Tensor, State | None]:
         layout, own = self._layout(rows)
         if self.is_first:
             x = self._embed(rows.input_ids[:, own])
         assert x is not None
-        turns = ops.rotations(layout.chunk_positions, self.config.head_dim, self.config.rope_base)
+        arguments = self.kind.layer_arguments(self.config, layout)
         after = []
         for place, block in enumerate(self.model.layers.values(), self.first_memory):
             memory = None if rows.state is None else rows.state.layers[place]
-            x, memory = block(x, memory, turns, layout, rows.use_cache)
+            x, memory = block(x, memory, *arguments, layout, rows.use_cache)
             after.append(memory)
         final = None
         if self.is_last:
@@ -137,14 +132,11 @@ class Stage(nn.Module):
         rows = LOGITS_AT_ONCE * group.size() // self.vocab_size
         return sum_in_slices(loss_of, gather_last(x, group), targets, rows)
 
-    def _state(self, layers: Sequence, final: Moments | None, layout: Layout) -> MegalodonState:
-        if final is None:  # a state has a final norm; that of an earlier stage means nothing
-            final = Moments(*(torch.zeros_like(x) for x in layers[0].moments))
-        if isinstance(layout, SpanLayout):
-            position = torch.from_numpy(layout.spans.end.position)
-        else:
-            position = torch.from_numpy(layout.end_positions)
-        return MegalodonState(layers, final, position, Dimensions.of(self.config))
+    def _state(self, layers: Sequence[Any], final: Any, layout: Layout) -> State:
+        """The state after the rows; an earlier stage's has no final norm's memory."""
+        end = layout.spans.end.position if isinstance(layout, SpanLayout) else layout.end_positions
+        kind = self.kind.state_class
+        return kind(layers, final, torch.from_numpy(end), kind.dimensions_class.of(self.config))
 
 
 def stage_layers(num_layers: int, stages: int) -> list[range]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, create_model, field_validator
 
 from megalodon.training.checkpoint import ResumeMode
 from megalodon.training.data_section import DataSection
 from megalodon.training.mesh_section import MeshSection
-from megalodon.training.model_section import ModelSection, model_problems
+from megalodon.training.model_section import DEFAULT_ARCHITECTURE, ModelSection, model_problems, model_section
 from megalodon.training.optimizer import OptimizerConfig, optimizer_problems
 from megalodon.training.schedule import ScheduleConfig, schedule_problems
 from megalodon.training.section import CHANGEABLE, Section, changeable
@@ -83,6 +84,15 @@ class TrainConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
 
 
+@cache
+def train_config(architecture: str) -> type[TrainConfig]:
+    """The config of runs that train a model of this architecture: it knows the fields of its `model` section."""
+    if architecture == DEFAULT_ARCHITECTURE:
+        return TrainConfig
+    section = model_section(architecture)
+    return create_model("TrainConfig", __base__=TrainConfig, model=(section, section()))
+
+
 def contradictions(config: TrainConfig) -> list[str]:
     """What is wrong with the values taken together, one sentence each, naming the key; empty when all is well."""
     problems = [
@@ -108,6 +118,8 @@ def contradictions(config: TrainConfig) -> list[str]:
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """What a resumed run must not change but does: `optimizer.learning_rate: 0.001 before, 0.002 now`, by key."""
+    if old.model.architecture != new.model.architecture:
+        return [f"model.architecture: {old.model.architecture} before, {new.model.architecture} now"]
     found = _differences(old, new, ())
     if new.schedule.kind == "constant":  # the length of the run then has no part in any step
         found = [difference for difference in found if not difference.startswith("run.steps:")]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from megalodon import MegalodonConfig, MegalodonForCausalLM
 from megalodon.data import (
     Batch,
     DocumentSet,
@@ -26,12 +25,13 @@ from megalodon.data import (
 from megalodon.files import write_text
 from megalodon.inference import choose_device
 from megalodon.inference.loading import model_folder
+from megalodon.models import CausalLM, Config
 from megalodon.parallel.sharded import is_sharded
 from megalodon.training.checkpoint import CheckpointError, choose_checkpoint, list_checkpoints
 from megalodon.training.config import TrainConfig, differences
 from megalodon.training.config_file import config_text, load_config
 from megalodon.training.interrupt import StopRequest
-from megalodon.training.model_section import build_model, count_parameters, resolve_model, resolved_section
+from megalodon.training.model_section import count_parameters, make_model, resolve_model, resolved_section
 from megalodon.training.optimizer import build_optimizer
 from megalodon.training.processes import under_torchrun
 from megalodon.training.progress import SECONDS_BETWEEN_LINES, Display, make_display
@@ -47,7 +47,7 @@ class Resolved:
     """A config with nothing left open, and what was needed to know."""
 
     config: TrainConfig
-    model_config: MegalodonConfig
+    model_config: Config
     tokenizer: Tokenizer
 
 
@@ -200,7 +200,7 @@ def build_parts(
     config, data = resolved.config, resolved.config.data
     loader = build_loader(config, documents[0], 0, 1)
     seed_everything(config.run.seed)
-    model = build_model(config.model, resolved.model_config)
+    model = make_model(config.model, resolved.model_config)
     model.to(device)  # type: ignore[arg-type]  # Transformers wraps it, and mypy loses its first argument
     if config.run.gradient_checkpointing:
         checkpoint_activations(model)
@@ -235,13 +235,13 @@ def build_loader(config: TrainConfig, documents: DocumentSet, rank: int, world_s
     )
 
 
-def checkpoint_activations(model: MegalodonForCausalLM) -> None:
+def checkpoint_activations(model: CausalLM) -> None:
     """Have every block computed twice, to save memory."""
     # Transformers renames the method in 5.x and drops the old name in 6.
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
-def compile_blocks(model: MegalodonForCausalLM) -> None:
+def compile_blocks(model: CausalLM) -> None:
     """Compile each block: one graph where the kernels run on plain batches, else what stands between its operators."""
     for block in model.model.layers:
         block.compile()

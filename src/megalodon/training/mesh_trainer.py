@@ -30,7 +30,7 @@ from megalodon.training.heldout import HeldOutLoss
 from megalodon.training.interrupt import StopRequest
 from megalodon.training.mesh_contents import (
     carried_tensors,
-    empty_states,
+    empty_tensors,
     model_tensors,
     open_width,
     optimizer_entries,
@@ -226,11 +226,11 @@ class MeshTrainer(Trainer):
         state = TrainingState(**plain)
         self.processes.together(lambda: self.parts.loader.load_state_dict(state.loader))
         start_optimizer(self.parts.optimizer)
+        tensors = self._tensors(0)
         if width is not None:
             rows = self.config.data.batch_size // self.model.mesh.sizes.data
             dtype = torch.bfloat16 if self.config.run.precision == "bfloat16" else torch.float32
-            self.state.states = empty_states(self.model, rows, steps, width, dtype)
-        tensors = self._tensors(width or 0)
+            tensors |= empty_tensors(self.model, rows, width, dtype)
         distributed_checkpoint.load(tensors, storage_reader=FileSystemReader(checkpoint / SHARDS))
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from megalodon import MegalodonForCausalLM
 from megalodon.data import Batch, Loader, Tokenizer
 from megalodon.files import write_folder
+from megalodon.models import CausalLM
 from megalodon.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
 from megalodon.training.config import TrainConfig
 from megalodon.training.contents import TrainingState, checkpoint_bytes, read_contents, save_model, write_contents
@@ -40,7 +40,7 @@ class Parts:
         flops_per_token: of a training step; peak_flops: per second, of this machine.
     """
 
-    model: MegalodonForCausalLM
+    model: CausalLM
     optimizer: torch.optim.Optimizer
     tokenizer: Tokenizer
     loader: Loader

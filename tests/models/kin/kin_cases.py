@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,20 +13,30 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megalodon import KinConfig, KinForCausalLM
+from megalodon.models.kin.mixers import Mixer
+from megalodon.ops import layout_of
 
 VOCABULARY = 97
 
 CAUSAL: dict[str, dict[str, Any]] = {
     "attention": {},
+    "attamba": {"chunk": 5, "leading": 3, "state_size": 4},
+    "base_conv": {},
     "based": {"feature_dim": 4},
     "feedforward_kernel": {},
     "gated_delta": {},
     "gla": {"gate_rank": 4},
+    "h3": {"state_size": 8, "head_dim": 2},
     "hedgehog": {},
+    "hyena": {"max_length": 4096, "filter_width": 16},
     "lizard": {"window": 5},
     "lolcats": {"window": 5},
+    "mamba": {"state_size": 4},
+    "mamba2": {"state_size": 8, "head_dim": 16, "groups": 2},
     "megalodon": {"chunk_size": 8, "cema_ndim": 4},
+    "phi_mamba": {"state_size": 8},
     "retention": {},
+    "scout": {"segment": 4, "local_parameters": {"state_size": 4}},
     "sliding_attention": {"window": 6},
 }
 """Every causal mixer, with the parameters that make its windows, chunks and states as small as tests need."""
@@ -79,3 +90,29 @@ def golden(shared: Path, file: str, case: str) -> Golden:
     cases = meta.get("cases")
     config = cases[case]["config"] if cases else meta["config"].get(case, meta["config"])
     return Golden(config, tensors)
+
+
+def whole_file(shared: Path, file: str) -> Golden:
+    """All of `golden/kin/<file>.safetensors`: its metadata, and the tensors under their full names."""
+    with safe_open(shared / "golden" / "kin" / f"{file}.safetensors", "pt") as opened:
+        meta = json.loads(opened.metadata()["meta"])
+        return Golden(meta, {name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+
+
+def check_mixer(mixer: Mixer, vectors: Golden, renamed: Mapping[str, str] | None = None) -> None:
+    """That a mixer gives a golden file's y for its u, and for its dy the gradients of u and of all parameters.
+
+    Args:
+        renamed: our name of a parameter -> the authors', where they differ.
+    """
+    u = vectors.tensors["u"].clone().requires_grad_()
+    y, _ = mixer(u, None, layout_of(u.shape[0], u.shape[1], u.device))
+    assert relative(y, vectors.tensors["y"]) < 1e-5
+    y.backward(vectors.tensors["dy"])
+    assert relative(u.grad, vectors.tensors["du"]) < 1e-4
+    expected = vectors.named("grad.")
+    named = {(renamed or {}).get(name, name): parameter for name, parameter in mixer.named_parameters()}
+    assert {name for name, parameter in named.items() if parameter.grad is not None} == set(expected)
+    for name, gradient in expected.items():
+        found = named[name].grad
+        assert relative(found.reshape(gradient.shape), gradient) < 1e-4, name

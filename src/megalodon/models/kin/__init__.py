@@ -2,7 +2,7 @@
 state."""
 
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.modeling import KinForCausalLM, KinModel
+from megalodon.models.kin.model import KinForCausalLM, KinModel
 from megalodon.models.kin.state import KinState
 
 __all__ = ["KinConfig", "KinForCausalLM", "KinModel", "KinState"]

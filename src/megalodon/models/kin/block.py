@@ -34,17 +34,20 @@ class KinBlock(GradientCheckpointingLayer):
     def __init__(self, config: KinConfig, layer: int) -> None:
         super().__init__()
         name, parameters = config.mixer_of(layer)
-        self.mixer_norm = nn.RMSNorm(config.model_dim, config.norm_eps)
-        self.mixer = mixer_class(name)(config, layer, parameters)
+        kind = mixer_class(name)
+        self.mixer_norm = None if kind.takes_residual else nn.RMSNorm(config.model_dim, config.norm_eps)
+        self.mixer = kind(config, layer, parameters)
         hidden = config.ffn_hidden_dim
         self.feed_forward_norm = nn.RMSNorm(config.model_dim, config.norm_eps) if hidden else None
         self.feed_forward = SwiGLU(config.model_dim, hidden) if hidden else None
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, memory: Memory | None, layout: Layout) -> tuple[Tensor, Memory | None]:
-        """x [B, L, D] and this layer's memory of what came before -> (out [B, L, D], the memory after it)."""
-        y, memory = self.mixer(self.mixer_norm(x), memory, layout)
+    def forward(
+        self, x: Tensor, memory: Memory | None, layout: Layout, use_cache: bool
+    ) -> tuple[Tensor, Memory | None]:
+        """x [B, L, D] and this layer's memory of what came before -> (out [B, L, D], the memory after it or None)."""
+        y, memory = self.mixer(x if self.mixer_norm is None else self.mixer_norm(x), memory, layout)
         x = x + F.dropout(y, self.dropout, self.training)
         if self.feed_forward is not None and self.feed_forward_norm is not None:
             x = x + F.dropout(self.feed_forward(self.feed_forward_norm(x)), self.dropout, self.training)
-        return x, memory
+        return x, memory if use_cache else None

@@ -1,65 +1,19 @@
 """The shape of a kin model: a pre-norm decoder whose mixers are named, one for all layers or one per layer."""
 
 # No `from __future__ import annotations` here: `strict` checks values against annotations that are types, not strings.
-import functools
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import ValidationError
-from transformers import GenerationConfig, PreTrainedConfig
 
+from megalodon.models.config import Config, architecture_config
 from megalodon.models.kin.mixers import MIXERS, MixerParameters, mixer_class
 
-_OTHER_KEYS = frozenset(
-    {
-        "attn_implementation",
-        "auto_map",
-        "experts_implementation",
-        "is_decoder",
-        "model_type",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "per_layer_config",
-        "quantization_config",
-        "torch_dtype",
-    }
-)
-"""Keys that Transformers passes or saves although no config has a field for them."""
 
-
-def _checked(cls: type["KinConfig"]) -> type["KinConfig"]:
-    """Make construction refuse unknown keys, which Transformers keeps silently, and raise ValueErrors of one line."""
-    construct = cls.__init__
-
-    @functools.wraps(construct)
-    def __init__(self: "KinConfig", **values: Any) -> None:
-        known = {field.name for field in fields(cls)} | _OTHER_KEYS | cls.attribute_map.keys()
-        known |= vars(GenerationConfig()).keys()
-        for name in values.keys() - known:
-            if not name.startswith("_"):
-                near = "".join(f"; did you mean {other}?" for other in get_close_matches(name, known, 1))
-                where = _mixers_with(name)
-                if where:
-                    near = f"; it is a parameter of {', '.join(where)}: put it into mixer_parameters"
-                raise ValueError(f"{name}={values[name]!r}: a kin config has no such field{near}")
-        try:
-            construct(self, **values)
-        except StrictDataclassError as error:
-            raise ValueError(str(error.__cause__ or error)) from None
-
-    cls.__init__ = __init__  # type: ignore[assignment, method-assign]
-    return cls
-
-
-@_checked
-@strict
-class KinConfig(PreTrainedConfig):
+@architecture_config
+class KinConfig(Config):
     """Configuration of a kin model. Keyword arguments only.
 
     Attributes:
@@ -78,7 +32,8 @@ class KinConfig(PreTrainedConfig):
         norm_eps: added to mean squares.
         init_std: of linear layers and embeddings.
         two_way: every token sees the whole of its document: an encoder, of the mixers that have this form.
-        tie_word_embeddings: share the embedding with the output matrix.
+        share_emb: tie the output matrix to the embedding (alias `tie_word_embeddings`).
+        output_size: rows of the output matrix. None: vocab_size.
         dropout: of residual branches.
 
     Raises:
@@ -87,13 +42,18 @@ class KinConfig(PreTrainedConfig):
     """
 
     model_type = "megalodon-kin"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "model_dim",
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
         "intermediate_size": "ffn_hidden_dim",
+        "tie_word_embeddings": "share_emb",
     }
+    identity_fields = (
+        *("vocab_size", "num_layers", "model_dim", "num_heads", "num_key_value_heads", "head_dim", "mixers"),
+        *("mixer_parameters", "ffn_hidden_dim", "rope_base", "norm_eps", "two_way", "share_emb", "output_size"),
+    )
+    free_in_fine_tuning = ("dropout",)
 
     vocab_size: int = 32000
     num_layers: int = 12
@@ -108,8 +68,9 @@ class KinConfig(PreTrainedConfig):
     norm_eps: float | int = 1e-6
     init_std: float | int = 0.02
     two_way: bool = False
-    tie_word_embeddings: bool = False
+    share_emb: bool = False
     dropout: float | int = 0.0
+    output_size: int | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -127,9 +88,8 @@ class KinConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Check that the sizes make a model; called on construction."""
         super().validate_architecture()
-        for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_key_value_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
+        self.require_positive(("vocab_size", "num_layers", "model_dim", "num_heads", "num_key_value_heads"))
+        self.require_output_size()
         if self.head_dim is None:
             raise ValueError(f"model_dim={self.model_dim} is not divisible by num_heads={self.num_heads}: set head_dim")
         if self.head_dim < 1:
@@ -140,8 +100,7 @@ class KinConfig(PreTrainedConfig):
             )
         if self.ffn_hidden_dim is None or self.ffn_hidden_dim < 0:
             raise ValueError(f"ffn_hidden_dim={self.ffn_hidden_dim}: it must be at least 0 (0: no feed-forward layer)")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: it must be at least 0 and less than 1")
+        self.require_probabilities("dropout")
         for name in ("norm_eps", "rope_base", "init_std"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -188,6 +147,11 @@ class KinConfig(PreTrainedConfig):
         parameters.check(self)
         return entry, parameters
 
+    @classmethod
+    def hint(cls, name: str) -> str:
+        where = _mixers_with(name)
+        return f"; it is a parameter of {', '.join(where)}: put it into mixer_parameters" if where else ""
+
     @property
     def head_size(self) -> int:
         """`head_dim`, known."""
@@ -203,7 +167,8 @@ class KinConfig(PreTrainedConfig):
     @property
     def state_kind(self) -> str:
         """ "none" if a layer cannot be read in pieces, "growing" if one's memory grows, else "constant"."""
-        kinds = {mixer_class(self.mixer_of(layer)[0]).kind for layer in range(self.num_layers)}
+        layers = map(self.mixer_of, range(self.num_layers))
+        kinds = {mixer_class(name).kind_with(parameters) for name, parameters in layers}
         return next((kind for kind in ("none", "growing") if kind in kinds), "constant")
 
 

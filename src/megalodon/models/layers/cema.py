@@ -6,13 +6,15 @@ import math
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from megalodon import ops
+from megalodon.models.layers.precision import FullPrecision
 from megalodon.ops.backend import full_precision
 from megalodon.ops.layout import Layout
 
 
-class CEMA(nn.Module):
+class CEMA(FullPrecision):
     """Parameters: `alpha`, `delta` [D, N, 1]; `theta` [D, 1, 1]; `gamma` [D, N, 2] (re, im); `omega` [D, 1]; in float32
     or better, whatever the default dtype: powers of q forget what bfloat16 rounds away."""
 
@@ -25,6 +27,19 @@ class CEMA(nn.Module):
         self.gamma = nn.Parameter(torch.empty(dim, components, 2, dtype=wide))
         self.omega = nn.Parameter(torch.empty(dim, 1, dtype=wide))
         self.kept: ops.KeptTables | None = None  # for whoever reads many pieces and has the memory
+
+    def initialize(self) -> None:
+        """SPEC: Initialisation."""
+        init.normal_(self.alpha, 0.0, 0.2)
+        init.normal_(self.delta, 0.0, 0.2)
+        init.copy_(self.theta, initial_theta(self.theta.shape[0]))
+        real = torch.randn(self.gamma.shape[:2])
+        init.copy_(self.gamma, torch.stack([real, torch.zeros_like(real)], dim=-1))
+        init.trunc_normal_(self.omega, 0.0, 0.25, -1.0, 1.0)
+
+    def keep_tables(self) -> None:
+        """Keep the tables of the coefficients between calls."""
+        self.kept = self.kept or ops.KeptTables()
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """(p real [D, N], q complex [D, N], gamma complex [D, N] scaled by 1/sqrt(N)), float32 or better."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from megalodon import ops
-from megalodon.models.megalodon.config import MegalodonConfig
-from megalodon.models.state import OpenChunk
+from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.ops.layout import Layout
 
 
@@ -20,7 +21,7 @@ class GatedChunkAttention(nn.Module):
     `qk_weight` (offset) and `qk_bias` [2, Z] make queries (row 0) and keys (row 1) of the shared z.
     """
 
-    def __init__(self, config: MegalodonConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         dim, z_dim, value_dim = config.model_dim, config.z_dim, config.value_dim
         self.num_heads, self.chunk_size, self.eps = config.num_heads, config.chunk_size, config.norm_eps
@@ -34,6 +35,11 @@ class GatedChunkAttention(nn.Module):
         self.hidden_dropout = config.hidden_dropout
         self.attention_dropout = config.attention_dropout
         self.dropkey = config.attention_dropout_mode == "dropkey"
+
+    def initialize(self) -> None:
+        """Queries and keys begin as the normalised z, scaled."""
+        init.zeros_(self.qk_weight)
+        init.zeros_(self.qk_bias)
 
     def forward(
         self, n: Tensor, m: Tensor, turns: Tensor, open_chunk: OpenChunk | None, layout: Layout, use_cache: bool
@@ -75,7 +81,8 @@ class GatedChunkAttention(nn.Module):
         if use_cache and layout.fits_open_chunk:
             open_chunk = OpenChunk.append(open_chunk, k, v, layout)
             keys, values, offset = open_chunk.contents(layout)
-            return ops.causal_attention(q, keys, values, offset, None, dropout, self.dropkey), open_chunk
+            out = ops.causal_attention(q, keys, values, offset, None, dropout, self.dropkey)
+            return out, open_chunk.left_open(layout)
         prefix_k, prefix_v = (None, None) if open_chunk is None else (open_chunk.keys, open_chunk.values)
         out = ops.chunk_attention(
             q,

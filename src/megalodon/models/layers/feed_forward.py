@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.models.layers.norms import LayerNorm
-from megalodon.models.megalodon.config import MegalodonConfig
 
 
 class FeedForward(nn.Module):
@@ -17,7 +19,7 @@ class FeedForward(nn.Module):
     W1 is `up_proj`, W3 `gate_proj`, W2 `down_proj`; `alpha` [D] exists with `rescale_nffn` only.
     """
 
-    def __init__(self, config: MegalodonConfig, layer: int) -> None:
+    def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
         dim, hidden = config.model_dim, config.ffn_hidden_dim
         self.norm = LayerNorm(dim, config.norm_eps, config.norm_affine)
@@ -27,6 +29,11 @@ class FeedForward(nn.Module):
         self.initial_alpha = 0.1 * 0.5**layer
         self.alpha = nn.Parameter(torch.full((dim,), self.initial_alpha)) if config.rescale_nffn else None
         self.hidden_dropout, self.dropout = config.hidden_dropout, config.dropout
+
+    def initialize(self) -> None:
+        """Only `alpha` is the layer's own."""
+        if self.alpha is not None:
+            init.constant_(self.alpha, self.initial_alpha)
 
     def forward(self, y: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 
 def effective(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -14,6 +15,11 @@ def effective(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return (weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1).to(dtype)
 
 
+def _zero_parameters(norm: nn.Module) -> None:
+    for parameter in norm.parameters(recurse=False):
+        init.zeros_(parameter)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm of the last dimension; `weight` [D] is the stored offset, None without affine."""
 
@@ -21,6 +27,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def initialize(self) -> None:
+        """Scale 1."""
+        _zero_parameters(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -35,6 +45,10 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def initialize(self) -> None:
+        """Scale 1, bias 0."""
+        _zero_parameters(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

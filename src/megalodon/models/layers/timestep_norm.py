@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.ops.backend import accumulator_dtype
@@ -17,6 +19,40 @@ class Moments(NamedTuple):
 
     mean: Tensor
     var: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Moments:
+        """Moments with copies of what `function` makes of each."""
+        return Moments(function(self.mean).clone(), function(self.var).clone())
+
+    def detach(self) -> Moments:
+        """The same moments without their history."""
+        return Moments(self.mean.detach(), self.var.detach())
+
+    def cast(self, dtype: torch.dtype) -> Moments:
+        """As they are: statistics keep their precision."""
+        return self
+
+    def reset(self, rows: Tensor) -> Moments:
+        """As they are: those of a row that has read nothing are not looked at."""
+        return self
+
+    @staticmethod
+    def concatenate(moments: Sequence[Moments]) -> Moments:
+        """One batch of the rows of several, in order."""
+        return Moments(torch.cat([each.mean for each in moments]), torch.cat([each.var for each in moments]))
+
+    def fitted(self, position: Tensor, sizes: Any) -> Moments:
+        """As they are: there is no room in them."""
+        return self
+
+    def tensors(self, position: Tensor, sizes: Any) -> dict[str, Tensor]:
+        """What is kept on disk, by name."""
+        return self._asdict()
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> Moments:
+        """The inverse of `tensors`."""
+        return Moments(tensors["mean"], tensors["var"])
 
 
 class TimestepNorm(nn.Module):
@@ -32,6 +68,11 @@ class TimestepNorm(nn.Module):
         if prior_count > 0:
             self.prior_mean = nn.Parameter(torch.zeros(num_groups))
             self.prior_logv = nn.Parameter(torch.zeros(num_groups))
+
+    def initialize(self) -> None:
+        """SPEC: Initialisation."""
+        for parameter in self.parameters(recurse=False):
+            init.zeros_(parameter)
 
     def prior(self, device: torch.device) -> ops.Prior:
         """What a fresh document starts from."""

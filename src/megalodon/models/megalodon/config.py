@@ -1,15 +1,9 @@
 """The shape of a Megalodon model: a Transformers config with the paper's names, and the published sizes by name."""
 
 # No `from __future__ import annotations` here: `strict` checks values against annotations that are types, not strings.
-import functools
-import math
-from dataclasses import fields
-from difflib import get_close_matches
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
-from transformers import GenerationConfig, PreTrainedConfig
+from megalodon.models.config import Config, architecture_config
 
 _COMMON: dict[str, Any] = {"vocab_size": 32000, "cema_ndim": 16, "chunk_size": 2048, "norm_num_groups": 64}
 _1_3B = {**_COMMON, "num_layers": 24, "model_dim": 2048, "z_dim": 512, "value_dim": 4096, "num_heads": 2}
@@ -34,49 +28,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The reference's sizes and the paper's 7B (SPEC: Presets)."""
 
-_OTHER_KEYS = frozenset(
-    {
-        "attn_implementation",
-        "auto_map",
-        "experts_implementation",
-        "is_decoder",
-        "model_type",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "per_layer_config",
-        "quantization_config",
-        "torch_dtype",
-    }
-)
-"""Keys that Transformers passes or saves although no config has a field for them."""
 
-
-def _checked(cls: type["MegalodonConfig"]) -> type["MegalodonConfig"]:
-    """Make construction refuse unknown keys, which Transformers keeps silently, and raise ValueErrors of one line."""
-    construct = cls.__init__
-
-    @functools.wraps(construct)
-    def __init__(self: "MegalodonConfig", **values: Any) -> None:
-        known = {field.name for field in fields(cls)} | _OTHER_KEYS | cls.attribute_map.keys()
-        known |= vars(GenerationConfig()).keys()
-        for name in values.keys() - known:
-            if not name.startswith("_"):
-                near = "".join(f"; did you mean {other}?" for other in get_close_matches(name, known, 1))
-                raise ValueError(f"{name}={values[name]!r}: a Megalodon config has no such field{near}")
-        try:
-            construct(self, **values)
-        except StrictDataclassError as error:
-            raise ValueError(str(error.__cause__ or error)) from None
-
-    # A decorator's work, to a type checker an assignment to a method, of other arguments.
-    cls.__init__ = __init__  # type: ignore[assignment, method-assign]
-    return cls
-
-
-@_checked
-@strict
-class MegalodonConfig(PreTrainedConfig):
+@architecture_config
+class MegalodonConfig(Config):
     """Configuration of a Megalodon model (arXiv 2404.08801). Keyword arguments only; defaults are the 200m preset.
 
     Attributes:
@@ -109,7 +63,7 @@ class MegalodonConfig(PreTrainedConfig):
     """
 
     model_type = "megalodon"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    presets = PRESETS
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "model_dim",
         "num_hidden_layers": "num_layers",
@@ -117,6 +71,26 @@ class MegalodonConfig(PreTrainedConfig):
         "intermediate_size": "ffn_hidden_dim",
         "tie_word_embeddings": "share_emb",
     }
+    identity_fields = (
+        *("vocab_size", "num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim"),
+        *("chunk_size", "norm_num_groups", "norm_eps", "norm_affine", "norm_prior_count", "rope_base", "swiglu"),
+        *("rescale_nffn", "scale_emb", "share_emb", "output_size"),
+    )
+    free_in_fine_tuning = (
+        *("chunk_size", "rope_base"),
+        *("dropout", "hidden_dropout", "attention_dropout", "attention_dropout_mode"),
+    )
+    width_fields: ClassVar[dict[str, int]] = {
+        "model_dim": 64,
+        "z_dim": 32,
+        "value_dim": 128,
+        "ffn_hidden_dim": 128,
+        "norm_num_groups": 8,
+        "cema_ndim": 4,
+    }
+    calibration_fields: ClassVar[dict[str, Any]] = {"num_heads": 1, "vocab_size": 64, "chunk_size": 512}
+    tensor_fields = ("num_heads", "norm_num_groups", "model_dim", "ffn_hidden_dim")
+    chunk_axis = True
 
     vocab_size: int = 32000
     num_layers: int = 12
@@ -150,39 +124,23 @@ class MegalodonConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Check that the sizes make a model; called on construction."""
         super().validate_architecture()
-        for name in (
-            "vocab_size",
-            "num_layers",
-            "model_dim",
-            "z_dim",
-            "value_dim",
-            "num_heads",
-            "ffn_hidden_dim",
-            "cema_ndim",
-            "chunk_size",
-            "norm_num_groups",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
-        for whole, part in (("z_dim", "num_heads"), ("value_dim", "num_heads"), ("model_dim", "norm_num_groups")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{whole}={getattr(self, whole)} is not divisible by {part}={getattr(self, part)}")
+        self.require_positive(("vocab_size", "num_layers", *self.width_fields, "num_heads", "chunk_size"))
+        self.require_divisible(("z_dim", "num_heads"), ("value_dim", "num_heads"), ("model_dim", "norm_num_groups"))
         if self.head_dim % 2:
             raise ValueError(f"z_dim / num_heads = {self.head_dim}: rotary embeddings need it even")
         if self.norm_prior_count < 0:
             raise ValueError(f"norm_prior_count={self.norm_prior_count}: it must not be negative")
         if self.norm_num_groups == self.model_dim and self.norm_prior_count < 2:
             raise ValueError("norm_num_groups = model_dim (a featurewise norm) needs norm_prior_count of at least 2")
-        for name in ("dropout", "hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 0 and less than 1")
-        for name in ("norm_eps", "rope_base"):
-            if not getattr(self, name) > 0 or math.isinf(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)}: it must be positive and finite")
-        if self.output_size is not None and self.output_size < 1:
-            raise ValueError(f"output_size={self.output_size}: it must be at least 1, or None for vocab_size")
-        if self.share_emb and self.output_size not in (None, self.vocab_size):
-            raise ValueError(f"output_size={self.output_size} contradicts share_emb, which makes it {self.vocab_size}")
+        self.require_probabilities("dropout", "hidden_dropout", "attention_dropout")
+        self.require_positive_finite("norm_eps", "rope_base")
+        self.require_output_size()
+
+    def sequence_multiply_adds(self, length: int) -> float:
+        return self.num_layers * min(self.chunk_size, length) / 2 * (self.z_dim + self.value_dim)
+
+    def span_summary_bytes(self) -> float:
+        return 2 * self.norm_num_groups * 8 + self.model_dim * self.cema_ndim * 8  # the norm's moments, CEMA's h
 
     @property
     def head_dim(self) -> int:
@@ -193,14 +151,3 @@ class MegalodonConfig(PreTrainedConfig):
     def value_head_dim(self) -> int:
         """Size of a value head, V / H."""
         return self.value_dim // self.num_heads
-
-    @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> Self:
-        """A published size, with any field overridden.
-
-        Raises:
-            ValueError: there is no such preset.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}: there are {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})

@@ -1,6 +1,6 @@
 """One token of each of several sequences, without gradients: what decoding runs, in as few operations as it needs.
 
-`MegalodonModel.forward` is written for any number of tokens, padding, packing and gradients; for a single token nearly
+`StatefulModel.forward` is written for any number of tokens, padding, packing and gradients; for a single token nearly
 all its time goes into preparing. Here weights are brought into the form that a step wants once, and kept while they
 stand still. `advance` is the model's own short way; the batching engine builds on the same `BlockStep` and `NormStep`.
 
@@ -17,27 +17,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalodon import ops
+from megalodon.models.causal_lm import StatefulModel
 from megalodon.models.layers.cema import CEMA
 from megalodon.models.layers.chunk_attention import GatedChunkAttention
 from megalodon.models.layers.feed_forward import FeedForward
+from megalodon.models.layers.memory_block import LayerState, MemoryBlock
 from megalodon.models.layers.norms import LayerNorm, RMSNorm, effective
-from megalodon.models.layers.projection import MOST_ROWS, Projection, can_pack
+from megalodon.models.layers.projection import Projection, can_pack
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
 from megalodon.models.layers.watch import Prepared, is_forwarded_as_written
 from megalodon.models.megalodon.block import MegalodonBlock
-from megalodon.models.state import LayerState, MegalodonState
+from megalodon.models.megalodon.state import MegalodonState
 from megalodon.ops.backend import backend_for, full_precision
-
-if TYPE_CHECKING:
-    from megalodon.models.causal_lm import MegalodonModel
-
 
 PART = 1 << 15
 """Elements that PyTorch does not divide among threads (at::internal::GRAIN_SIZE)."""
@@ -78,7 +76,7 @@ class BlockStep:
     """A block for one token a row; its memory belongs to the caller."""
 
     @torch.no_grad()
-    def __init__(self, block: MegalodonBlock, dtype: torch.dtype, packed: bool) -> None:
+    def __init__(self, block: MemoryBlock, dtype: torch.dtype, packed: bool) -> None:
         """`dtype`: of the activations, which is that of the model unless `packed` (see `Projection`)."""
         attention, feed_forward = block.attention, block.feed_forward
         self.block, self.attention = block, attention
@@ -173,16 +171,16 @@ def _in_parts(z: Tensor) -> Tensor:
 class TokenStep:
     """A model's blocks and final norm for one token a row; made anew when a weight has changed."""
 
-    def __init__(self, model: MegalodonModel) -> None:
+    def __init__(self, model: StatefulModel) -> None:
         linear = list(linear_layers(model))
         wide = full_precision(model.dtype)  # for one row, products in float32 are the quickest, bfloat16 weights or not
         packed = all(is_forwarded_as_written(layer, (nn.Linear,)) for layer in linear) and can_pack(linear, wide)
         self.dtype = wide if packed else model.dtype
         self.blocks = [BlockStep(block, self.dtype, packed) for block in blocks_of(model)]
-        self.final = NormStep(model.final_norm)
+        self.final = NormStep(cast(TimestepNorm, model.final_norm))
 
     @staticmethod
-    def of(model: MegalodonModel, x: Tensor, state: MegalodonState | None) -> TokenStep | None:
+    def of(model: StatefulModel, x: Tensor, state: MegalodonState | None) -> TokenStep | None:
         """The step of the model's weights as they are now, for embeddings x [B, L, D]; None where it is not for them.
 
         It is for one token of rows that stand at the same place of their chunks and not at the start of a document,
@@ -224,7 +222,7 @@ class TokenStep:
             chunk = memory.chunk.with_token(k.to(kept), step.values(n).to(kept), offset, sizes.chunk_size)
             keys, values = (buffer[:, : offset + 1] for buffer in chunk)
             x = step.finish(x, r, h_proj, ops.causal_attention(q[:, None], keys, values, offset)[:, 0])
-            layers.append(LayerState(moments, h, chunk))
+            layers.append(LayerState(moments, h, chunk if offset + 1 < sizes.chunk_size else chunk.first(0)))
         final = Moments(*(value.clone() for value in state.final))
         x = self.final(x, share, *final).to(kept)
         return x, MegalodonState(layers, final, state.position + 1, sizes)
@@ -233,7 +231,7 @@ class TokenStep:
 _OURS = (MegalodonBlock, TimestepNorm, CEMA, RMSNorm, GatedChunkAttention, FeedForward, LayerNorm)
 
 
-def _products(block: MegalodonBlock) -> Iterator[list[nn.Module]]:
+def _products(block: MemoryBlock) -> Iterator[list[nn.Module]]:
     """The block's linear layers, whatever has taken their place, by what they are applied to."""
     attention, feed_forward = block.attention, block.feed_forward
     yield [attention.v_proj]
@@ -243,17 +241,17 @@ def _products(block: MegalodonBlock) -> Iterator[list[nn.Module]]:
     yield [feed_forward.down_proj]
 
 
-def blocks_of(model: MegalodonModel) -> list[MegalodonBlock]:
+def blocks_of(model: StatefulModel) -> list[MemoryBlock]:
     """The model's blocks, by their type, which a ModuleList does not tell."""
-    return cast(list[MegalodonBlock], list(model.layers))
+    return cast(list[MemoryBlock], list(model.layers))
 
 
-def linear_layers(model: MegalodonModel) -> Iterator[nn.Module]:
+def linear_layers(model: StatefulModel) -> Iterator[nn.Module]:
     """The blocks' linear layers."""
     return (layer for block in blocks_of(model) for layers in _products(block) for layer in layers)
 
 
-def _bypassed(model: MegalodonModel) -> Iterator[nn.Module]:
+def _bypassed(model: StatefulModel) -> Iterator[nn.Module]:
     """The modules that a step does not call."""
     yield model.final_norm
     for block in blocks_of(model):
@@ -261,32 +259,9 @@ def _bypassed(model: MegalodonModel) -> Iterator[nn.Module]:
         yield from (block.feed_forward, block.feed_forward.norm)
 
 
-def _step_of(model: MegalodonModel) -> TokenStep | None:
+def _step_of(model: StatefulModel) -> TokenStep | None:
     ours_alone = all(is_forwarded_as_written(module, _OURS) for module in _bypassed(model))
     return TokenStep(model) if ours_alone else None
 
 
-def _product_of(head: nn.Module) -> Projection | None:
-    """The head's product with few rows, in float32 or better; None where only the head itself will do."""
-    if not isinstance(head, nn.Linear) or not is_forwarded_as_written(head, (nn.Linear,)):
-        return None
-    wide = full_precision(head.weight.dtype)
-    return Projection(head, packed=wide) if can_pack([head], wide) else None
-
-
-_STEPS: Prepared[MegalodonModel, TokenStep | None] = Prepared(_step_of)
-_HEADS: Prepared[nn.Module, Projection | None] = Prepared(_product_of)
-
-
-def apply_head(head: nn.Module, x: Tensor, decoding: bool) -> Tensor:
-    """The head's output for x [B, L, D]; `decoding`: single tokens are on their way, and nothing is differentiated."""
-    if torch.compiler.is_compiling():
-        return head(x)
-    if not decoding or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        _HEADS.forget(head)
-        return head(x)
-    product = _HEADS.of(head) if x.shape[:-1].numel() <= MOST_ROWS else None
-    if product is None or product.weight is None:
-        return head(x)
-    (y,) = product(x.flatten(0, -2).to(product.weight.dtype))
-    return y.unflatten(0, x.shape[:-1])
+_STEPS: Prepared[StatefulModel, TokenStep | None] = Prepared(_step_of)

@@ -11,15 +11,24 @@ __all__ = ["MIXERS", "Memory", "Mixer", "MixerParameters", "Reference", "mixer_c
 
 MIXERS: dict[str, str] = {
     "attention": "attention.Attention",
+    "attamba": "attamba.Attamba",
+    "base_conv": "base_conv.BaseConv",
     "based": "based.Based",
     "feedforward_kernel": "feedforward_kernel.FeedForwardKernel",
     "gated_delta": "gated_delta.GatedDelta",
     "gla": "gla.GLA",
+    "h3": "h3.H3",
     "hedgehog": "hedgehog.Hedgehog",
+    "hydra": "hydra.Hydra",
+    "hyena": "hyena.Hyena",
     "lizard": "lizard.Lizard",
     "lolcats": "lolcats.LoLCATs",
+    "mamba": "mamba.Mamba",
+    "mamba2": "mamba2.Mamba2",
     "megalodon": "megalodon.MegalodonMixer",
+    "phi_mamba": "phi_mamba.PhiMamba",
     "retention": "retention.Retention",
+    "scout": "scout.Scout",
     "sliding_attention": "sliding_attention.SlidingAttention",
 }
 """Name -> module of this folder and class, imported when it is first asked for."""

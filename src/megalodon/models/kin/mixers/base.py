@@ -52,22 +52,50 @@ class Memory:
     def _made(self, changed: Mapping[str, Any]) -> Self:
         return replace(self, **dict.fromkeys(self.ASIDE), **changed)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The memory of what `function` makes of each tensor."""
-        return self._made({n: x.map(function) if isinstance(x, Memory) else function(x) for n, x, _ in self.children()})
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        changed = {n: x._each(function) if isinstance(x, Memory) else function(x) for n, x, _ in self.children()}
+        return self._made(changed)
 
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A memory with copies of what `function` makes of each tensor."""
+        return self._each(lambda x: function(x).clone())
+
+    def detach(self) -> Self:
+        """The same memory without its history."""
+        return self._each(lambda x: x.detach())
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """The memory with tensors of less than float32 in `dtype`; sums keep their precision."""
+
+        def cast(x: Tensor) -> Tensor:
+            return x.to(dtype) if x.is_floating_point() and (x.element_size() < 4 or dtype.itemsize >= 4) else x
+
+        return self._each(cast)
+
+    def reset(self, rows: Tensor) -> Self:
+        """The memory in which the rows of a bool mask [B] have read nothing."""
+        return self._each(lambda x: x.masked_fill(rows.view(-1, *[1] * (x.ndim - 1)), 0))
+
+    def fitted(self, position: Tensor, sizes: Any) -> Self:
+        """As it is: growing fields are as wide as the batch needs."""
+        return self
+
+    def tensors(self, position: Tensor, sizes: Any) -> dict[str, Tensor]:
+        """What is kept on disk, by name."""
+        return self.named()
+
+    def named(self, prefix: str = "") -> dict[str, Tensor]:
         """All tensors by name; those of a memory inside are called `name.theirs`."""
         found: dict[str, Tensor] = {}
         for name, value, _ in self.children():
             if isinstance(value, Memory):
-                found |= value.tensors(f"{prefix}{name}.")
+                found |= value.named(f"{prefix}{name}.")
             else:
                 found[prefix + name] = value
         return found
 
     def with_tensors(self, tensors: Mapping[str, Tensor], prefix: str = "") -> Self:
-        """This memory's form, filled with the tensors of `tensors()`.
+        """This memory's form, filled with the tensors of `named()`.
 
         Raises:
             ValueError: one is missing or has another shape (rows and growing places aside); the message names it.
@@ -89,6 +117,21 @@ class Memory:
                 )
             filled[name] = given
         return self._made(filled)
+
+    def shapes(self, prefix: str = "") -> dict[str, tuple[int | None, ...]]:
+        """The shape of each tensor of `named`; None stands for the batch, -1 for any length."""
+        found: dict[str, tuple[int | None, ...]] = {}
+        for name, value, grows in self.children():
+            if isinstance(value, Memory):
+                found |= value.shapes(f"{prefix}{name}.")
+            else:
+                sizes = value.shape[2:] if grows else value.shape[1:]
+                found[prefix + name] = (None, -1, *sizes) if grows else (None, *sizes)
+        return found
+
+    def dtypes(self, prefix: str = "") -> dict[str, torch.dtype]:
+        """The dtype of each tensor of `named`."""
+        return {name: tensor.dtype for name, tensor in self.named(prefix).items()}
 
     @staticmethod
     def concatenate(memories: Sequence[Memory]) -> Memory:
@@ -141,11 +184,13 @@ class Mixer(nn.Module):
         kind: how its memory grows with what was read.
         two_way_mode: whether it has a noncausal form, used where `config.two_way`.
         causal_mode: whether it has a causal form.
+        takes_residual: whether it is given the residual stream itself, not its norm, to bring norms of its own.
     """
 
     kind: ClassVar[Kind]
     two_way_mode: ClassVar[bool] = False
     causal_mode: ClassVar[bool] = True
+    takes_residual: ClassVar[bool] = False
 
     class Parameters(MixerParameters):
         pass
@@ -174,6 +219,11 @@ class Mixer(nn.Module):
             padding is ignored.
         """
         raise NotImplementedError
+
+    @classmethod
+    def kind_with(cls, parameters: MixerParameters) -> Kind:
+        """`kind`, where it depends on the parameters."""
+        return cls.kind
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

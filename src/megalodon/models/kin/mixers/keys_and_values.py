@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalodon import ops
 from megalodon.models.kin.mixers.base import Memory
-from megalodon.models.state import OpenChunk
+from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.ops.layout import Layout
 
 WITHOUT_END = 1 << 40

@@ -15,9 +15,9 @@ from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters
 from megalodon.models.layers.cema import CEMA, initial_theta
 from megalodon.models.layers.chunk_attention import GatedChunkAttention
 from megalodon.models.layers.norms import RMSNorm
+from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
 from megalodon.models.megalodon.config import MegalodonConfig
-from megalodon.models.state import OpenChunk
 from megalodon.ops.backend import accumulator_dtype, full_precision
 from megalodon.ops.layout import Layout
 

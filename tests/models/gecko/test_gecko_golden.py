@@ -138,12 +138,12 @@ def test_to_the_reference_and_back(name: str, shared: Path) -> None:
 
 def test_the_other_architectures_checkpoints_are_refused(shared: Path) -> None:
     meta, tensors = load(shared, "full_base")
-    with pytest.raises(ValueError, match="'layernorm_num_groups'.*looks like a gecko config"):
+    with pytest.raises(ValueError, match=r"'layernorm_num_groups'.*looks like a gecko config"):
         config_from_reference(meta["config"])
     with safe_open(shared / "golden" / "full_base.safetensors", "pt") as file:
         other = json.loads(file.metadata()["meta"])["config"]
         theirs = {key[6:]: file.get_tensor(key) for key in file.keys() if key.startswith("param.")}  # noqa: SIM118
-    with pytest.raises(ValueError, match="'norm_num_groups'.*looks like a megalodon config"):
+    with pytest.raises(ValueError, match=r"'norm_num_groups'.*looks like a megalodon config"):
         config_from_reference(other, architecture="gecko")
     with pytest.raises(ValueError, match="architecture is 'geko'"):
         config_from_reference(other, architecture="geko")

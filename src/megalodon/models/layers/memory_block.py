@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from megalodon.models.layers.cema import CEMA
 from megalodon.models.layers.feed_forward import FeedForward
 from megalodon.models.layers.norms import RMSNorm
 from megalodon.ops.layout import Layout
@@ -101,7 +100,7 @@ class MemoryBlock(GradientCheckpointingLayer):
     def __init__(
         self,
         timestep_norm: nn.Module,
-        cema: CEMA,
+        cema: Any,
         memory_norm: RMSNorm,
         attention: nn.Module,
         feed_forward: FeedForward,

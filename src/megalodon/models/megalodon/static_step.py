@@ -63,7 +63,7 @@ class _Layer:
         m, h = ops.cema(n, *self.coefficients, block.cema.omega, self.h)
         self.h.copy_(h)
         m = block.memory_norm(m)
-        q, k = attention.queries_and_keys(m, turns)
+        q, k = attention.queries(m, turns)
         v = F.silu(attention.v_proj(n)).unflatten(-1, (attention.num_heads, -1))
         rows = torch.arange(len(place), device=place.device)
         self.keys.index_put_((rows, place), k[:, 0].to(self.keys.dtype))

@@ -95,12 +95,10 @@ class GatedWindowAttention(nn.Module):
         v = F.silu(self.v_proj(n)).unflatten(-1, (self.num_heads, -1))
         o, w, window = self.attend(queries, v, window, layout, use_cache)
         r = self.r_proj(m)
-        gated = ops.silu_product(r, o.flatten(-2).to(r.dtype))
-        gated = F.dropout(gated, self.hidden_dropout, self.training) if w is None else self._joined(gated, w)
-        return self.h_proj(m) + self.o_proj(gated), window
-
-    def _joined(self, gated: Tensor, w: Tensor) -> Tensor:
-        return F.dropout(gated + w.flatten(-2).to(gated.dtype), self.hidden_dropout, self.training)
+        found = F.dropout(ops.silu_product(r, o.flatten(-2).to(r.dtype)), self.hidden_dropout, self.training)
+        if w is not None:  # the gate acts on attention alone
+            found = found + w.flatten(-2).to(found.dtype)
+        return self.h_proj(m) + self.o_proj(found), window
 
     def queries(self, m: Tensor, turns: Turns | None) -> Queries:
         """m [B, L, D] -> what attention and memory ask and offer: all from one normalised z."""
@@ -133,10 +131,11 @@ class GatedWindowAttention(nn.Module):
             window = Window.empty(keys, v)
         prefix: dict[str, Any] = {} if window is None else window.prefix()
         width = queries.k.shape[-1]
-        of_attention = {name: x if x is None or name[-1] == "v" else x[..., :width] for name, x in prefix.items()}
-        of_memory = {name: x if x is None or name[-1] == "v" else x[..., width:] for name, x in prefix.items()}
+        both = {name: (x, x) if x is None or name[-1] == "v" else x.split(width, -1) for name, x in prefix.items()}
+        of_attention: dict[str, Any] = {name: parts[0] for name, parts in both.items()}
+        of_memory: dict[str, Any] = {name: parts[1] for name, parts in both.items()}
         dropout = self.attention_dropout if self.training else 0.0
-        shared = {"chunk_size": self.chunk_size, "layout": layout, "segments": layout.segments}
+        shared: dict[str, Any] = {"chunk_size": self.chunk_size, "layout": layout, "segments": layout.segments}
         o = ops.sliding_chunk_attention(
             queries.q,
             queries.k,
@@ -150,7 +149,7 @@ class GatedWindowAttention(nn.Module):
         w = memory = log_mass = None
         ends = int(layout.document_positions.max(initial=0)) if layout.length else 0
         if use_cache or ends >= 2 * self.chunk_size:  # before its third chunk, a document has nothing to read
-            carried = {} if window is None else {"memory": window.memory, "log_mass": window.log_mass}
+            carried: dict[str, Any] = {} if window is None else {"memory": window.memory, "log_mass": window.log_mass}
             w, memory, log_mass = ops.working_memory(
                 queries.memory_q, queries.memory_k, v, **of_memory, **carried, **shared
             )

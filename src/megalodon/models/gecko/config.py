@@ -133,15 +133,16 @@ class GeckoConfig(Config):
         self.require_divisible(("model_dim", "layernorm_num_groups"))
         if self.norm_num_groups >= self.model_dim:
             raise ValueError(
-                f"norm_num_groups={self.norm_num_groups}: it must be smaller than model_dim={self.model_dim}, because "
-                "a group of one feature has no variance"
+                f"norm_num_groups={self.norm_num_groups}: it must be smaller than model_dim={self.model_dim}, "
+                "because a group of one feature has no variance"
             )
         for name in ("norm_beta1", "norm_beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must lie between 0 and 1")
         if self.num_rope_heads is not None and not 0 <= self.num_rope_heads <= self.num_heads:
             raise ValueError(
-                f"num_rope_heads={self.num_rope_heads}: it must lie in 0 to num_heads={self.num_heads}, or be None"
+                f"num_rope_heads={self.num_rope_heads}: it must be None for all, or lie in 0 to "
+                f"num_heads={self.num_heads}"
             )
         if self.head_dim % 2 and self.rotated_heads:
             raise ValueError(f"z_dim / num_heads = {self.head_dim}: rotary embeddings need it even")

@@ -139,8 +139,9 @@ class GatedWindowAttention(nn.Module):
             window = Window.empty(keys, v)
         prefix: dict[str, Any] = {} if window is None else window.prefix()
         width = queries.k.shape[-1]
-        of_attention = {name: x if x is None or name[-1] == "v" else x[..., :width] for name, x in prefix.items()}
-        of_memory = {name: x if x is None or name[-1] == "v" else x[..., width:] for name, x in prefix.items()}
+        both = {name: (x, x) if x is None or name[-1] == "v" else x.split(width, -1) for name, x in prefix.items()}
+        of_attention: dict[str, Any] = {name: parts[0] for name, parts in both.items()}
+        of_memory: dict[str, Any] = {name: parts[1] for name, parts in both.items()}
         dropout = self.attention_dropout if self.training else 0.0
         shared: dict[str, Any] = {"chunk_size": self.chunk_size, "layout": layout, "segments": layout.segments}
         o = ops.sliding_chunk_attention(

@@ -44,11 +44,11 @@ class GeckoModel(GeckoPreTrainedModel, StatefulModel):
     def segment_starts(config: GeckoConfig, input_ids: Tensor | None) -> Tensor | None:
         if not config.multi_segments:
             return None
-        if self.config.bos_token_id is None:
+        if config.bos_token_id is None:
             raise ValueError("multi_segments=True needs bos_token_id: segments begin at BOS tokens")
         if input_ids is None:
             raise ValueError("inputs_embeds do not tell BOS tokens, which multi_segments needs: give input_ids")
-        return input_ids.eq(int(config.bos_token_id)) if config.bos_token_id is not None else None
+        return input_ids.eq(config.bos_token_id)
 
 
 class GeckoForCausalLM(GeckoPreTrainedModel, CausalLM):

@@ -146,13 +146,15 @@ class PrefixStore:
 
         `found`: keys of those that were kept for other texts.
         """
+        found = frozenset(found)
         with self._lock:
             before: Kept | None = None
             passed = [(position, self._kept[key]) for position, key in path if key in self._kept]
             for position, kept in passed:
                 kept.position, kept.distance, kept.since = position, end - position, self._clock
                 kept.followed = kept.followed or kept.key in found
-                self._hang(kept, before)
+                if before is not None:
+                    self._hang(kept, before)
                 before = kept
             for _, kept in passed:
                 self._rate(kept)

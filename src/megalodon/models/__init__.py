@@ -14,6 +14,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.config import Config
+from megalodon.models.gecko.config import GeckoConfig
+from megalodon.models.gecko.model import GeckoForCausalLM, GeckoModel
+from megalodon.models.gecko.state import GeckoState
 from megalodon.models.kin import KinConfig, KinForCausalLM, KinModel
 from megalodon.models.megalodon.config import PRESETS, MegalodonConfig
 from megalodon.models.megalodon.model import MegalodonForCausalLM, MegalodonModel
@@ -33,6 +36,7 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "megalodon": Architecture(MegalodonConfig, MegalodonModel, MegalodonForCausalLM),
     "megalodon-kin": Architecture(KinConfig, KinModel, KinForCausalLM),
+    "gecko": Architecture(GeckoConfig, GeckoModel, GeckoForCausalLM),
 }
 """Every architecture by its `model_type`. The first is the default where none is named."""
 
@@ -87,6 +91,10 @@ __all__ = [
     "Architecture",
     "CausalLM",
     "Config",
+    "GeckoConfig",
+    "GeckoForCausalLM",
+    "GeckoModel",
+    "GeckoState",
     "KinConfig",
     "KinForCausalLM",
     "KinModel",

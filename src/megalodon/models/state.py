@@ -166,6 +166,11 @@ class State:
         return next(places, self.position.device)
 
     @property
+    def bos_places(self) -> tuple[Tensor, Tensor] | None:
+        """What the rows carry of segments (`megalodon.ops.Segments`); None where the architecture knows none."""
+        return None
+
+    @property
     def open_tokens(self) -> Tensor:
         """int64 [B]; tokens in each row's open chunk; zeros where the architecture has no chunks."""
         return self.position % self.dimensions.alignment

@@ -27,6 +27,8 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "gated_delta": {},
     "gla": {"gate_rank": 4},
     "h3": {"state_size": 8, "head_dim": 2},
+    "hax": {"state_size": 4, "keys": 8, "bits": 2},
+    "hip": {"mask_size": 6, "query_block": 4, "key_block": 2, "window": 5, "sinks": 3},
     "hedgehog": {},
     "hyena": {"max_length": 4096, "filter_width": 16},
     "lizard": {"window": 5},

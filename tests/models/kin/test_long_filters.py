@@ -10,6 +10,7 @@ from kin_cases import check_mixer, golden, relative, tokens
 
 from megalodon import KinConfig, KinForCausalLM
 from megalodon.convert import mixer_from_reference
+from megalodon.models.kin.mixers.base_conv import REFERENCE_NAMES as BASE_CONV_NAMES
 from megalodon.models.kin.mixers.h3 import REFERENCE_NAMES
 from megalodon.models.kin.mixers.hyena import reference_names
 from megalodon.ops import layout_of
@@ -27,8 +28,7 @@ def test_golden_hyena(shared: Path, case: str) -> None:
 def test_golden_base_conv(shared: Path, case: str) -> None:
     vectors = golden(shared, "zoology_mixers", f"base_conv_{case}")
     mixer = mixer_from_reference("base_conv", vectors.config, vectors.named("param."))
-    theirs = {f"conv.{kind}": f"conv.conv.{kind}" for kind in ("weight", "bias")}
-    check_mixer(mixer, vectors, theirs)
+    check_mixer(mixer, vectors, {ours: theirs for theirs, ours in BASE_CONV_NAMES.items()})
 
 
 def test_golden_h3(shared: Path) -> None:

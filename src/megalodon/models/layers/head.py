@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from megalodon.models.layers.few_rows import PRODUCT, FusedProduct, can_fuse
 from megalodon.models.layers.projection import MOST_ROWS, Projection, can_pack
 from megalodon.models.layers.watch import Prepared, is_forwarded_as_written
 from megalodon.ops.backend import full_precision
 
 
-def _product_of(head: nn.Module) -> Projection | None:
+def _product_of(head: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The head's product with few rows, in float32 or better; None where only the head itself will do."""
     if not isinstance(head, nn.Linear) or not is_forwarded_as_written(head, (nn.Linear,)):
         return None
+    if can_fuse([head], head.weight.dtype, PRODUCT):
+        return FusedProduct(head)
     wide = full_precision(head.weight.dtype)
-    return Projection(head, packed=wide) if can_pack([head], wide) else None
+    if not can_pack([head], wide):
+        return None
+    packed = Projection(head, packed=wide)
+    return lambda x: packed(x.to(wide))[0]
 
 
-_HEADS: Prepared[nn.Module, Projection | None] = Prepared(_product_of)
+_HEADS: Prepared[nn.Module, Callable[[Tensor], Tensor] | None] = Prepared(_product_of)
 
 
 def apply_head(head: nn.Module, x: Tensor, decoding: bool) -> Tensor:
@@ -29,7 +37,6 @@ def apply_head(head: nn.Module, x: Tensor, decoding: bool) -> Tensor:
         _HEADS.forget(head)
         return head(x)
     product = _HEADS.of(head) if x.shape[:-1].numel() <= MOST_ROWS else None
-    if product is None or product.weight is None:
+    if product is None:
         return head(x)
-    (y,) = product(x.flatten(0, -2).to(product.weight.dtype))
-    return y.unflatten(0, x.shape[:-1])
+    return product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])

@@ -28,13 +28,15 @@ from megalodon.models.causal_lm import StatefulModel
 from megalodon.models.layers.cema import CEMA
 from megalodon.models.layers.chunk_attention import GatedChunkAttention
 from megalodon.models.layers.feed_forward import FeedForward
+from megalodon.models.layers.few_rows import can_fuse
 from megalodon.models.layers.memory_block import LayerState, MemoryBlock
 from megalodon.models.layers.norms import LayerNorm, RMSNorm, effective
 from megalodon.models.layers.projection import Projection, can_pack
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
 from megalodon.models.layers.watch import Prepared, is_forwarded_as_written
 from megalodon.models.megalodon.block import MegalodonBlock
-from megalodon.models.megalodon.state import MegalodonState
+from megalodon.models.megalodon.fused_step import KERNEL, FusedStep
+from megalodon.models.megalodon.state import MegalodonDimensions, MegalodonState
 from megalodon.ops.backend import backend_for, full_precision
 
 PART = 1 << 15
@@ -175,9 +177,12 @@ class TokenStep:
         linear = list(linear_layers(model))
         wide = full_precision(model.dtype)  # for one row, products in float32 are the quickest, bfloat16 weights or not
         packed = all(is_forwarded_as_written(layer, (nn.Linear,)) for layer in linear) and can_pack(linear, wide)
-        self.dtype = wide if packed else model.dtype
-        self.blocks = [BlockStep(block, self.dtype, packed) for block in blocks_of(model)]
+        fused = can_fuse(linear, model.dtype, KERNEL)
+        self.dtype = wide if packed or fused else model.dtype
+        self.blocks = [BlockStep(block, self.dtype, packed and not fused) for block in blocks_of(model)]
         self.final = NormStep(cast(TimestepNorm, model.final_norm))
+        sizes = MegalodonDimensions.of(model.config)
+        self.fused = FusedStep(self.blocks, self.final, sizes) if fused else None
 
     @staticmethod
     def of(model: StatefulModel, x: Tensor, state: MegalodonState | None) -> TokenStep | None:
@@ -192,7 +197,7 @@ class TokenStep:
         if x.shape[1] != 1 or state is None or torch.is_grad_enabled() or model.training:
             _STEPS.forget(model)
             return None
-        if torch.is_autocast_enabled(x.device.type) or backend_for(x.device, x.dtype)[0] != "blocked":
+        if torch.is_autocast_enabled(x.device.type) or backend_for(x.device, x.dtype)[0] not in ("blocked", "numba"):
             return None
         positions = state.position.tolist()
         chunk = state.dimensions.chunk_size
@@ -206,6 +211,8 @@ class TokenStep:
         Returns:
             (the final hidden states [M, D], the state after them).
         """
+        if self.fused is not None:
+            return self.fused.advance(x, state)
         sizes = state.dimensions
         offset = int(state.position[0]) % sizes.chunk_size
         seen = state.position + (sizes.norm_prior_count + 1)

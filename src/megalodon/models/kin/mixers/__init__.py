@@ -18,6 +18,8 @@ MIXERS: dict[str, str] = {
     "gated_delta": "gated_delta.GatedDelta",
     "gla": "gla.GLA",
     "h3": "h3.H3",
+    "hax": "hax.Hax",
+    "hip": "hip.Hip",
     "hedgehog": "hedgehog.Hedgehog",
     "hydra": "hydra.Hydra",
     "hyena": "hyena.Hyena",

@@ -34,7 +34,7 @@ class Attention(Projected):
         return KeysAndValues.empty(batch, self.num_groups, self.head_dim, self.head_dim, device, dtype)
 
     def forward(self, x: Tensor, memory: KeysAndValues | None, layout: Layout) -> tuple[Tensor, KeysAndValues]:
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.queries_keys_values(x, layout, rotated=True)
         memory = self.empty(len(x), x.device, k.dtype) if memory is None else memory
         out, memory = attend(q / math.sqrt(self.head_dim), k, v, memory, layout)
         return self.o_proj(out.flatten(-2)), memory

@@ -46,7 +46,7 @@ class LongKernel(nn.Module):
         self.implicit, self.max_length = implicit, max_length
         if implicit:
             self.register_buffer("features", time_features(max_length, TIME_FEATURES))
-            self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, FILTER_WIDTH), nn.ReLU(), nn.Linear(FILTER_WIDTH, dim))
+            self.first, self.last = nn.Linear(TIME_FEATURES, FILTER_WIDTH), nn.Linear(FILTER_WIDTH, dim)
         else:
             self.filter = nn.Parameter(torch.empty(dim, max_length))
         self.kept = KeptKernel()
@@ -57,13 +57,13 @@ class LongKernel(nn.Module):
             init.normal_(self.filter)
             return
         init.copy_(self.features, time_features(*self.features.shape))
-        for layer in (self.mlp[0], self.mlp[2]):
+        for layer in (self.first, self.last):
             bound = layer.in_features**-0.5
             init.uniform_(layer.weight, -bound, bound)
             init.uniform_(layer.bias, -bound, bound)
 
     def _kernel(self, taps: int) -> Tensor:
-        first, last = self.mlp[0], self.mlp[2]
+        first, last = self.first, self.last
         real = full_precision(first.weight.dtype)
         hidden = F.relu(F.linear(self.features[:taps].to(real), first.weight.to(real), first.bias.to(real)))
         return F.linear(hidden, last.weight.to(real), last.bias.to(real)).t()
@@ -73,7 +73,7 @@ class LongKernel(nn.Module):
         if not self.implicit:
             return self.filter[:, :taps]
         with torch.autocast(self.features.device.type, enabled=False):
-            inputs = (self.features, *self.mlp.parameters())
+            inputs = (self.features, *self.parameters())
             return self.kept.of(inputs, self._kernel, taps, self.max_length)
 
 
@@ -154,7 +154,15 @@ class BaseConv(Mixer):
             "max_length": config["l_max"],
             "activation": config.get("use_act", False),
         }
-        ours = {name.replace("conv.conv.", "conv."): tensor for name, tensor in tensors.items()}
+        ours = {REFERENCE_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
         if "conv.pos_emb.z" in ours:
             ours["conv.features"] = ours.pop("conv.pos_emb.z").flatten(0, -2)
         return Reference({"model_dim": config["d_model"], "num_heads": 1}, parameters, ours)
+
+
+REFERENCE_NAMES = {
+    f"conv.{theirs}.{kind}": f"conv.{ours}{kind}"
+    for theirs, ours in (("conv", ""), ("mlp.0", "first."), ("mlp.2", "last."))
+    for kind in ("weight", "bias")
+}
+"""The authors' names of parameters -> ours."""

@@ -110,7 +110,9 @@ class Hydra(Mixer):
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:
         """The authors' mixer, whose parameters have the same names."""
         fields, known = mamba2_options(config)
-        parameters = {name: known[name] for name in ("expand", "head_dim", "state_size", "groups") if name in known}
+        parameters: dict[str, Any] = {
+            name: known[name] for name in ("expand", "head_dim", "state_size", "groups") if name in known
+        }
         return Reference(
             {**fields, "two_way": True}, {**parameters, "kernel_size": config.get("d_conv", 7)}, dict(tensors)
         )

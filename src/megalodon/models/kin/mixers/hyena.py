@@ -67,12 +67,12 @@ class Filter(nn.Module):
         real = full_precision(self.out.weight.dtype)
         hidden = self.features[:taps].to(real)
         for layer in self.hidden:
+            assert isinstance(layer, nn.Linear)
             hidden = torch.sin(self.frequency.to(real) * F.linear(hidden, layer.weight.to(real), layer.bias.to(real)))
         kernel = F.linear(hidden, self.out.weight.to(real))
-        place = {"device": kernel.device, "dtype": kernel.dtype}
-        time = torch.linspace(0, 1, self.max_length, **place)[:taps, None]
+        time = torch.linspace(0, 1, self.max_length, device=kernel.device, dtype=real)[:taps, None]
         slow, fast = math.log(0.01) / 1.5, math.log(0.01) / 0.3
-        decay = torch.linspace(slow, fast, kernel.shape[1], **place).abs()
+        decay = torch.linspace(slow, fast, kernel.shape[1], device=kernel.device, dtype=real).abs()
         return (kernel * (torch.exp(-time * decay) + self.shift)).t()
 
     def forward(self, taps: int) -> Tensor:

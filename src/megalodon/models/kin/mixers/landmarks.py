@@ -120,9 +120,10 @@ class _Plan:
         old = self.known_position < self.position[..., None] - self.window
         known[..., :count] = first_document & read & old
         new = self.marked[:, None, self.new] & (self.new < token - self.window) & (self.new >= self.start[..., None])
-        near = token // self.block * self.block - self.window + np.arange(self.window + self.block)
+        nearest = token // self.block * self.block - self.window + np.arange(self.window + self.block)
         before = np.where(self.start == 0, -np.minimum(self.read, self.window)[:, None], self.start)
-        near = (near <= token) & (near >= token - self.window) & (near >= before[..., None]) & (near < length)
+        near = (nearest <= token) & (nearest >= token - self.window) & (nearest < length)
+        near = near & (nearest >= before[..., None])
         return np.concatenate([known, new, near], axis=2)
 
     def after(self) -> np.ndarray:
@@ -136,8 +137,8 @@ class _Plan:
             rows.append(np.concatenate([np.arange(read), self.known + self.window + new]))
         width = max((len(row) for row in rows), default=0)
         table = np.full((len(rows), width), -1, dtype=np.int64)
-        for i, row in enumerate(rows):
-            table[i, : len(row)] = row
+        for i, numbers in enumerate(rows):
+            table[i, : len(numbers)] = numbers
         return table
 
     def unchanged(self, index: np.ndarray) -> bool:

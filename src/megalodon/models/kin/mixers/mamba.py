@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import Kind, Mixer, MixerParameters, Reference
 from megalodon.models.kin.mixers.state_space import (
     DepthwiseConvolution,
     ScanMemory,
@@ -27,7 +27,7 @@ from megalodon.ops.layout import Layout
 class Mamba(Mixer):
     """`x, z = Win u; x = silu(conv x); y = scan(x) + D x; out = Wout (y * silu z)`; see `ops.selective_scan`."""
 
-    kind = "constant"
+    kind: ClassVar[Kind] = "constant"
 
     class Parameters(MixerParameters):
         """expand: E / D; state_size: N; kernel_size: taps of the convolution; step_rank: rank of the steps'

@@ -77,7 +77,8 @@ class PhiMamba(Mixer):
         identity = torch.zeros_like(self.conv1d.weight)
         identity[..., -1] = 1
         init.copy_(self.conv1d.weight, identity)
-        init.zeros_(self.conv1d.bias)
+        if self.conv1d.bias is not None:
+            init.zeros_(self.conv1d.bias)
         init.constant_(self.z_bias, OPEN_GATE)
         init.ones_(self.D)
 

@@ -6,7 +6,12 @@
   block boundary is read again, one token is generated).
 - `memory`: resident memory while one long text is read.
 
-All in one process, without HTTP. README.md beside this file says how to run it and what it writes.
+These in one process, without HTTP. Of whole servers, beside those of a build before (`--before CHECKOUT`):
+
+- `gaps`: the worst gap between one user's tokens beside another's long prompt.
+- `divergent`: what a prompt costs of which a part has been changed since it was read.
+
+README.md beside this file says how to run it and what it writes.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import matplotlib
 import numpy as np
 import torch
 import typer
+from _divergence import divergent_parts, gap_parts, measure_divergent, measure_gaps
 from _machine import describe_machine, machine_slug
 from _measure import _status_bytes as status_bytes
 from _measure import settle_memory
@@ -50,6 +56,8 @@ class Section(StrEnum):
     concurrency = "concurrency"
     first_token = "first_token"
     memory = "memory"
+    gaps = "gaps"
+    divergent = "divergent"
 
 
 @dataclass
@@ -296,7 +304,11 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
 def main(
     section: Annotated[Section, typer.Option()] = Section.concurrency,
     streams: Annotated[str, typer.Option(help="numbers of requests at once")] = "1,2,4,8,16,32,64",
-    length: Annotated[int, typer.Option(help="tokens of the document; 0: 100,000, or 1,000,000 for memory")] = 0,
+    length: Annotated[
+        int, typer.Option(help="tokens of the document; 0: 100,000, 1,000,000 for memory, 12,000,000 for gaps")
+    ] = 0,
+    before: Annotated[Path | None, typer.Option(help="a checkout of an earlier build, for gaps and divergent")] = None,
+    cold: Annotated[bool, typer.Option(help="divergent: compare with a server that keeps nothing")] = True,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     quick: Annotated[bool, typer.Option(help="seconds instead of minutes, to see that it works")] = False,
     output: Annotated[Path, typer.Option()] = RESULTS,
@@ -319,6 +331,12 @@ def main(
         case Section.memory:
             result |= measure_memory(length or 1_000_000)
             parts, title, plot = memory_parts(result), "Memory over a long text", plot_memory
+        case Section.gaps:
+            result |= measure_gaps(before, length or 12_000_000, rounds)
+            parts, title = gap_parts(result), "Gaps between tokens beside a long prompt"
+        case Section.divergent:
+            result |= measure_divergent(before, length or 100_000, cold)
+            parts, title = divergent_parts(result), "Prompts that part from known ones"
     name = f"serving-{section.value.replace('_', '-')}"
     written, table = save(result, document(title, result, parts, quick), output, name)
     if plot is not None:

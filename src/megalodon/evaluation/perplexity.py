@@ -60,7 +60,7 @@ def evaluate_perplexity(
         ValueError: if the tokenizer has more ids than the model, no document has two tokens, or a loss is not finite.
     """
     check_vocabulary(tokenizer, model.config.vocab_size)
-    piece_length = default_piece_length(model.config.chunk_size) if piece_length is None else piece_length
+    piece_length = default_piece_length(model.model.dimensions.alignment) if piece_length is None else piece_length
     for name, value in (("piece_length", piece_length), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")

@@ -26,9 +26,9 @@ READ_AT_ONCE = 2048
 Piece: TypeAlias = "Sequence[int] | np.ndarray | Tensor"
 
 
-def default_piece_length(chunk_size: int) -> int:
+def default_piece_length(alignment: int) -> int:
     """Tokens read at once: the least multiple of the chunk size that is at least `READ_AT_ONCE`."""
-    return -(-READ_AT_ONCE // chunk_size) * chunk_size
+    return -(-READ_AT_ONCE // alignment) * alignment
 
 
 class Session:
@@ -61,7 +61,9 @@ class Session:
         self.model = model
         self.tokens = 0 if context is None else context.tokens
         self.generator = torch.Generator()
-        self._piece_length = default_piece_length(model.config.chunk_size) if piece_length is None else piece_length
+        self._piece_length = (
+            default_piece_length(model.model.dimensions.alignment) if piece_length is None else piece_length
+        )
         if self._piece_length < 1:
             raise ValueError(f"piece_length is {piece_length}; it must be 1 or more")
         self._vocab_size = vocab_size

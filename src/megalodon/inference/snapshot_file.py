@@ -207,16 +207,21 @@ def _check_state(parts: dict[str, Tensor], header: _Header, identity: ModelIdent
         raise ValueError("the context file is damaged: its position is not that of its state")
     if header.read_only and (header.digest is None or header.block is None or header.position % header.block):
         raise ValueError("the context file is damaged: its state is not one that reading a known text leaves")
-    filled = header.position % identity.config.chunk_size
+    kind = identity.state_class
+    sizes = kind.dimensions_class.of(identity.config)
+    shapes = kind.shapes(sizes)
     for name, tensor in parts.items():
-        kind = name.rsplit(".", 1)[-1]
         own = getattr(torch, identity.dtype)
-        floating = {"keys": (own,), "values": (own,), "cema": (torch.float32,), "position": (torch.int64,)}
-        if tensor.dtype not in floating.get(kind, (torch.float64, torch.float32)):
+        right = {kind.tensor_dtype(name, own, wide) for wide in (torch.float32, torch.float64)}
+        if tensor.dtype not in right:
             raise ValueError(f"the context file is damaged: its {name} is {tensor.dtype}")
-        if kind in ("keys", "values") and tensor.shape[1] != filled:
-            raise ValueError(f"the context file is damaged: its {name} is not that of {filled} tokens")
-        if not tensor.isfinite().all() or (kind == "var" and (tensor < 0).any()):
+        if name not in shapes:
+            raise ValueError(f"the context file is damaged: no state of this model has a {name}")
+        if -1 in shapes[name]:
+            filled = kind.places(sizes, name, header.position)
+            if tensor.ndim != len(shapes[name]) or tensor.shape[shapes[name].index(-1)] != filled:
+                raise ValueError(f"the context file is damaged: its {name} is not that of {filled} tokens")
+        if not kind.is_possible(name, tensor):
             raise ValueError(f"the context file is damaged: its {name} has values that no state has")
 
 

@@ -27,6 +27,7 @@ from megalodon.models.output import LanguageModelOutput, ModelOutput, the_state
 from megalodon.models.padding import RealTokens
 from megalodon.models.state import Dimensions, State
 from megalodon.ops.layout import Layout, layout_of
+from megalodon.ops.segments import Segments
 
 READ_AT_ONCE = 4096
 """Tokens that a CPU runs through a layer at a time. Activations of more outgrow its caches, and tensors of more than
@@ -107,7 +108,7 @@ class StatefulModel(StatefulPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(self.make_block(i) for i in range(config.num_layers))
         self.final_norm = self.make_final_norm()
-        self.embedding_scale = math.sqrt(config.model_dim) if config.scale_emb else 1.0
+        self.embedding_scale = math.sqrt(config.model_dim) if getattr(config, "scale_emb", False) else 1.0
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -124,9 +125,18 @@ class StatefulModel(StatefulPreTrainedModel):
         """What every block of a model of this config is given of where tokens stand, besides the layout: made once."""
         return ()
 
+    def segment_starts(self, input_ids: Tensor | None) -> Tensor | None:
+        """bool [B, L]: tokens that start a segment (`megalodon.ops.Segments`); None where the model knows none."""
+        return None
+
     def single_token(self, x: Tensor, state: State | None) -> SingleToken | None:
         """A shorter way for one token a row, where it is good for these embeddings x [B, L, D] and this state."""
         return None
+
+    @property
+    def reads_in_pieces(self) -> bool:
+        """Whether a long text may go through a layer piece by piece, at no cost and with the same result."""
+        return True
 
     @property
     def chunk_size(self) -> int | None:
@@ -188,6 +198,7 @@ class StatefulModel(StatefulPreTrainedModel):
         told |= {name: kwargs.pop(name) for name in documents.NAMES if name in kwargs}
         refuse_unknown(type(self).forward, kwargs)
         x = self._embed(input_ids, inputs_embeds)
+        bos = self.segment_starts(input_ids)
         length = x.shape[1]
         self._check(x, attention_mask, state, segment_ids)
         segment_ids, fresh = documents.documents_of(
@@ -195,7 +206,7 @@ class StatefulModel(StatefulPreTrainedModel):
         )
         if state is not None and fresh is not None:
             state = state.reset(fresh)
-        plain = attention_mask is None and segment_ids is None and not output_hidden_states
+        plain = attention_mask is None and segment_ids is None and bos is None and not output_hidden_states
         step = self.single_token(x, state if plain and use_cache else None)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
         if step is not None and state is not None:
@@ -208,7 +219,9 @@ class StatefulModel(StatefulPreTrainedModel):
             if rows is not None:
                 x = rows.pack(x)
                 segment_ids = None if segment_ids is None else rows.pack(segment_ids)
-            x, state = self._run(x, state, use_cache, segment_ids, None if rows is None else rows.lengths, hidden)
+                bos = None if bos is None else rows.pack(bos)
+            lengths = None if rows is None else rows.lengths
+            x, state = self._run(x, state, use_cache, segment_ids, lengths, bos, hidden)
             if rows is not None:
                 x, hidden = rows.unpack(x, length), hidden and [rows.unpack(h, length) for h in hidden]
         kept: Any = state if use_cache else None
@@ -222,13 +235,14 @@ class StatefulModel(StatefulPreTrainedModel):
         use_cache: bool,
         segment_ids: Tensor | None = None,
         lengths: Tensor | None = None,
+        bos: Tensor | None = None,
         hidden: list[Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
         """Embeddings [B, L, D] of `lengths` real tokens each through all layers: (hidden states, the state after them).
 
-        `hidden` collects the input of each block and the final hidden states.
+        `bos` tells where segments start. `hidden` collects the input of each block and the final hidden states.
         """
-        layouts = self._layouts(x, state, segment_ids, lengths)
+        layouts = self._layouts(x, state, segment_ids, lengths, bos)
         places = [
             (*self.layer_arguments(self.config, layout), layout, use_cache or layout is not layouts[-1])
             for layout in layouts
@@ -258,12 +272,19 @@ class StatefulModel(StatefulPreTrainedModel):
         return self.state_class(layers, final, position, self.dimensions)
 
     def _layouts(
-        self, x: Tensor, state: State | None, segment_ids: Tensor | None, lengths: Tensor | None
+        self,
+        x: Tensor,
+        state: State | None,
+        segment_ids: Tensor | None,
+        lengths: Tensor | None,
+        bos: Tensor | None,
     ) -> list[Layout]:
         """Where the tokens of each piece of x stand that goes through a layer at a time."""
-        whole = segment_ids is not None or lengths is not None
+        whole = segment_ids is not None or lengths is not None or not self.reads_in_pieces
         positions: Tensor | np.ndarray | None = None if state is None else state.position
+        places = None if state is None else state.bos_places
         layouts: list[Layout] = []
+        start = 0
         for size in [x.shape[1]] if whole else self._pieces(x, state):
             if layouts:
                 positions = layouts[-1].end_positions
@@ -276,7 +297,11 @@ class StatefulModel(StatefulPreTrainedModel):
                 positions=positions,
                 chunk_size=self.chunk_size,
             )
+            if bos is not None:
+                layout.segments = Segments(bos[:, start : start + size], layout, places)
+                places = layout.segments.after
             layouts.append(layout)
+            start += size
         return layouts
 
     def _pieces(self, x: Tensor, state: State | None) -> list[int]:

@@ -69,6 +69,11 @@ class Config(PreTrainedConfig):
     bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
 
+    @classmethod
+    def hint(cls, name: str) -> str:
+        """What to say of a field that there is not, where more is known than the nearest name."""
+        return ""
+
     @property
     def num_outputs(self) -> int:
         """Rows of the output matrix."""
@@ -146,6 +151,7 @@ def architecture_config(cls: type[C]) -> type[C]:
         for name in values.keys() - known:
             if not name.startswith("_"):
                 near = "".join(f"; did you mean {other}?" for other in get_close_matches(name, known, 1))
+                near = cls.hint(name) or near
                 raise ValueError(f"{name}={values[name]!r}: a {cls.model_type} config has no such field{near}")
         try:
             construct(self, **values)

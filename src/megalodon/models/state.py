@@ -52,6 +52,10 @@ class Memory(Protocol):
         """One batch of the rows of several, in order."""
         ...
 
+    def fitted(self, position: Tensor, sizes: Any) -> Self:
+        """The memory without room that no row uses. `position` int64 [B]: tokens that each row has read."""
+        ...
+
     def tensors(self, position: Tensor, sizes: Any) -> dict[str, Tensor]:
         """What is kept on disk, real tensors by name. `position` int64 [B]: tokens that each row has read."""
         ...
@@ -88,7 +92,7 @@ class State:
     """The memory of a batch of sequences. An architecture's subclass says what `layers` and `final` are.
 
     Attributes:
-        layers: one memory a layer.
+        layers: one memory a layer; None where a layer has none.
         final: the final norm's memory; None where it has none.
         position: int64 [B], on the CPU; tokens of its current document that each row has read.
         dimensions: the sizes of the model it belongs to.
@@ -109,6 +113,16 @@ class State:
     def shapes(cls, sizes: Any) -> dict[str, tuple[int | None, ...]]:
         """The shape of each tensor of `state_dict`; None stands for the batch, -1 for any length."""
         raise NotImplementedError
+
+    @classmethod
+    def places(cls, sizes: Any, name: str, position: int) -> int:
+        """How long a tensor of `state_dict` of any length (-1 in `shapes`) is for one row of so many tokens."""
+        return position % int(sizes.alignment)
+
+    @classmethod
+    def is_possible(cls, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor of `state_dict` could be that of a state: finite, and no variance negative."""
+        return bool(tensor.isfinite().all()) and not (name.endswith(".var") and bool((tensor < 0).any()))
 
     @classmethod
     def layer_from(cls, tensors: Mapping[str, Tensor], sizes: Any, layer: int) -> Any:
@@ -148,7 +162,13 @@ class State:
     @property
     def device(self) -> torch.device:
         """Where the tensors are; `position` stays on the CPU."""
-        return next(t.device for name, t in self.state_dict().items() if name != "position")
+        places = (tensor.device for name, tensor in self.state_dict().items() if name != "position")
+        return next(places, self.position.device)
+
+    @property
+    def bos_places(self) -> tuple[Tensor, Tensor] | None:
+        """What the rows carry of segments (`megalodon.ops.Segments`); None where the architecture knows none."""
+        return None
 
     @property
     def open_tokens(self) -> Tensor:
@@ -169,8 +189,8 @@ class State:
     # --- values made of it ----------------------------------------------------------------------------------------
 
     def _with(self, change: Callable[[Any], Any], position: Tensor) -> Self:
-        final = None if self.final is None else change(self.final)
-        return type(self)([change(layer) for layer in self.layers], final, position, self.dimensions)
+        *layers, final = (None if memory is None else change(memory) for memory in (*self.layers, self.final))
+        return type(self)(layers, final, position, self.dimensions)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A state with copies of what `function` makes of each tensor; `function` keeps the batch as it is."""
@@ -193,9 +213,9 @@ class State:
         """The state of some rows, in the order given; an int keeps a batch of one; a bool mask selects."""
         index = torch.arange(self.batch_size)[torch.as_tensor(rows) if not isinstance(rows, slice) else rows]
         index = index.reshape(-1)
+        position = self.position[index]
         selected = self.map(lambda x: x.index_select(0, index.to(x.device)))
-        selected.position = self.position[index]
-        return selected
+        return selected._with(lambda memory: memory.fitted(position, self.dimensions), position)
 
     def repeat(self, times: int) -> Self:
         """Each row `times` times, neighbours together, as beams and several samples of one prompt need."""
@@ -225,10 +245,10 @@ class State:
             state.dimensions.check(first.dimensions)
 
         def join(memories: Sequence[Any]) -> Any:
-            return type(memories[0]).concatenate(memories)
+            return None if memories[0] is None else type(memories[0]).concatenate(memories)
 
         layers = [join(column) for column in zip(*(state.layers for state in states), strict=True)]
-        final = None if first.final is None else join([state.final for state in states])
+        final = join([state.final for state in states])
         return type(first)(layers, final, torch.cat([state.position for state in states]), first.dimensions)
 
     # --- to and from disk -----------------------------------------------------------------------------------------
@@ -236,10 +256,9 @@ class State:
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors by name; complex ones as (re, im) in the last dimension; only the filled part of what is open."""
         tensors = {"position": self.position}
-        parts = [("final_norm.", self.final)] if self.final is not None else []
-        parts += [(f"layers.{i}.", layer) for i, layer in enumerate(self.layers)]
+        parts = [("final_norm.", self.final), *((f"layers.{i}.", layer) for i, layer in enumerate(self.layers))]
         for prefix, memory in parts:
-            named = memory.tensors(self.position, self.dimensions)
+            named = {} if memory is None else memory.tensors(self.position, self.dimensions)
             tensors |= {prefix + name: tensor for name, tensor in named.items()}
         return tensors
 

@@ -30,8 +30,9 @@ class JsonLines:
 
         Raises:
             OSError: naming the file, if the disk is full or refuses; resuming removes what may be half a line.
+            ValueError: for a number that is not finite, which is no JSON.
         """
-        line = json.dumps(record).encode() + b"\n"
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             written = self._file.write(line)
         except OSError as error:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from megalodon import ops
+from megalodon.models.layers.precision import FullPrecision
 from megalodon.ops.backend import full_precision
 from megalodon.ops.layout import Layout
 
 
-class CEMA(nn.Module):
+class CEMA(FullPrecision):
     """Parameters: `alpha`, `delta` [D, N, 1]; `theta` [D, 1, 1]; `gamma` [D, N, 2] (re, im); `omega` [D, 1]; in float32
     or better, whatever the default dtype: powers of q forget what bfloat16 rounds away."""
 

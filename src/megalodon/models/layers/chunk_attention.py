@@ -81,7 +81,8 @@ class GatedChunkAttention(nn.Module):
         if use_cache and layout.fits_open_chunk:
             open_chunk = OpenChunk.append(open_chunk, k, v, layout)
             keys, values, offset = open_chunk.contents(layout)
-            return ops.causal_attention(q, keys, values, offset, None, dropout, self.dropkey), open_chunk
+            out = ops.causal_attention(q, keys, values, offset, None, dropout, self.dropkey)
+            return out, open_chunk.left_open(layout)
         prefix_k, prefix_v = (None, None) if open_chunk is None else (open_chunk.keys, open_chunk.values)
         out = ops.chunk_attention(
             q,

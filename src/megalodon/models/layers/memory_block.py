@@ -55,6 +55,16 @@ class LayerState(NamedTuple):
             type(first.chunk).concatenate([layer.chunk for layer in layers]),
         )
 
+    def fitted(self, position: Tensor, sizes: Any) -> LayerState:
+        """The state without room that no row uses."""
+        return self._replace(chunk=self.chunk.fitted(position, sizes))
+
+    def resolved(self) -> LayerState:
+        """The same with an h that is there as it reads: a user's expression may have left it conjugated lazily."""
+        if torch.compiler.is_compiling() or not self.cema.is_conj():  # the operators' own results never are
+            return self
+        return self._replace(cema=self.cema.resolve_conj())
+
     def tensors(self, position: Tensor, sizes: Any) -> dict[str, Tensor]:
         """What is kept on disk, by name; h as (re, im) in the last dimension."""
         norm = {f"norm.{name}": tensor for name, tensor in self.moments.tensors(position, sizes).items()}

@@ -13,16 +13,21 @@ from megalodon.ops.layout import Layout, move_rows
 
 
 class OpenChunk:
-    """Rotated keys and values of the chunk that each row is in, at the start of two buffers.
+    """Rotated keys and values of the chunk that each row is in, at the start of two buffers with some room behind.
 
-    Appending in place is safe only for the latest holder of a buffer: whoever appended last. Holders share a counter of
-    appends; one whose own number is behind copies instead. So every holder keeps seeing what it held.
+    Appending in place is safe for one holder of a buffer only: whoever appends takes the right to it, and the chunk
+    that comes of it has the next. A holder without it copies instead, so every holder keeps seeing what it held. To
+    take it is one operation, in which no other thread can come between.
+
+    Args:
+        keys, values: [B, places, H, d] and [B, places, H, e].
+        filled: places in use by the fullest row. None: all.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, appends: list[int] | None = None) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, filled: int | None = None) -> None:
         self.keys, self.values = keys, values
-        self._appends = [0] if appends is None else appends
-        self._number = self._appends[0]
+        self.filled = keys.shape[1] if filled is None else filled
+        self._right = [None]
 
     @staticmethod
     def append(chunk: OpenChunk | None, k: Tensor, v: Tensor, layout: Layout) -> OpenChunk:
@@ -33,9 +38,8 @@ class OpenChunk:
         differentiable = torch.is_grad_enabled() and (k.requires_grad or chunk.keys.requires_grad)
         capacity = needed if differentiable else _capacity(needed, layout.chunk_size)
         # where a chunk begins, its places hold what earlier holders still see
-        if layout.begins_chunk or differentiable or not chunk._writable(needed, k, v):
+        if layout.begins_chunk or differentiable or not chunk._taken(needed, k, v):
             chunk = chunk._grown(layout.longest_offset, capacity, k, v)
-        chunk._appends[0] += 1
         offset = layout.uniform_offset
         if offset is not None:
             chunk.keys[:, offset : offset + layout.length] = k
@@ -46,7 +50,7 @@ class OpenChunk:
             row, token = torch.from_numpy(rows).to(k.device), torch.from_numpy(tokens).to(k.device)
             chunk.keys[row, places] = k[row, token].to(chunk.keys.dtype)
             chunk.values[row, places] = v[row, token].to(chunk.values.dtype)
-        return OpenChunk(chunk.keys, chunk.values, chunk._appends)
+        return OpenChunk(chunk.keys, chunk.values, max(needed, layout.longest_offset))
 
     def with_token(self, k: Tensor, v: Tensor, offset: int, chunk_size: int) -> OpenChunk:
         """`append` without gradients of one token, k [B, H, d] and v [B, H, e], to rows that all hold `offset`."""
@@ -57,10 +61,9 @@ class OpenChunk:
     def with_room(self, k: Tensor, v: Tensor, offset: int, chunk_size: int) -> OpenChunk:
         """What `with_token` returns, before the token is written; k and v only say how many rows and which dtypes."""
         chunk, needed = self, offset + 1
-        if offset == 0 or not self._writable(needed, k, v):
+        if offset == 0 or not self._taken(needed, k, v):
             chunk = self._grown(offset, _capacity(needed, chunk_size), k, v)
-        chunk._appends[0] += 1
-        return OpenChunk(chunk.keys, chunk.values, chunk._appends)
+        return OpenChunk(chunk.keys, chunk.values, needed)
 
     @staticmethod
     def after(chunk: OpenChunk | None, k: Tensor, v: Tensor, layout: Layout) -> OpenChunk:
@@ -100,18 +103,43 @@ class OpenChunk:
                 return keys, values, offset
         return self.keys[:, :filled], self.values[:, :filled], offset
 
+    def left_open(self, layout: Layout) -> OpenChunk:
+        """What `append` gave, without the keys and values of chunks that it completed."""
+        assert layout.chunk_size is not None
+        if layout.uniform_offset is not None:
+            width = (layout.uniform_offset + layout.length) % layout.chunk_size
+        else:
+            width = int((layout.end_positions % layout.chunk_size).max(initial=0))
+        return self.first(width)
+
+    def first(self, width: int) -> OpenChunk:
+        """The first places, in buffers of their own if there are others in use."""
+        if width >= self.filled:
+            return self
+        keys, values = (buffer[:, :width].clone() for buffer in self)
+        return OpenChunk(keys, values)
+
+    def fitted(self, position: Tensor, sizes: Any) -> OpenChunk:
+        """The chunk without places that no row uses."""
+        return self.first(int((position % sizes.chunk_size).max()) if len(position) else 0)
+
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.keys, self.values))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> OpenChunk:
-        """A chunk of its own, with copies of what `function` makes of keys and values."""
-        return OpenChunk(function(self.keys).clone(), function(self.values).clone())
+        """A chunk of its own, with copies of what `function` makes of the keys and values in use."""
+        keys, values = (function(buffer[:, : self.filled]).clone() for buffer in self)
+        return OpenChunk(keys, values)
 
     def detach(self) -> OpenChunk:
-        """The same chunk without its history; the buffers stay shared."""
-        chunk = OpenChunk(self.keys.detach(), self.values.detach(), self._appends)
-        chunk._number = self._number
+        """The same chunk without its history; the buffers stay shared, and the right to append."""
+        chunk = OpenChunk(self.keys.detach(), self.values.detach(), self.filled)
+        chunk._right = self._right
         return chunk
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and files hold what is in use."""
+        return OpenChunk, tuple(buffer[:, : self.filled].clone() for buffer in self)
 
     def cast(self, dtype: torch.dtype) -> OpenChunk:
         """The chunk with keys and values in `dtype`."""
@@ -124,8 +152,8 @@ class OpenChunk:
     @staticmethod
     def concatenate(chunks: Sequence[OpenChunk]) -> OpenChunk:
         """One batch of the rows of several, in order."""
-        width = max(chunk.keys.shape[1] for chunk in chunks)
-        wide = [chunk._grown(c := chunk.keys.shape[1], max(width, c), chunk.keys, chunk.values) for chunk in chunks]
+        width = max(chunk.filled for chunk in chunks)
+        wide = [chunk._grown(chunk.filled, width, chunk.keys, chunk.values) for chunk in chunks]
         return OpenChunk(torch.cat([chunk.keys for chunk in wide]), torch.cat([chunk.values for chunk in wide]))
 
     def tensors(self, position: Tensor, sizes: Any) -> dict[str, Tensor]:
@@ -142,14 +170,21 @@ class OpenChunk:
         """The inverse of `tensors`."""
         return OpenChunk(tensors["keys"].clone(), tensors["values"].clone())
 
-    def _writable(self, needed: int, k: Tensor, v: Tensor) -> bool:
-        return (
-            self._number == self._appends[0]
-            and self.keys.shape[1] >= needed
+    def _taken(self, needed: int, k: Tensor, v: Tensor) -> bool:
+        """Whether `needed` places of the buffers may be written; then the right to it is taken."""
+        fit = (
+            self.keys.shape[1] >= needed
             and (self.keys.dtype, self.values.dtype) == (k.dtype, v.dtype)
             and not self.keys.requires_grad
             and not (self.keys.is_inference() and not torch.is_inference_mode_enabled())
         )
+        if not fit:
+            return False
+        try:
+            self._right.pop()  # one operation: two threads cannot both succeed
+        except IndexError:
+            return False
+        return True
 
     def _grown(self, used: int, capacity: int, k: Tensor, v: Tensor) -> OpenChunk:
         """A copy in new buffers; empty places are zero, so that hidden keys have finite scores."""
@@ -158,9 +193,9 @@ class OpenChunk:
             empty = new.new_zeros(len(new), capacity - used, *old.shape[2:])
             return torch.cat([old[:, :used].to(new.dtype), empty], dim=1)
 
-        return OpenChunk(grow(self.keys, k), grow(self.values, v))
+        return OpenChunk(grow(self.keys, k), grow(self.values, v), used)
 
 
 def _capacity(needed: int, chunk_size: int | None) -> int:
-    """Places of a new buffer: room to grow in, at most a chunk."""
-    return min(chunk_size or needed, max(2 * needed, 16))
+    """Places of a new buffer: an eighth more to grow in, at most a chunk. `nbytes` does not count them: so few."""
+    return min(chunk_size or needed, needed + needed // 8 + 1)

@@ -41,6 +41,10 @@ class Moments(NamedTuple):
         """One batch of the rows of several, in order."""
         return Moments(torch.cat([each.mean for each in moments]), torch.cat([each.var for each in moments]))
 
+    def fitted(self, position: Tensor, sizes: Any) -> Moments:
+        """As they are: there is no room in them."""
+        return self
+
     def tensors(self, position: Tensor, sizes: Any) -> dict[str, Tensor]:
         """What is kept on disk, by name."""
         return self._asdict()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -47,6 +47,11 @@ class MegalodonState(State):
     layers: tuple[LayerState, ...]
     final: Moments
     dimensions: MegalodonDimensions
+
+    def __init__(
+        self, layers: Sequence[LayerState], final: Any, position: Tensor, dimensions: MegalodonDimensions
+    ) -> None:
+        super().__init__([layer.resolved() for layer in layers], final, position, dimensions)
 
     @property
     def device(self) -> torch.device:

@@ -229,7 +229,7 @@ class TokenStep:
             chunk = memory.chunk.with_token(k.to(kept), step.values(n).to(kept), offset, sizes.chunk_size)
             keys, values = (buffer[:, : offset + 1] for buffer in chunk)
             x = step.finish(x, r, h_proj, ops.causal_attention(q[:, None], keys, values, offset)[:, 0])
-            layers.append(LayerState(moments, h, chunk))
+            layers.append(LayerState(moments, h, chunk if offset + 1 < sizes.chunk_size else chunk.first(0)))
         final = Moments(*(value.clone() for value in state.final))
         x = self.final(x, share, *final).to(kept)
         return x, MegalodonState(layers, final, state.position + 1, sizes)

@@ -162,14 +162,15 @@ class KeptTables:
     """
 
     def __init__(self) -> None:
-        self._known: tuple[Tensor | None, ...] = ()
+        self._kept: tuple[tuple[Tensor | None, ...], Tables] | None = None  # one attribute: threads see both or none
 
     def of(self, given: Coefficients) -> Tables:
         """`tables` for blocks of `BLOCK` tokens."""
-        if not self._known or not all(map(_same, given, self._known)):
-            self._tables = tables(powers(given.q, BLOCK), given.p, given.gamma, given.omega)
-            self._known = tuple(None if x is None else x.clone() for x in given)
-        return self._tables
+        kept = self._kept
+        if kept is None or not all(map(_same, given, kept[0])):
+            made = tables(powers(given.q, BLOCK), given.p, given.gamma, given.omega)
+            kept = self._kept = tuple(None if x is None else x.clone() for x in given), made
+        return kept[1]
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
@@ -383,7 +384,7 @@ def _blocks(
 
 
 def _conjugate(state: Tensor) -> Tensor:
-    return state.conj().resolve_conj()
+    return torch.conj_physical(state)
 
 
 def _after(tail: Tensor, powers: Tensor, p: Tensor) -> Tensor:

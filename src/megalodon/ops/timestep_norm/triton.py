@@ -269,4 +269,4 @@ def timestep_norm(
     )
     state = initial.mean.dtype
     count = last[:, 0, 0].detach().long()
-    return y, Statistics(count, last[..., 1].to(state), last[..., 2].to(state))
+    return y, Statistics(count, last[..., 1].to(state, copy=True), last[..., 2].to(state, copy=True))

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, GenerationMixin
 from megalodon.model.documents import NAMES, as_positions, documents_of
 from megalodon.model.output import CACHE, the_state
 from megalodon.model.state import MegalodonState
+from megalodon.model.token_step import generation_starts
 
 if TYPE_CHECKING:
     from megalodon.model.modeling import MegalodonModel
@@ -24,6 +25,8 @@ class MegalodonGenerationMixin(GenerationMixin):
 
         @property
         def device(self) -> torch.device: ...
+
+        def get_output_embeddings(self) -> torch.nn.Module | None: ...
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -41,6 +44,7 @@ class MegalodonGenerationMixin(GenerationMixin):
                 "of constant size; leave cache_implementation out"
             )
         state = model_kwargs.get(CACHE)
+        generation_starts(self.model, self.get_output_embeddings())
         self._place_documents(model_kwargs, state, getattr(generation_config, "_mask_length", 0))
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         if state is not None:

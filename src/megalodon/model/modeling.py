@@ -389,7 +389,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         loss = logits = None
         if return_logits or shift_labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            decoding = state is not None and x.shape[1] == 1 and not self.training
+            goes_on = state is not None and bool((state.position > 0).all())
+            decoding = goes_on and x.shape[1] == 1 and not self.training
             logits = apply_head(self.lm_head, x[:, kept], decoding).float()
             if shift_labels is not None:
                 total = F.cross_entropy(

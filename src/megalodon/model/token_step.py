@@ -177,7 +177,7 @@ class TokenStep:
         linear = list(linear_layers(model))
         wide = full_precision(model.dtype)  # for one row, products in float32 are the quickest, bfloat16 weights or not
         packed = all(is_forwarded_as_written(layer, (nn.Linear,)) for layer in linear) and can_pack(linear, wide)
-        self.dtype = wide if packed else model.dtype
+        self.packed, self.dtype = packed, wide if packed else model.dtype
         self.blocks = [BlockStep(block, self.dtype, packed) for block in blocks_of(model)]
         self.final = NormStep(model.final_norm)
 
@@ -186,19 +186,16 @@ class TokenStep:
         """The step of the model's weights as they are now, for embeddings x [B, L, D]; None where it is not for them.
 
         It is for one token of rows that stand at the same place of their chunks and not at the start of a document,
-        without gradients, autocast or a compiler at work. Any other pass makes it forget what it has prepared, because
-        weights written through `.data` change without a trace.
+        without gradients, autocast or a compiler at work. After any other pass a generation starts (see `watch`); a
+        pass with gradients says that weights are about to change, and memory is needed for other things.
         """
         if torch.compiler.is_compiling():
             return None
-        if x.shape[1] != 1 or state is None or torch.is_grad_enabled() or model.training:
+        if torch.is_grad_enabled() or model.training:
             _STEPS.forget(model)
             return None
-        if torch.is_autocast_enabled(x.device.type) or backend_for(x.device, x.dtype)[0] != "blocked":
-            return None
-        positions = state.position.tolist()
-        chunk = state.dimensions.chunk_size
-        if min(positions) == 0 or len({position % chunk for position in positions}) > 1:
+        if not _is_next_token(x, state) or backend_for(x.device, x.dtype)[0] != "blocked":
+            _STEPS.start(model)
             return None
         return _STEPS.of(model)
 
@@ -228,6 +225,14 @@ class TokenStep:
         final = Moments(*(value.clone() for value in state.final))
         x = self.final(x, share, *final).to(kept)
         return x, MegalodonState(layers, final, state.position + 1, sizes)
+
+
+def _is_next_token(x: Tensor, state: MegalodonState | None) -> bool:
+    """Whether x [B, 1, D] is one token of rows that go on from one place of their chunks."""
+    if x.shape[1] != 1 or state is None or torch.is_autocast_enabled(x.device.type):
+        return False
+    positions, chunk = state.position.tolist(), state.dimensions.chunk_size
+    return min(positions, default=0) > 0 and len({position % chunk for position in positions}) == 1
 
 
 _OURS = (MegalodonBlock, TimestepNorm, CEMA, RMSNorm, GatedChunkAttention, FeedForward, LayerNorm)
@@ -261,29 +266,55 @@ def _bypassed(model: MegalodonModel) -> Iterator[nn.Module]:
         yield from (block.feed_forward, block.feed_forward.norm)
 
 
-def _step_of(model: MegalodonModel) -> TokenStep | None:
-    ours_alone = all(is_forwarded_as_written(module, _OURS) for module in _bypassed(model))
-    return TokenStep(model) if ours_alone else None
+def passed_over(model: MegalodonModel) -> str | None:
+    """The name of a module that a step would have to call and does not; None where it is exact."""
+    names = {module: name for name, module in model.named_modules()}
+    return next((names[m] for m in _bypassed(model) if m.training or not is_forwarded_as_written(m, _OURS)), None)
 
 
-def _product_of(head: nn.Module) -> Projection | None:
+def copied_weights(model: MegalodonModel, packed: bool) -> list[Tensor]:
+    """The weights that a step takes copies of, or makes into something else."""
+    weights: list[Tensor] = [weight for module in _bypassed(model) for weight in module.parameters(recurse=False)]
+    return weights + [weight for layer in linear_layers(model) for weight in layer.parameters() if packed]
+
+
+def _step_of(model: MegalodonModel) -> tuple[TokenStep | None, list[Tensor]]:
+    if passed_over(model) is not None:
+        return None, []
+    step = TokenStep(model)
+    return step, copied_weights(model, step.packed)
+
+
+def _product_of(head: nn.Module) -> tuple[Projection | None, list[Tensor]]:
     """The head's product with few rows, in float32 or better; None where only the head itself will do."""
     if not isinstance(head, nn.Linear) or not is_forwarded_as_written(head, (nn.Linear,)):
-        return None
+        return None, []
     wide = full_precision(head.weight.dtype)
-    return Projection(head, packed=wide) if can_pack([head], wide) else None
+    if not can_pack([head], wide):
+        return None, []
+    return Projection(head, packed=wide), list(head.parameters())
 
 
 _STEPS: Prepared[MegalodonModel, TokenStep | None] = Prepared(_step_of)
 _HEADS: Prepared[nn.Module, Projection | None] = Prepared(_product_of)
 
 
+def generation_starts(model: MegalodonModel, head: nn.Module | None) -> None:
+    """Before the next token, look at every weight: it may have changed without a trace."""
+    _STEPS.start(model)
+    if head is not None:
+        _HEADS.start(head)
+
+
 def apply_head(head: nn.Module, x: Tensor, decoding: bool) -> Tensor:
     """The head's output for x [B, L, D]; `decoding`: single tokens are on their way, and nothing is differentiated."""
     if torch.compiler.is_compiling():
         return head(x)
-    if not decoding or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+    if torch.is_grad_enabled() or head.training:
         _HEADS.forget(head)
+        return head(x)
+    if not decoding or torch.is_autocast_enabled(x.device.type):
+        _HEADS.start(head)
         return head(x)
     product = _HEADS.of(head) if x.shape[:-1].numel() <= MOST_ROWS else None
     if product is None or product.weight is None:

@@ -5,6 +5,7 @@ Importing it registers the model with Transformers, so that `AutoModelForCausalL
 
 from megalodon.models import PRESETS, MegalodonConfig, MegalodonForCausalLM, MegalodonModel, MegalodonState
 from megalodon.models.kin import KinConfig, KinForCausalLM, KinModel, KinState
+from megalodon.models.megabyte import MegabyteConfig, MegabyteForCausalLM, MegabyteModel, MegabyteState
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,10 @@ __all__ = [
     "KinForCausalLM",
     "KinModel",
     "KinState",
+    "MegabyteConfig",
+    "MegabyteForCausalLM",
+    "MegabyteModel",
+    "MegabyteState",
     "MegalodonConfig",
     "MegalodonForCausalLM",
     "MegalodonModel",

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.config import Config
 from megalodon.models.kin import KinConfig, KinForCausalLM, KinModel
+from megalodon.models.megabyte import MegabyteConfig, MegabyteForCausalLM, MegabyteModel
 from megalodon.models.megalodon.config import PRESETS, MegalodonConfig
 from megalodon.models.megalodon.model import MegalodonForCausalLM, MegalodonModel
 from megalodon.models.megalodon.state import MegalodonState
@@ -33,6 +34,7 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "megalodon": Architecture(MegalodonConfig, MegalodonModel, MegalodonForCausalLM),
     "megalodon-kin": Architecture(KinConfig, KinModel, KinForCausalLM),
+    "megalodon-megabyte": Architecture(MegabyteConfig, MegabyteModel, MegabyteForCausalLM),
 }
 """Every architecture by its `model_type`. The first is the default where none is named."""
 
@@ -90,6 +92,9 @@ __all__ = [
     "KinConfig",
     "KinForCausalLM",
     "KinModel",
+    "MegabyteConfig",
+    "MegabyteForCausalLM",
+    "MegabyteModel",
     "MegalodonConfig",
     "MegalodonForCausalLM",
     "MegalodonModel",

@@ -96,7 +96,7 @@ class MegabyteModel(MegabytePreTrainedModel, StatefulModel):
         """See `StatefulModel._run`; documents of one row are read as rows of their own."""
         if state is None:
             state = MegabyteState.empty(self.config, len(x), x.device, x.dtype)
-        layout = layout_of(*x.shape[:2], x.device, segment_ids=segment_ids, lengths=lengths)
+        layout = layout_of(x.shape[0], x.shape[1], x.device, segment_ids=segment_ids, lengths=lengths)
         if hidden is not None:
             hidden.append(x)
         if layout.starts is None:

@@ -125,7 +125,8 @@ class StatefulModel(StatefulPreTrainedModel):
         """What every block of a model of this config is given of where tokens stand, besides the layout: made once."""
         return ()
 
-    def segment_starts(self, input_ids: Tensor | None) -> Tensor | None:
+    @staticmethod
+    def segment_starts(config: Any, input_ids: Tensor | None) -> Tensor | None:
         """bool [B, L]: tokens that start a segment (`megalodon.ops.Segments`); None where the model knows none."""
         return None
 
@@ -198,7 +199,7 @@ class StatefulModel(StatefulPreTrainedModel):
         told |= {name: kwargs.pop(name) for name in documents.NAMES if name in kwargs}
         refuse_unknown(type(self).forward, kwargs)
         x = self._embed(input_ids, inputs_embeds)
-        bos = self.segment_starts(input_ids)
+        bos = self.segment_starts(self.config, input_ids)
         length = x.shape[1]
         self._check(x, attention_mask, state, segment_ids)
         segment_ids, fresh = documents.documents_of(

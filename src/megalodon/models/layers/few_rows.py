@@ -43,7 +43,7 @@ class FusedProduct:
         """Of what `can_fuse` has looked at."""
         kind, address = weight_kind([layer]), compiled.address(PRODUCT)
         assert kind is not None and address is not None
-        self._kernel, self._width = address, len(layer.weight)
+        self._kernel, self._width = threads.Kernel(address), len(layer.weight)
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach().float()
         self._alive = (weight, bias)
         self._table = np.zeros(len(Product), np.int64)
@@ -61,6 +61,5 @@ class FusedProduct:
         x = x.float().contiguous()
         out, table = x.new_empty(len(x), self._width), self._table.copy()
         table[Product.x], table[Product.rows], table[Product.out] = x.data_ptr(), len(x), out.data_ptr()
-        _, table[Product.number], table[Product.team] = threads.functions()
-        threads.run(self._kernel, table.ctypes.data)
+        self._kernel(table, len(x))
         return out

@@ -40,7 +40,7 @@ class FusedStep:
         self._alive: list[Tensor] = []
         first, address = blocks[0], compiled.address(KERNEL)
         assert address is not None
-        self._kernel = address
+        self._kernel = threads.Kernel(address)
         kind = weight_kind(layer for product in first.products for layer in product.layers)
         assert kind is not None
         self._weights = np.zeros((len(blocks) + 1, len(Weights)), np.int64)
@@ -168,7 +168,6 @@ class FusedStep:
         scratch = torch.empty(tables.scratch_size(rows, *self._shape, capacity))
         call = self._call.copy()
         call[_OF_RUN] = (
-            *threads.functions(),
             rows,
             capacity,
             memory.ctypes.data,
@@ -180,16 +179,13 @@ class FusedStep:
             slots.ctypes.data,
             scratch.data_ptr(),
         )
-        threads.run(self._kernel, call.ctypes.data)
+        self._kernel(call, rows)
         return out
 
 
 _OF_RUN = [
     getattr(Call, name)
     for name in (
-        "barrier",
-        "number",
-        "team",
         "rows",
         "capacity",
         "memory",

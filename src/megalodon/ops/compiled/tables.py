@@ -19,7 +19,7 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 class _Call(NamedTuple):
     """Of one step. Tensors are float32 unless said otherwise; M rows, as many as tokens."""
 
-    barrier: int  # functions of the pool, see `Pool`; 0 where one thread does all
+    barrier: int  # functions of the pool, see `threads.Kernel`; 0 where one thread does all
     number: int
     team: int
     rows: int  # M
@@ -125,6 +125,7 @@ def scratch_size(rows: int, dim: int, z_dim: int, value_dim: int, ffn_dim: int, 
 class _Product(NamedTuple):
     """A product of a few rows with a matrix: `out = x @ w.T`."""
 
+    barrier: int  # as in a call
     number: int
     team: int
     x: int  # [M, K]

@@ -117,6 +117,5 @@ def widths(config: KinConfig, parameters: Any) -> dict[str, Any]:
         "ffn_hidden_dim": 1,
         "cema_ndim": parameters.cema_ndim,
         "chunk_size": parameters.chunk_size,
-        "norm_num_groups": parameters.norm_groups
-        or max(n for n in range(1, 33) if dim % n == 0 and (n < dim or n == 1)),
+        "norm_num_groups": parameters.norm_groups or max(groups, default=1),
     }

@@ -454,7 +454,7 @@ def test_a_failed_save_keeps_the_one_before(ranks, values, tmp_path):
     changed = with_changes(values, shard=2)
     first, second = ranks.launch(2, train_with, failing_disk, changed)
     assert "cannot save a checkpoint" in first
-    assert "no space left" in first
+    assert "No space left" in first
     assert second == "QuietExit: 2"
     assert [folder.name for folder in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000003"]
     assert set(ranks.launch(2, train, changed)) == {"done"}

@@ -63,9 +63,7 @@ def test_a_mixture_has_a_loss_an_epoch_and_documents_of_each_source(mixed, tmp_p
     steps = records[1:]
     assert [record["tokens"] for record in steps] == [96 * step for step in range(1, 13)]
     assert steps[-1]["epoch/books"] / steps[-1]["epoch/code"] == pytest.approx(3, rel=0.35)
-    assert all(
-        a["epoch"] < b["epoch"] and a["documents"] <= b["documents"] for a, b in zip(steps, steps[1:], strict=False)
-    )
+    assert all(a["epoch"] < b["epoch"] and a["documents"] <= b["documents"] for a, b in pairwise(steps))
     assert 1 <= steps[-1]["documents"] <= 4 + 12
     changed = json.loads(json.dumps(mixed))
     changed["data"]["mixture"]["books"]["weight"] = 2

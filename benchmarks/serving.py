@@ -9,6 +9,7 @@
 These in one process, without HTTP. Of whole servers, beside those of a build before (`--before CHECKOUT`):
 
 - `gaps`: the worst gap between one user's tokens beside another's long prompt.
+- `validation`: how late `/health` answers, and how much memory is taken, while one wrong or large request is checked.
 - `divergent`: what a prompt costs of which a part has been changed since it was read.
 
 README.md beside this file says how to run it and what it writes.
@@ -34,6 +35,7 @@ from _machine import describe_machine, machine_slug
 from _measure import _status_bytes as status_bytes
 from _measure import settle_memory
 from _report import RESULTS, document, markdown_table, new_run, save
+from _validation import measure_validation, validation_parts
 from _workloads import Contestant, build_llama, build_megalodon
 
 from megalodon.data import ByteTokenizer
@@ -58,6 +60,7 @@ class Section(StrEnum):
     memory = "memory"
     gaps = "gaps"
     divergent = "divergent"
+    validation = "validation"
 
 
 @dataclass
@@ -307,8 +310,11 @@ def main(
     length: Annotated[
         int, typer.Option(help="tokens of the document; 0: 100,000, 1,000,000 for memory, 12,000,000 for gaps")
     ] = 0,
-    before: Annotated[Path | None, typer.Option(help="a checkout of an earlier build, for gaps and divergent")] = None,
+    before: Annotated[
+        Path | None, typer.Option(help="a checkout of an earlier build, for sections with servers")
+    ] = None,
     cold: Annotated[bool, typer.Option(help="divergent: compare with a server that keeps nothing")] = True,
+    megabytes: Annotated[str, typer.Option(help="validation: sizes of bodies")] = "1,4,15",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     quick: Annotated[bool, typer.Option(help="seconds instead of minutes, to see that it works")] = False,
     output: Annotated[Path, typer.Option()] = RESULTS,
@@ -316,7 +322,7 @@ def main(
     """Measure one section and write JSON, a table, and a plot where there is a curve."""
     torch.manual_seed(0)
     if quick:
-        streams, length, rounds = "1,2", length or 3000, 1
+        streams, length, rounds, megabytes = "1,2", length or 3000, 1, "1"
     numbers = [int(n) for n in streams.split(",")]
     settings = {"section": section.value, "streams": numbers, "length": length, "rounds": rounds}
     result = new_run("serving", describe_machine(256 if quick else 2048), settings)
@@ -334,6 +340,9 @@ def main(
         case Section.gaps:
             result |= measure_gaps(before, length or 12_000_000, rounds)
             parts, title = gap_parts(result), "Gaps between tokens beside a long prompt"
+        case Section.validation:
+            result |= measure_validation(before, [int(size) for size in megabytes.split(",")], rounds)
+            parts, title = validation_parts(result), "What one wrong or large request does to others"
         case Section.divergent:
             result |= measure_divergent(before, length or 100_000, cold)
             parts, title = divergent_parts(result), "Prompts that part from known ones"

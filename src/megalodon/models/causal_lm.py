@@ -125,13 +125,17 @@ class StatefulModel(StatefulPreTrainedModel):
         """What every block of a model of this config is given of where tokens stand, besides the layout: made once."""
         return ()
 
-    def segment_starts(self, input_ids: Tensor | None) -> Tensor | None:
+    @staticmethod
+    def segment_starts(config: Any, input_ids: Tensor | None) -> Tensor | None:
         """bool [B, L]: tokens that start a segment (`megalodon.ops.Segments`); None where the model knows none."""
         return None
 
     def single_token(self, x: Tensor, state: State | None) -> SingleToken | None:
         """A shorter way for one token a row, where it is good for these embeddings x [B, L, D] and this state."""
         return None
+
+    def generation_starts(self) -> None:
+        """Told where a generation begins: whatever was prepared of weights must be looked at again."""
 
     @property
     def reads_in_pieces(self) -> bool:
@@ -198,7 +202,7 @@ class StatefulModel(StatefulPreTrainedModel):
         told |= {name: kwargs.pop(name) for name in documents.NAMES if name in kwargs}
         refuse_unknown(type(self).forward, kwargs)
         x = self._embed(input_ids, inputs_embeds)
-        bos = self.segment_starts(input_ids)
+        bos = self.segment_starts(self.config, input_ids)
         length = x.shape[1]
         self._check(x, attention_mask, state, segment_ids)
         segment_ids, fresh = documents.documents_of(
@@ -442,7 +446,8 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         loss = logits = None
         if return_logits or shift_labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            decoding = state is not None and x.shape[1] == 1 and not self.training
+            goes_on = state is not None and bool((state.position > 0).all())
+            decoding = goes_on and x.shape[1] == 1 and not self.training
             logits = apply_head(self.lm_head, x[:, kept], decoding).float()
             if shift_labels is not None:
                 total = F.cross_entropy(

@@ -34,6 +34,7 @@ class Asked:
     tell_end: bool = False
     echo: bool = False
     form: tuple[str, Any] | None = None
+    marks: tuple[int, ...] = ()
 
 
 class Asking:
@@ -86,6 +87,7 @@ class Asking:
         )
         job.stream, job.options = bool(body.stream), body.stream_options or StreamOptions()
         job.echo, job.scores = asked.echo, asked.logprobs if asked.echo else None
+        job.marks = asked.marks
         job.at_once = max(1, most // choices)
         return job
 

@@ -30,6 +30,20 @@ RESERVED = ("messages", "tools", "documents", "conversation", "chat_template", "
 """Names that `chat_template_kwargs` cannot give."""
 
 
+MARKED = 1 << 20
+"""Conversations of more characters have no marks."""
+FOUND_BY = 200
+"""Characters by which a message is found in the written conversation."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A conversation for the model; `marks`: tokens before the ends of its messages."""
+
+    prompt: Prompt
+    marks: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Template:
     """How a conversation is to be written.
@@ -90,7 +104,7 @@ class ChatTemplate:
         except TemplateError as error:
             raise ValueError(f"the chat template cannot be read: {error}") from None
 
-    def write(self, messages: Sequence[Message], template: Template) -> Prompt:
+    def write(self, messages: Sequence[Message], template: Template) -> Written:
         """The conversation as a prompt. Must run in a thread: long ones take a while.
 
         Raises:
@@ -103,14 +117,33 @@ class ChatTemplate:
                 variables["continue_final_message"] = template.last_goes_on
                 write: Any = self._own.apply_chat_template
                 text = write(plain, tokenize=False, chat_template=self._given, **variables)
-                return self._encoded(str(text))
+                return Written(self._encoded(str(text)), self._marks(str(text), plain))
             text = self._template.render(messages=plain, **variables)
             if template.last_goes_on:
                 text = _cut_after(text, plain[-1]["content"])
         except (TemplateError, ValueError, TypeError) as error:
             message = f"messages: the chat template refuses them: {str(error)[:300]}"
             raise ApiError(400, message, "invalid_value", "messages") from None
-        return text if template.goes_on else text.lstrip("\n")
+        text = text if template.goes_on else text.lstrip("\n")
+        return Written(text, self._marks(text, plain))
+
+    def _marks(self, text: str, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+        """About how many tokens lie before the end of each message but the last, where a later text may part from this
+        one. They only decide what is kept, so being off by a few costs nothing but time."""
+        if len(text) > MARKED:
+            return ()
+        marks: list[int] = []
+        begin = tokens = 0
+        for message in messages[:-1]:
+            said = message["content"].strip()
+            place = text.find(said[:FOUND_BY], begin)
+            end = place + len(said)
+            if place < 0 or text[end - min(len(said), FOUND_BY) : end] != said[-FOUND_BY:]:
+                return tuple(marks)
+            tokens += len(self._tokenizer.encode(text[begin:end]))
+            marks.append(tokens)
+            begin = end
+        return tuple(marks)
 
     def _encoded(self, text: str) -> np.ndarray:
         """Ids of a text in which special tokens stand for themselves, as Transformers has them.

@@ -51,11 +51,12 @@ def router(asking: Asking, template: ChatTemplate) -> APIRouter:
         """Continue a conversation, after a context if one is given."""
         body = await bodies.read(http, ChatRequest)
         asking.check_model(body.model)
-        prompt = await to_thread.run_sync(template.write, body.messages, Template.of(body, body.context is not None))
+        written = await to_thread.run_sync(template.write, body.messages, Template.of(body, body.context is not None))
         lengths = (body.max_completion_tokens, body.max_tokens, asking.default_tokens)
         most = next(one for one in lengths if one is not None)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        asked = Asked([prompt], most, logprobs, stops_of(body, template.stops), "messages")
+        stops = stops_of(body, template.stops)
+        asked = Asked([written.prompt], most, logprobs, stops, "messages", marks=written.marks)
         job = await asking.job(http.state.owner, body, asked, body.saving)
         return await respond(service, store, http, job, ChatFormat(name, tokenizer, logprobs))
 

@@ -58,7 +58,7 @@ class Job:
         save: how to keep what comes of it, or None; place: where, if that is a new context; keep_seconds: for how long.
         echo: whether an answer begins with its prompt. scores: with log-probabilities of so many tokens; None for none.
         at_once: prompts that the engine is given at a time.
-        watch: makes what looks at the hidden states of a prompt.
+        watch: makes what looks at the hidden states of a prompt. marks: `TokenFeed`'s, of the one prompt.
     """
 
     owner: str
@@ -75,6 +75,7 @@ class Job:
     scores: int | None = None
     at_once: int = 1
     watch: Callable[[], Watch] | None = None
+    marks: tuple[int, ...] = ()
 
 
 @dataclass
@@ -170,7 +171,7 @@ class Running:
     async def _answer(self, number: int) -> None:
         job, filling = self._job, None
         try:
-            tokens, filling = await feed(job.prompts[number], self._service.engine.tokenizer)
+            tokens, filling = await feed(job.prompts[number], self._service.engine.tokenizer, job.marks)
             call = await self._submitted(number, tokens)
             if filling is not None:
                 filling.add_done_callback(lambda task: _end_if_failed(task, call))

@@ -38,9 +38,11 @@ BOM = b"\xef\xbb\xbf"
 _KINDS = np.zeros(256, np.uint8)  # of bytes outside strings: 1 is a mark, 2 a comma
 _KINDS[list(b"[]{}:")] = 1
 _KINDS[ord(",")] = 2
-_DEPTH = np.zeros(256, np.int64)
+_DEPTH = np.zeros(256, np.int8)
 _DEPTH[list(b"[{")] = 1
 _DEPTH[list(b"]}")] = -1
+_VALUES = np.zeros(256, np.uint8)  # marks that make a value of their own
+_VALUES[list(b"[{:")] = 1
 _QUOTE, _OPEN, _CLOSE, _COLON = b'"'[0], b"["[0], b"]"[0], b":"[0]
 _LONG_NUMBER = re.compile(rb"[-+.0-9eE]{%d}" % (MOST_DIGITS + 1))
 _WHOLE_ESCAPES = re.compile(
@@ -97,7 +99,7 @@ class _Marks:
     """Where quotes, brackets, braces and colons are, and how many commas before each.
 
     Attributes:
-        places: int64 [n], bytes from the beginning. kinds: uint8 [n]. commas: int64 [n].
+        places: int32 [n], bytes from the beginning. kinds: uint8 [n]. commas: int32 [n].
         total: commas in all. whole: False if there were too many marks to go on.
     """
 
@@ -114,13 +116,12 @@ class _Marks:
 
     def check(self, body: Raw) -> None:
         """Raise ApiError for too many values, or too deep ones."""
-        depth = np.cumsum(_DEPTH[self.kinds])
+        depth = np.cumsum(_DEPTH[self.kinds], dtype=np.int32)
         if depth.max(initial=0) > MOST_DEPTH:
             message = f"it is nested deeper than {MOST_DEPTH} levels"
             raise ApiError(400, f"body: {message}", "invalid_value", self._field(body, depth, int(depth.argmax())))
-        values = np.zeros(len(self.kinds), np.int64)  # after each mark, before the next
-        values += (_DEPTH[self.kinds] == 1) | (self.kinds == _COLON)
-        values += np.diff(self.commas, append=self.total)
+        values = np.diff(self.commas, append=np.int32(self.total))  # after each mark, before the next
+        values += _VALUES[self.kinds]
         flat = self.flat()
         values[flat] = 1
         if self.whole and values.sum() <= MOST_VALUES:
@@ -144,7 +145,7 @@ class _Marks:
 
 def _scan(body: Raw, start: int) -> _Marks:
     places, kinds, commas = [], [], []
-    found = total = escapes = 0
+    values = strings = total = escapes = 0
     inside = np.uint8(0)
     for begin in range(start, len(body), PIECE):
         part = np.frombuffer(body, np.uint8, min(PIECE, len(body) - begin), begin)
@@ -155,16 +156,20 @@ def _scan(body: Raw, start: int) -> _Marks:
         kind = np.where(within, 0, _KINDS[part])
         where = np.flatnonzero(quotes | (kind == 1))
         counted = np.cumsum(kind == 2)
-        places.append(where + begin)
+        places.append((where + begin).astype(np.int32))
         kinds.append(part[where])
-        commas.append(counted[where] + total)
+        commas.append((counted[where] + total).astype(np.int32))
         total += int(counted[-1])
-        found += len(where)
-        if found > 5 * MOST_VALUES:
+        strings += int(np.count_nonzero(quotes))
+        values += int(np.count_nonzero(_VALUES[kinds[-1]]))
+        if values > MOST_VALUES or strings > 2 * MOST_VALUES:
             break
-    empty = np.array([], np.int64)
-    joined = [np.concatenate([empty, *parts]) for parts in (places, kinds, commas)]
-    return _Marks(joined[0], joined[1].astype(np.uint8), joined[2], total, found <= 5 * MOST_VALUES)
+    whole = values <= MOST_VALUES and strings <= 2 * MOST_VALUES
+    joined = [
+        np.concatenate([np.array([], kind), *parts])
+        for kind, parts in ((np.int32, places), (np.uint8, kinds), (np.int32, commas))
+    ]
+    return _Marks(joined[0], joined[1], joined[2], total, whole)
 
 
 def _escaped(part: np.ndarray, before: int) -> tuple[np.ndarray, int]:

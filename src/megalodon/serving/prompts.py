@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -43,17 +43,22 @@ def is_empty(prompt: Prompt) -> bool:
     return not isinstance(prompt, LongText) and len(prompt) == 0
 
 
-async def feed(prompt: Prompt, tokenizer: Tokenizer) -> tuple[TokenFeed, asyncio.Task[None] | None]:
-    """A feed of the prompt's ids, and the task that fills it if it is long; cancel that when nobody reads any more."""
+async def feed(
+    prompt: Prompt, tokenizer: Tokenizer, marks: Sequence[int] = ()
+) -> tuple[TokenFeed, asyncio.Task[None] | None]:
+    """A feed of the prompt's ids, and the task that fills it if it is long; cancel that when nobody reads any more.
+
+    `marks` are `TokenFeed`'s.
+    """
     if isinstance(prompt, np.ndarray):
         if len(prompt) <= AT_ONCE:
-            return TokenFeed(prompt), None
+            return TokenFeed(prompt, marks=marks), None
         ids: Iterator[np.ndarray] = (prompt[start : start + AT_ONCE] for start in range(0, len(prompt), AT_ONCE))
     elif isinstance(prompt, str) and len(prompt) <= AT_ONCE:
-        return TokenFeed(await to_thread.run_sync(tokenizer.encode, prompt)), None
+        return TokenFeed(await to_thread.run_sync(tokenizer.encode, prompt), marks=marks), None
     else:
         ids = encoded(prompt, tokenizer)
-    filled = TokenFeed()
+    filled = TokenFeed(marks=marks)
     return filled, asyncio.create_task(_pour(ids, filled))
 
 

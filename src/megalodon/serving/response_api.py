@@ -104,10 +104,12 @@ async def _job(asking: Asking, template: ChatTemplate, owner: str, body: Respons
         messages = list(body.input)  # type: ignore[arg-type]
     if body.instructions is not None:
         messages = [Message(role="system", content=body.instructions), *messages]
-    prompt = await to_thread.run_sync(template.write, messages, Template(body.context is not None))
+    written = await to_thread.run_sync(template.write, messages, Template(body.context is not None))
     most = body.max_output_tokens or asking.default_tokens
     wants = body.top_logprobs is not None or LOGPROBS in (body.include or ())
-    asked = Asked([prompt], most, (body.top_logprobs or 0) if wants else None, stops_of(body, template.stops), "input")
+    logprobs = (body.top_logprobs or 0) if wants else None
+    stops = stops_of(body, template.stops)
+    asked = Asked([written.prompt], most, logprobs, stops, "input", marks=written.marks)
     if body.text is not None and body.text.format is not None:
         method, value = schema_or_object("text.format", body.text.format.type, body.text.format)
         asked.form = None if value is None else ("text.format", made_by(method, value))

@@ -37,7 +37,7 @@ class Settings(BaseModel):
     contexts: str = "contexts"
     key_file: Path | None = None
     chat_template: str | None = None
-    max_body: int = Field(16 * 2**20, ge=1024)
+    max_body: int = Field(16 * 2**20, ge=1024, le=2**30)
     max_upload: int = Field(2**30, ge=1024)
     max_prompt_tokens: int = Field(2**24, ge=1)
     max_tokens: int = Field(8192, ge=1)

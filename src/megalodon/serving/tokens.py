@@ -61,7 +61,7 @@ def router(asking: Asking, template: ChatTemplate) -> APIRouter:
         body = await bodies.read(http, TokenizeRequest)
         asking.check_model(body.model)
         if body.messages is not None:
-            prompt = await to_thread.run_sync(template.write, body.messages, Template.of(body, False))
+            prompt = (await to_thread.run_sync(template.write, body.messages, Template.of(body, False))).prompt
         else:
             prompt = body.prompt if body.prompt is not None else body.content  # type: ignore[assignment]
         on_their_way.check(prompt, tokenizer, service.settings.max_prompt_tokens)

@@ -16,6 +16,7 @@ from megalodon.training.model_section import DEFAULT_ARCHITECTURE, ModelSection,
 from megalodon.training.optimizer import OptimizerConfig, optimizer_problems
 from megalodon.training.schedule import ScheduleConfig, length_change, schedule_problems
 from megalodon.training.section import CHANGEABLE, Section, changeable
+from megalodon.training.trackers import TrackingSection
 
 
 class RunConfig(Section):
@@ -84,6 +85,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
+    tracking: TrackingSection = TrackingSection()
 
 
 @cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,10 +23,11 @@ from megalodon.training.model_section import count_parameters, make_model, resol
 from megalodon.training.optimizer import build_optimizer
 from megalodon.training.processes import under_torchrun
 from megalodon.training.progress import Display, make_display
-from megalodon.training.records import Records
+from megalodon.training.records import records_of
 from megalodon.training.run_folder import RunFolder
 from megalodon.training.snapshot import seed_everything
 from megalodon.training.throughput import MATRIX_SIZE, measure_peak_flops, training_flops_per_token
+from megalodon.training.trackers import require_libraries
 from megalodon.training.trainer import Parts, Trainer
 
 
@@ -54,6 +54,7 @@ def resolve(config: TrainConfig, name: str) -> Resolved:
         spec = "bytes" if config.model.init_from is None else str(model_folder(Path(config.model.init_from)))
     tokenizer = load_tokenizer(spec)
     model_config = resolve_model(config.model, tokenizer)
+    require_libraries(config.tracking)
     if config.model.init_from is not None:
         _require_own_tokenizer(tokenizer, config.model.init_from)
     changes = {
@@ -105,7 +106,7 @@ def train(resolved: Resolved, display: Display | None = None) -> StopRequest:
         checkpoint = find_checkpoint(config, folder, display.say)
         texts = prepare(config, resolved.tokenizer, display)
         parts = build_parts(resolved, texts, device)
-        trainer = Trainer(config, folder, parts, display, partial(Records, folder))
+        trainer = Trainer(config, folder, parts, display, records_of(config, folder))
         display.say(introduction(resolved, parts, folder))
         if checkpoint is not None:
             trainer.restore(checkpoint)

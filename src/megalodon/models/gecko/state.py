@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon.models.gecko.window import Window
 from megalodon.models.layers.memory_block import LayerState
 from megalodon.models.layers.timestep_decay_norm import DecayedMoments
+from megalodon.models.layers.window import Window
 from megalodon.models.state import Dimensions, State
 
 

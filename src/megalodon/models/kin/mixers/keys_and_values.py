@@ -95,8 +95,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, memory: KeysAndValues, layout: Layou
         out = ops.causal_attention(folded, after.keys, after.values, offset)
         return out.transpose(1, 2).flatten(1, 2)[:, None], after
     if offset == 0:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=1.0, enable_gqa=groups > 1)
+        heads, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, scale=1.0, enable_gqa=groups > 1)
         return out.transpose(1, 2), after
     if offset is not None:
         keys, values = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in after)

@@ -55,7 +55,7 @@ class KnownText:
         self._found: Place | None = None
         self._parts: tuple[range, int] = range(0), block
         self._pending: Future[None] | None = None
-        self._told = store.news(0)[1]
+        self._told = store.told
 
     @property
     def looking(self) -> Future[None] | None:

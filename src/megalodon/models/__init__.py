@@ -18,6 +18,7 @@ from megalodon.models.gecko.config import GeckoConfig
 from megalodon.models.gecko.model import GeckoForCausalLM, GeckoModel
 from megalodon.models.gecko.state import GeckoState
 from megalodon.models.kin import KinConfig, KinForCausalLM, KinModel
+from megalodon.models.megabyte import MegabyteConfig, MegabyteForCausalLM, MegabyteModel
 from megalodon.models.megalodon.config import PRESETS, MegalodonConfig
 from megalodon.models.megalodon.model import MegalodonForCausalLM, MegalodonModel
 from megalodon.models.megalodon.state import MegalodonState
@@ -37,6 +38,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "megalodon": Architecture(MegalodonConfig, MegalodonModel, MegalodonForCausalLM),
     "megalodon-kin": Architecture(KinConfig, KinModel, KinForCausalLM),
     "gecko": Architecture(GeckoConfig, GeckoModel, GeckoForCausalLM),
+    "megalodon-megabyte": Architecture(MegabyteConfig, MegabyteModel, MegabyteForCausalLM),
 }
 """Every architecture by its `model_type`. The first is the default where none is named."""
 
@@ -98,6 +100,9 @@ __all__ = [
     "KinConfig",
     "KinForCausalLM",
     "KinModel",
+    "MegabyteConfig",
+    "MegabyteForCausalLM",
+    "MegabyteModel",
     "MegalodonConfig",
     "MegalodonForCausalLM",
     "MegalodonModel",

@@ -134,6 +134,9 @@ class StatefulModel(StatefulPreTrainedModel):
         """A shorter way for one token a row, where it is good for these embeddings x [B, L, D] and this state."""
         return None
 
+    def generation_starts(self) -> None:
+        """Told where a generation begins: whatever was prepared of weights must be looked at again."""
+
     @property
     def reads_in_pieces(self) -> bool:
         """Whether a long text may go through a layer piece by piece, at no cost and with the same result."""
@@ -443,7 +446,8 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         loss = logits = None
         if return_logits or shift_labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            decoding = state is not None and x.shape[1] == 1 and not self.training
+            goes_on = state is not None and bool((state.position > 0).all())
+            decoding = goes_on and x.shape[1] == 1 and not self.training
             logits = apply_head(self.lm_head, x[:, kept], decoding).float()
             if shift_labels is not None:
                 total = F.cross_entropy(

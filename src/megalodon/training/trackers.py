@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from uuid import uuid4
 
 from pydantic import Field
@@ -86,7 +86,7 @@ class WandbTracker:
             id=self.name,
             resume="allow",
             dir=str(folder),
-            mode=section.mode,
+            mode=cast(Any, section.mode),
             config=settings,
             settings=wandb.Settings(silent=True, console="off"),
         )

@@ -84,8 +84,17 @@ class NoCache(Exception):
     """The class returns no cache."""
 
 
+class OtherShape(Exception):
+    """Two ways to compute logits gave different numbers of them."""
+
+
+WORDS: dict[type[Exception], str] = {NoCache: "no cache", OtherShape: "other shape"}
+
+
 def apart(actual: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest expected magnitude; not a number counts as infinite."""
+    if actual.shape != expected.shape:
+        raise OtherShape
     difference = (actual.detach().double() - expected.detach().double()).abs().max()
     value = float(difference / expected.detach().double().abs().max().clamp_min(1e-30))
     return value if value == value else float("inf")
@@ -364,8 +373,8 @@ def measure(name: str, make: Callable[[], nn.Module]) -> dict[str, str]:
             with torch.set_grad_enabled(promise in WITH_GRADIENTS):
                 value = check(Class(name, model))
             row[promise] = "yes" if value < KEPT else f"**{value:.1e}**"
-        except NoCache:
-            row[promise] = "no cache"
+        except (NoCache, OtherShape) as error:
+            row[promise] = WORDS[type(error)]
         except Exception as error:
             row[promise] = type(error).__name__
     try:
@@ -406,8 +415,9 @@ def page(ours: dict[str, dict[str, str]], theirs: dict[str, dict[str, str]]) -> 
             "",
             "Every class is a tiny model with random parameters in float32. A cell says whether two ways of computing",
             f"the same logits agree: *yes* where they differ by less than {KEPT:g} of the largest, else the difference",
-            "in bold, or the exception that stopped it. *no cache*: the class returns none. For beams and second turns",
-            "the figure is the share of tokens that differ from generating without a cache.",
+            "in bold, or the exception that stopped it. *no cache*: the class returns none. *other shape*: it gave",
+            "more or fewer logits than tokens. For beams and second turns the figure is the share of tokens that",
+            "differ from generating without a cache.",
             "",
             "- **pieces**: a text of 24 tokens read token by token, as a prompt and then tokens, and in pieces.",
             "- **padding**: a row of 15 tokens beside one of 24 against itself alone, and three tokens after it.",

@@ -94,6 +94,7 @@ def test_a_slot_keeps_nothing_of_its_last_sequence() -> None:
 
 
 def test_buckets_that_give_other_bits_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGALODON_BACKEND", "blocked")
     model = make_model()
     assert choose_buckets(model, (16, 32)) == (16, 32)
     product = Projection.__call__

@@ -91,6 +91,22 @@ def test_sliding_chunk_attention(case: str, backend: str, dtype: torch.dtype) ->
     check(name, {"y": y}, inputs, dtype)
 
 
+@everywhere
+@pytest.mark.parametrize("case", ["plain", "cont", "seg", "segcont"])
+def test_working_memory(case: str, backend: str, dtype: torch.dtype) -> None:
+    name = f"adaptive_working_memory.{case}."
+    keys = ("q", "k", "v", "memory", "log_norm", "prev_k", "prev_v")
+    inputs = {key: leaf(name + key, dtype) for key in keys if name + key in TENSORS}
+    ours = {key.replace("prev", "before"): x if "m" in key else x.transpose(1, 2) for key, x in inputs.items()}
+    if "log_norm" in ours:
+        ours["log_mass"] = ours.pop("log_norm")
+    bos, places = segments_of(name)
+    y, memory, mass = ops.working_memory(
+        **ours, chunk_size=META["chunk_size"], bos_mask=bos, bos_places=places, backend=backend
+    )
+    check(name, {"y": y.transpose(1, 2), "memory_out": memory, "log_norm_out": mass}, inputs, dtype)
+
+
 def segments_of(name: str) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
     """BOS flags, and the last place of one in the chunk before, from the golden's numbers of segments."""
     if name + "segment_idx" not in TENSORS:

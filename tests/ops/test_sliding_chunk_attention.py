@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import gradients, relative, segments
+from operator_cases import gradients, relative, segments, tokens_in_windows, window_places
 from torch import Tensor
 
 from megalodon.ops import Segments, Visible, layout_of, sliding_chunk_attention, two_chunk_attention
@@ -19,18 +19,7 @@ HEADS = 2
 
 
 def tensors(batch: int, length: int, *names: str) -> dict[str, Tensor]:
-    return {
-        name: torch.randn(batch, length, HEADS, 6 if "v" in name else 4, dtype=torch.float64).requires_grad_()
-        for name in names
-    }
-
-
-def places(positions: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Random places of BOS tokens in the chunk before and in the open chunk of rows that have seen `positions`."""
-    before = torch.where(positions >= chunk, torch.randint(-2, chunk, positions.shape).clamp(min=-1), -1)
-    within = (torch.rand(positions.shape) * (positions % chunk)).long()
-    open_ = torch.where((positions % chunk > 0) & (torch.rand(positions.shape) < 0.5), within, -1)
-    return before, open_
+    return tokens_in_windows(batch, length, HEADS, 4, 6, *names)
 
 
 @settings(max_examples=80, deadline=None)
@@ -63,7 +52,7 @@ def test_blocked_equals_definition(
         batch, length, torch.device("cpu"), chunk_size=chunk, positions=positions, lengths=lengths,
         segment_ids=segments(batch, length, longest) if longest else None,
     )  # fmt: skip
-    cut = Segments(torch.rand(batch, length) < 0.1, layout, places(positions, chunk)) if bos else None
+    cut = Segments(torch.rand(batch, length) < 0.1, layout, window_places(positions, chunk)) if bos else None
     results = {}
     for backend in ("reference", "blocked"):
         out = sliding_chunk_attention(**inputs, chunk_size=chunk, layout=layout, segments=cut, backend=backend)

@@ -181,6 +181,8 @@ class Decoding:
         if isinstance(chosen, Exception):
             raise chosen
         if isinstance(occupant, Replaying):
+            if occupant.work.request.watch is not None:
+                occupant.work.request.watch.step(logits)
             self._replayed(slot, occupant, fed)
         elif isinstance(occupant, Generating) and chosen is not None:
             self._generated(slot, occupant, fed, chosen, logits)

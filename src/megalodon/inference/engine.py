@@ -34,6 +34,7 @@ from megalodon.inference.snapshot import START, Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity
 from megalodon.inference.work import Counters, Work
 from megalodon.models import CausalLM
+from megalodon.models.storage import Storage
 
 PIECE = 512
 """Tokens of a text read at once. More is a little quicker, and makes others wait longer for their next token."""
@@ -61,6 +62,7 @@ class Engine:
         piece: int = PIECE,
         prefixes: Callable[[ModelIdentity], PrefixStore] | None = None,
         share_prefixes: bool = False,
+        context_storage: Storage = "exact",
     ) -> None:
         """
         Args:
@@ -70,6 +72,7 @@ class Engine:
             queue_length: requests that may wait; more are refused.
             piece: tokens read at once, rounded down to fit the chunk size.
             prefixes: makes the store of states for texts read before; None keeps none.
+            context_storage: how contexts are written (`megalodon.models.storage`).
             share_prefixes: let all owners use one another's; how long a text takes then tells who else has read it.
 
         Raises:
@@ -80,7 +83,7 @@ class Engine:
         self.schedule = Schedule(queue_length)
         decoder = make_decoder(model, slots)
         block, piece = block_and_piece(model.model.dimensions.alignment, piece)
-        self.identity = ModelIdentity.of(model, tokenizer, block, piece)
+        self.identity = ModelIdentity.of(model, tokenizer, block, piece, context_storage)
         store = None if prefixes is None else prefixes(self.identity)
         if model.device.type == "cpu":  # there making them anew is a third of the time of a short prompt
             model.keep_tables()

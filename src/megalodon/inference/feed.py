@@ -52,6 +52,11 @@ class TokenFeed:
         self._wake()
         return True
 
+    @property
+    def full(self) -> bool:
+        """Whether `put` would wait now."""
+        return self._waiting >= self._capacity and not self._abandoned
+
     def close(self) -> None:
         """No more tokens will come."""
         with self._changed:

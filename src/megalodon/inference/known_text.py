@@ -6,9 +6,10 @@ engine. Later only news is looked at: states that other requests have kept since
 
 from __future__ import annotations
 
-import bisect
 import hashlib
+import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from functools import partial
 import numpy as np
 
 from megalodon.inference.branching import spacing
-from megalodon.inference.prefix_cache import PrefixStore
+from megalodon.inference.prefix_cache import NEWS, PrefixStore
 from megalodon.inference.snapshot import extend_digest
 from megalodon.models import State
 
@@ -25,6 +26,8 @@ AT_ONCE = 1 << 14
 """Tokens that are hashed in the engine's thread, in a fraction of a millisecond; more are hashed beside it."""
 REST_SECONDS = 0.001
 """How long the thread beside the engine leaves it alone after so many."""
+FAR = sys.maxsize
+"""As distant from a text's end as can be."""
 PARTS = 8
 """Where a text leaves a known one between two kept states, the stretch between them is kept in so many parts."""
 
@@ -45,13 +48,14 @@ class KnownText:
         """`wake` is called, from another thread, when a look-up is done."""
         self._store, self._owner, self._block, self._wake = store, owner.encode(), block, wake
         self._through, self._digest = -1, b""  # hashed so far
-        self._places: dict[str, tuple[int, bytes]] = {}  # by key, of every block's end that has arrived
+        self._places: OrderedDict[str, tuple[int, bytes]] = OrderedDict()  # of all blocks' ends ahead, ascending
         self._path: list[tuple[int, str]] = []  # kept states that this text passes
-        self._own: list[tuple[int, str]] = []  # of these, what was kept for it at a distance from its end
+        self._own: list[tuple[int, str]] = []  # of these, what was kept for it because its end was near
+        self._thinned_for = 0
         self._found: Place | None = None
         self._parts: tuple[range, int] = range(0), block
         self._pending: Future[None] | None = None
-        self._told = store.news(0)[1]
+        self._told = store.told
 
     @property
     def looking(self) -> Future[None] | None:
@@ -73,6 +77,8 @@ class KnownText:
             done.result()
         if self._through < position:
             self._through, self._digest = position, digest
+        while self._places and next(iter(self._places.values()))[0] <= position:
+            self._places.popitem(last=False)
         whole = (len(tokens) - 1) // self._block * self._block
         more = tokens[self._through - position : whole]
         if len(more) > AT_ONCE:
@@ -95,24 +101,27 @@ class KnownText:
             self._parts = stretch, _power_of_two((leaves - place.position) // PARTS, self._block)
         return place
 
-    def keep(self, position: int, digest: bytes, state: State, end: int, marks: Sequence[int] = ()) -> None:
+    def keep(self, position: int, digest: bytes, state: State, end: int, marked: bool) -> None:
         """Keep the state at a block's end if the text may be left there, and give up what no longer is such a place.
 
-        `marks`: ascending, where messages begin; the last block's end before each is kept.
+        `marked`: a message begins before the next block's end.
         """
-        key = self._key(digest)
-        at = bisect.bisect_left(marks, position)
-        marked = at < len(marks) and marks[at] < position + self._block
         stretch, part = self._parts
+        apart = spacing(end - position, self._block)
         marked = marked or (position in stretch and (position - stretch.start + 1) % part == 0)
-        spaced = position % spacing(end - position, self._block) == 0
-        if marked or spaced:
+        if marked or position % apart == 0:
+            key = self._key(digest)
             self._store.put(key, state, position, end, self._path)
             self._path.append((position, key))
-            if not marked:
+            if not marked and position % spacing(FAR, self._block):
                 self._own.append((position, key))
-        crowded = [one for one in self._own if one[0] % spacing(end - one[0], self._block)]
-        for one in crowded:
+        if end != self._thinned_for:
+            self._thinned_for = end
+            self._thin_out(end)
+
+    def _thin_out(self, end: int) -> None:
+        """The text has become longer: give up what was kept for its being near the end."""
+        for one in [one for one in self._own if one[0] % spacing(end - one[0], self._block)]:
             self._own.remove(one)
             self._path.remove(one)
             self._store.drop(one[1])
@@ -148,7 +157,7 @@ class KnownText:
 
     def _find(self, known: Sequence[str], end: int) -> None:
         if known:
-            self._path += [(self._places[key][0], key) for key in known]
+            self._path = [*self._path, *((self._places[key][0], key) for key in known)][-NEWS:]
             self._store.follow(self._path, end, known)
         for key in reversed(known):
             if (state := self._store.get(key)) is not None:

@@ -6,6 +6,7 @@ for the first decoding step. What a snapshot has in its tail is read again, gene
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -230,8 +231,10 @@ class Reader:
     def _keep(self) -> None:
         base = self.history.base
         if self._known is not None and self.state is not None and base.read_only and base.digest is not None:
-            marks = [self._first + mark for mark in self._feed.marks]
-            self._known.keep(self.position, base.digest, self.state, self.arrived, marks)
+            here, marks = self.position - self._first, self._feed.marks
+            at = bisect.bisect_left(marks, here)
+            marked = at < len(marks) and marks[at] < here + self._block
+            self._known.keep(self.position, base.digest, self.state, self.arrived, marked)
 
 
 def compact(state: State) -> State:

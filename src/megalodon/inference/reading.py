@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from megalodon.inference.decoding import Decoding
+from megalodon.inference.hidden import Watch
 from megalodon.inference.known_text import KnownText
 from megalodon.inference.prefix_cache import PrefixStore
 from megalodon.inference.reader import Finished, Piece, Reader, Ready, Replay, Waiting
@@ -94,9 +95,9 @@ class Reading:
 
     def _begin(self, work: Work) -> bool:
         request, known = work.request, None
-        if self.prefixes is not None:
+        if self.prefixes is not None and request.watch is None:  # a watch sees all of the text
             known = KnownText(self.prefixes, "" if self._share else request.owner, self.block, self._wake)
-        only = request.generation is None
+        only = request.generation is None and request.watch is None
         work.reader = Reader(request.start or self.empty, request.feed, self.block, self.piece, known, only)
         work.reserved = work.slots_needed
         return True
@@ -145,6 +146,11 @@ class Reading:
                 self._works.append(work)
                 return 1
             case Ready(kind, token):
+                if (watch := work.request.watch) is not None:
+                    self._watch_last(watch, reader, token)
+                if work.request.generation is None:
+                    self._finish(work, reader)
+                    return 1
                 self._decoding.generate(work, reader, (kind, token))
                 return 1
             case Finished():
@@ -164,10 +170,20 @@ class Reading:
     def _run_piece(self, work: Work, reader: Reader, tokens: np.ndarray) -> None:
         ids = torch.from_numpy(tokens)[None].to(self._model.device)
         output = self._model.model(ids, past_key_values=reader.state, use_cache=True)
+        if work.request.watch is not None:
+            work.request.watch.piece(tokens, output.last_hidden_state[0], self._model.lm_head)
         reader.fed(tokens, output.past_key_values)
         self._counters.read_tokens += len(tokens)
         assert reader.state is not None
         work.emit(Progress(reader.position, reader.arrived, reader.cached, reader.state.nbytes))
+
+    @torch.inference_mode()
+    def _watch_last(self, watch: Watch, reader: Reader, token: int) -> None:
+        if watch.needs_last:
+            ids = torch.tensor([[token]], device=self._model.device)
+            output = self._model.model(ids, past_key_values=reader.state, use_cache=True)
+            watch.piece(np.array([token]), output.last_hidden_state[0], self._model.lm_head)
+        watch.last(token)
 
     def _finish(self, work: Work, reader: Reader) -> None:
         """Everything is read of a text after which nothing is generated."""

@@ -8,9 +8,10 @@ and the server write the same files.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,9 +25,16 @@ from megalodon.inference.fingerprint import hash_tensor, model_fingerprint
 from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.snapshot import Segment, Snapshot
 from megalodon.models import CausalLM, Config, State
+from megalodon.models.storage import BLOCK, SCALE, Storage, compressed, restored
 
 FORMAT = "megalodon-context-1"
 KINDS = ("read", "generated")
+MOST_HEADER = 1 << 20
+"""Bytes of a file's header: names, shapes and fingerprints of a thousand layers have room."""
+MOST_GENERATOR = 1 << 14
+"""Bytes of a random generator's state."""
+MOST_VALUE = 1e12
+"""No number in a state is larger: products of such numbers stay finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class ModelIdentity:
             `Session`, which takes up anybody's snapshots, and whose snapshots, with a tail of one token, anybody can.
         config: the model's; state_class: that of its states.
         device: where states are loaded to.
+        storage: how states are written; any is read.
     """
 
     model: str
@@ -52,9 +61,16 @@ class ModelIdentity:
     config: Config
     state_class: type[State]
     device: torch.device
+    storage: Storage = "exact"
 
     @staticmethod
-    def of(model: CausalLM, tokenizer: Tokenizer, block: int | None = None, piece: int | None = None) -> ModelIdentity:
+    def of(
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        block: int | None = None,
+        piece: int | None = None,
+        storage: Storage = "exact",
+    ) -> ModelIdentity:
         """That of a model and a tokenizer."""
         return ModelIdentity(
             model_fingerprint(model),
@@ -66,10 +82,11 @@ class ModelIdentity:
             model.config,
             model.model.state_class,
             model.device,
+            storage,
         )
 
 
-Count = Annotated[int, Field(ge=0, lt=2**62)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -91,6 +108,7 @@ class _Header(BaseModel):
     read_only: bool
     recent: Annotated[list[Count], Field(max_length=REPETITION_WINDOW)]
     generator: bool
+    storage: Storage = "exact"
 
 
 def save_snapshot(path: Path, snapshot: Snapshot, identity: ModelIdentity) -> None:
@@ -101,7 +119,8 @@ def save_snapshot(path: Path, snapshot: Snapshot, identity: ModelIdentity) -> No
     """
     tail = [segment.tokens for segment in snapshot.tail]
     kinds = [np.full(len(segment.tokens), KINDS.index(segment.kind), np.uint8) for segment in snapshot.tail]
-    tensors = {f"state.{name}": tensor.cpu() for name, tensor in snapshot.state.state_dict().items()}
+    state = compressed(snapshot.state.state_dict(), identity.storage, identity.state_class.compressible)
+    tensors = {f"state.{name}": tensor.cpu() for name, tensor in state.items()}
     tensors["tail.tokens"] = torch.from_numpy(np.concatenate([np.array([], np.int64), *tail]))
     tensors["tail.kinds"] = torch.from_numpy(np.concatenate([np.array([], np.uint8), *kinds]))
     if snapshot.generator is not None:
@@ -120,8 +139,9 @@ def save_snapshot(path: Path, snapshot: Snapshot, identity: ModelIdentity) -> No
         read_only=snapshot.read_only,
         recent=list(snapshot.recent),
         generator=snapshot.generator is not None,
+        storage=identity.storage,
     )
-    written = header.model_dump_json()
+    written = header.model_dump_json(exclude={"storage"} if header.storage == "exact" else None)
     metadata = {"format": FORMAT, "context": written, "checksum": _checksum(written, tensors)}
     write_file(path, lambda temporary: save_tensors(temporary, tensors, metadata))
 
@@ -135,12 +155,10 @@ def load_snapshot(path: Path, identity: ModelIdentity) -> Snapshot:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no context file {path}")
-    tensors, metadata = _read(path)
+    entries, metadata = _first_look(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"not a context file: its format is {metadata.get('format')!r}, not {FORMAT!r}")
     written = metadata.get("context", "")
-    if metadata.get("checksum") != _checksum(written, tensors):
-        raise ValueError("the context file is damaged: its contents do not have the checksum in its header")
     try:
         header = _Header.model_validate_json(written)
     except ValidationError as error:
@@ -148,16 +166,56 @@ def load_snapshot(path: Path, identity: ModelIdentity) -> Snapshot:
         where = ".".join(map(str, first["loc"])) or "JSON"
         raise ValueError(f"the context file is damaged: its header's {where}: {first['msg']}") from None
     _check_identity(header, identity)
+    _check_sizes(entries, header, identity)
+    tensors = _read(path)
+    if metadata.get("checksum") != _checksum(written, tensors):
+        raise ValueError("the context file is damaged: its contents do not have the checksum in its header")
     try:
         return _snapshot(header, tensors, identity)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"the context file is damaged: {error}") from None
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _first_look(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(what the file says of its tensors, its metadata), without reading any tensor."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= MOST_HEADER:
+                raise ValueError(f"its header would have {length:,} bytes, more than {MOST_HEADER:,}")
+            entries = json.loads(file.read(length))
+        metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are none")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the context file is damaged, or no context file: {str(error)[:200]}") from None
+    return entries, metadata
+
+
+def _check_sizes(entries: dict[str, Any], header: _Header, identity: ModelIdentity) -> None:
+    """Refuse a file with other tensors than a context of this model has, or larger ones, before one is read."""
+    kind = identity.state_class
+    sizes = kind.dimensions_class.of(identity.config)
+    most: dict[str, list[int]] = {"tail.tokens": [header.block or 1], "tail.kinds": [header.block or 1]}
+    if header.generator:
+        most["generator"] = [MOST_GENERATOR]
+    for name, shape in kind.shapes(sizes).items():
+        places = kind.places(sizes, name, header.position) if -1 in shape else 0
+        own = most[f"state.{name}"] = [1 if size is None else places if size == -1 else size for size in shape]
+        if header.storage != "exact" and name.rsplit(".", 1)[-1] in kind.compressible:
+            most[f"state.{name}{SCALE}"] = [*own[:-1], -(-own[-1] // BLOCK)]
+    for name, entry in entries.items():
+        stated = entry.get("shape") if isinstance(entry, dict) else None
+        if name not in most or not isinstance(stated, list) or len(stated) != len(most[name]):
+            raise ValueError(f"the context file is damaged: no context of this model has a {name[:80]} like its own")
+        if any(type(size) is not int or not 0 <= size <= bound for size, bound in zip(stated, most[name], strict=True)):
+            raise ValueError(f"the context file is damaged: its {name} is larger than that of {header.position} tokens")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"the context file is damaged, or no context file: {error}") from None
 
@@ -181,6 +239,8 @@ def _check_identity(header: _Header, identity: ModelIdentity) -> None:
 
 def _snapshot(header: _Header, tensors: dict[str, Tensor], identity: ModelIdentity) -> Snapshot:
     parts = {name.removeprefix("state."): x for name, x in tensors.items() if name.startswith("state.")}
+    if header.storage != "exact":
+        parts = restored(parts, getattr(torch, identity.dtype), identity.state_class.wide)
     state = identity.state_class.from_state_dict(parts, identity.config)
     _check_state(parts, header, identity)
     tokens, kinds = tensors["tail.tokens"].numpy(), tensors["tail.kinds"].numpy()
@@ -191,7 +251,7 @@ def _snapshot(header: _Header, tensors: dict[str, Tensor], identity: ModelIdenti
         state.to(identity.device),
         header.position,
         None if header.digest is None else bytes.fromhex(header.digest),
-        header.read_only,
+        header.read_only and header.storage == "exact",  # else it is not, to the bit, what reading the text gives
         tuple(header.recent),
         _segments(tokens, kinds),
         tensors["generator"] if header.generator else None,
@@ -221,7 +281,8 @@ def _check_state(parts: dict[str, Tensor], header: _Header, identity: ModelIdent
             filled = kind.places(sizes, name, header.position)
             if tensor.ndim != len(shapes[name]) or tensor.shape[shapes[name].index(-1)] != filled:
                 raise ValueError(f"the context file is damaged: its {name} is not that of {filled} tokens")
-        if not kind.is_possible(name, tensor):
+        large = tensor.is_floating_point() and tensor.numel() and float(tensor.abs().amax()) > MOST_VALUE
+        if large or not kind.is_possible(name, tensor):
             raise ValueError(f"the context file is damaged: its {name} has values that no state has")
 
 

@@ -14,6 +14,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.config import Config
+from megalodon.models.gecko.config import GeckoConfig
+from megalodon.models.gecko.model import GeckoForCausalLM, GeckoModel
+from megalodon.models.gecko.state import GeckoState
 from megalodon.models.kin import KinConfig, KinForCausalLM, KinModel
 from megalodon.models.megabyte import MegabyteConfig, MegabyteForCausalLM, MegabyteModel
 from megalodon.models.megalodon.config import PRESETS, MegalodonConfig
@@ -34,6 +37,7 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "megalodon": Architecture(MegalodonConfig, MegalodonModel, MegalodonForCausalLM),
     "megalodon-kin": Architecture(KinConfig, KinModel, KinForCausalLM),
+    "gecko": Architecture(GeckoConfig, GeckoModel, GeckoForCausalLM),
     "megalodon-megabyte": Architecture(MegabyteConfig, MegabyteModel, MegabyteForCausalLM),
 }
 """Every architecture by its `model_type`. The first is the default where none is named."""
@@ -89,6 +93,10 @@ __all__ = [
     "Architecture",
     "CausalLM",
     "Config",
+    "GeckoConfig",
+    "GeckoForCausalLM",
+    "GeckoModel",
+    "GeckoState",
     "KinConfig",
     "KinForCausalLM",
     "KinModel",

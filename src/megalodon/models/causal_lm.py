@@ -27,6 +27,7 @@ from megalodon.models.output import LanguageModelOutput, ModelOutput, the_state
 from megalodon.models.padding import RealTokens
 from megalodon.models.state import Dimensions, State
 from megalodon.ops.layout import Layout, layout_of
+from megalodon.ops.segments import Segments
 
 READ_AT_ONCE = 4096
 """Tokens that a CPU runs through a layer at a time. Activations of more outgrow its caches, and tensors of more than
@@ -124,9 +125,17 @@ class StatefulModel(StatefulPreTrainedModel):
         """What every block of a model of this config is given of where tokens stand, besides the layout: made once."""
         return ()
 
+    @staticmethod
+    def segment_starts(config: Any, input_ids: Tensor | None) -> Tensor | None:
+        """bool [B, L]: tokens that start a segment (`megalodon.ops.Segments`); None where the model knows none."""
+        return None
+
     def single_token(self, x: Tensor, state: State | None) -> SingleToken | None:
         """A shorter way for one token a row, where it is good for these embeddings x [B, L, D] and this state."""
         return None
+
+    def generation_starts(self) -> None:
+        """Told where a generation begins: whatever was prepared of weights must be looked at again."""
 
     @property
     def reads_in_pieces(self) -> bool:
@@ -193,6 +202,7 @@ class StatefulModel(StatefulPreTrainedModel):
         told |= {name: kwargs.pop(name) for name in documents.NAMES if name in kwargs}
         refuse_unknown(type(self).forward, kwargs)
         x = self._embed(input_ids, inputs_embeds)
+        bos = self.segment_starts(self.config, input_ids)
         length = x.shape[1]
         self._check(x, attention_mask, state, segment_ids)
         segment_ids, fresh = documents.documents_of(
@@ -200,7 +210,7 @@ class StatefulModel(StatefulPreTrainedModel):
         )
         if state is not None and fresh is not None:
             state = state.reset(fresh)
-        plain = attention_mask is None and segment_ids is None and not output_hidden_states
+        plain = attention_mask is None and segment_ids is None and bos is None and not output_hidden_states
         step = self.single_token(x, state if plain and use_cache else None)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
         if step is not None and state is not None:
@@ -213,7 +223,9 @@ class StatefulModel(StatefulPreTrainedModel):
             if rows is not None:
                 x = rows.pack(x)
                 segment_ids = None if segment_ids is None else rows.pack(segment_ids)
-            x, state = self._run(x, state, use_cache, segment_ids, None if rows is None else rows.lengths, hidden)
+                bos = None if bos is None else rows.pack(bos)
+            lengths = None if rows is None else rows.lengths
+            x, state = self._run(x, state, use_cache, segment_ids, lengths, bos, hidden)
             if rows is not None:
                 x, hidden = rows.unpack(x, length), hidden and [rows.unpack(h, length) for h in hidden]
         kept: Any = state if use_cache else None
@@ -227,13 +239,14 @@ class StatefulModel(StatefulPreTrainedModel):
         use_cache: bool,
         segment_ids: Tensor | None = None,
         lengths: Tensor | None = None,
+        bos: Tensor | None = None,
         hidden: list[Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
         """Embeddings [B, L, D] of `lengths` real tokens each through all layers: (hidden states, the state after them).
 
-        `hidden` collects the input of each block and the final hidden states.
+        `bos` tells where segments start. `hidden` collects the input of each block and the final hidden states.
         """
-        layouts = self._layouts(x, state, segment_ids, lengths)
+        layouts = self._layouts(x, state, segment_ids, lengths, bos)
         places = [
             (*self.layer_arguments(self.config, layout), layout, use_cache or layout is not layouts[-1])
             for layout in layouts
@@ -263,12 +276,19 @@ class StatefulModel(StatefulPreTrainedModel):
         return self.state_class(layers, final, position, self.dimensions)
 
     def _layouts(
-        self, x: Tensor, state: State | None, segment_ids: Tensor | None, lengths: Tensor | None
+        self,
+        x: Tensor,
+        state: State | None,
+        segment_ids: Tensor | None,
+        lengths: Tensor | None,
+        bos: Tensor | None,
     ) -> list[Layout]:
         """Where the tokens of each piece of x stand that goes through a layer at a time."""
         whole = segment_ids is not None or lengths is not None or not self.reads_in_pieces
         positions: Tensor | np.ndarray | None = None if state is None else state.position
+        places = None if state is None else state.bos_places
         layouts: list[Layout] = []
+        start = 0
         for size in [x.shape[1]] if whole else self._pieces(x, state):
             if layouts:
                 positions = layouts[-1].end_positions
@@ -281,7 +301,11 @@ class StatefulModel(StatefulPreTrainedModel):
                 positions=positions,
                 chunk_size=self.chunk_size,
             )
+            if bos is not None:
+                layout.segments = Segments(bos[:, start : start + size], layout, places)
+                places = layout.segments.after
             layouts.append(layout)
+            start += size
         return layouts
 
     def _pieces(self, x: Tensor, state: State | None) -> list[int]:
@@ -422,7 +446,8 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         loss = logits = None
         if return_logits or shift_labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            decoding = state is not None and x.shape[1] == 1 and not self.training
+            goes_on = state is not None and bool((state.position > 0).all())
+            decoding = goes_on and x.shape[1] == 1 and not self.training
             logits = apply_head(self.lm_head, x[:, kept], decoding).float()
             if shift_labels is not None:
                 total = F.cross_entropy(

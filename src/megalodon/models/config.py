@@ -48,6 +48,7 @@ class Config(PreTrainedConfig):
         calibration_fields: what else a model of such small sizes needs.
         tensor_fields: sizes that the tensor axis of a mesh cuts; empty: the architecture cannot be cut so.
         chunk_axis: whether the sequence can be cut over ranks.
+        chunks_before: whole chunks before a token's own that attention sees.
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
@@ -58,6 +59,7 @@ class Config(PreTrainedConfig):
     calibration_fields: ClassVar[dict[str, Any]] = {}
     tensor_fields: ClassVar[tuple[str, ...]] = ()
     chunk_axis: ClassVar[bool] = False
+    chunks_before: ClassVar[int] = 0
 
     vocab_size: int = 32000
     num_layers: int = 12

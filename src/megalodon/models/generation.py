@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from megalodon.models.documents import NAMES, as_positions, documents_of
+from megalodon.models.layers.head import generation_starts
 from megalodon.models.output import CACHE, the_state
 from megalodon.models.state import State
 
@@ -21,6 +22,8 @@ class StateGenerationMixin(GenerationMixin):
 
         @property
         def device(self) -> torch.device: ...
+
+        def get_output_embeddings(self) -> torch.nn.Module | None: ...
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -38,6 +41,9 @@ class StateGenerationMixin(GenerationMixin):
                 "of constant size; leave cache_implementation out"
             )
         state = model_kwargs.get(CACHE)
+        self.model.generation_starts()
+        if (head := self.get_output_embeddings()) is not None:
+            generation_starts(head)
         self._place_documents(model_kwargs, state, getattr(generation_config, "_mask_length", 0))
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         if state is not None:

@@ -30,6 +30,8 @@ from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
 from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
 from megalodon.ops.window_attention import IMPLEMENTATIONS as _WINDOW_ATTENTION
 from megalodon.ops.window_attention import RecentKeys, WindowSums, window_attention, window_sums
+from megalodon.ops.working_memory import IMPLEMENTATIONS as _WORKING_MEMORY
+from megalodon.ops.working_memory import working_memory
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -67,6 +69,7 @@ __all__ = [
     "two_chunk_attention",
     "window_attention",
     "window_sums",
+    "working_memory",
 ]
 
 OPERATORS = {
@@ -80,6 +83,7 @@ OPERATORS = {
     "selective_scan": _SELECTIVE_SCAN,
     "long_convolution": _LONG_CONVOLUTION,
     "sparse_attention": _SPARSE_ATTENTION,
+    "working_memory": _WORKING_MEMORY,
 }
 
 

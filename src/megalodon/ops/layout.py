@@ -16,12 +16,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from megalodon.ops.segments import Segments
 
 
 class _MoveRows(torch.autograd.Function):
@@ -103,9 +106,13 @@ class Layout:
         positions: how many tokens of its first document each row has seen before. None: 0.
         chunk_size: C; needed for everything about chunks.
 
+    `segments` is None, or where BOS tokens cut the batch while its chunks go on: set by whoever makes both.
+
     The first document of a row continues what the row's state remembers; the others start afresh. `layout_of` makes the
     layout of a batch: a `PlainLayout` where nothing but numbers tells its rows from others.
     """
+
+    segments: Segments | None = None
 
     def __init__(
         self,

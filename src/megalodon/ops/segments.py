@@ -93,6 +93,17 @@ class Segments:
         in_before = torch.where(ends >= size, in_before, -1)  # a document's first chunk has none before it
         return in_before.clamp(min=-1), (last - start).clamp(min=-1)
 
+    @cached_property
+    def by_segment(self) -> Layout:
+        """`segmented`: the layout of the operators that only start afresh where a segment begins."""
+        return segmented(self.layout, self.bos)
+
+    def forgotten(self, state: Tensor | None) -> Tensor | None:
+        """A carried state [B, ...], zero in the rows whose first token starts a segment."""
+        if state is None or self.layout.length == 0:
+            return state
+        return torch.where(self.bos[:, 0].view(-1, *[1] * (state.ndim - 1)), 0, state)
+
     def _at(self, token: Tensor, otherwise: Tensor) -> Tensor:
         """`last` at a token of each row; what it was before the batch where that lies before it."""
         found = self.last.gather(1, token.clamp(min=0)[:, None])[:, 0]

@@ -30,6 +30,13 @@ def is_sharded(checkpoint: Path) -> bool:
     return (checkpoint / SHARDS).is_dir()
 
 
+def sharded_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of a run on a mesh that a folder is, or whose `model` folder it is; None where it is neither."""
+    if is_sharded(folder):
+        return folder
+    return folder.parent if folder.name == "model" and is_sharded(folder.parent) else None
+
+
 def weight_shapes(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every parameter, by its name in the model.
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from megalodon.data import Tokenizer
-from megalodon.files import load_tensors, save_json, save_tensors
+from megalodon.files import disk_errors, load_tensors, save_json, save_tensors
 from megalodon.inference.loading import quiet_transformers
 from megalodon.models import CausalLM
 from megalodon.training.checkpoint import CheckpointError
@@ -46,6 +46,8 @@ class TrainingState:
         seconds: time spent in steps, over all the processes that had a part in the run.
         record: the last step's metrics if they are not yet written, because a signal came before its evaluation ended.
         best_loss, best_step: lowest held-out loss that has a checkpoint, and its step.
+        documents: how many were begun; a document of every epoch counts anew.
+        held_out: what identifies the held-out documents, by source.
         loader: the loader's position, as its `state_dict` gives it.
         threads: PyTorch's threads, on which the last bits of a float depend.
         states: what streamed rows carry.
@@ -57,6 +59,8 @@ class TrainingState:
     record: dict[str, Any] | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    documents: int = 0
+    held_out: dict[str, Any] = field(default_factory=dict)
     loader: dict[str, Any] = field(default_factory=dict)
     threads: int = field(default_factory=torch.get_num_threads)
     states: States = field(default_factory=list)
@@ -64,9 +68,10 @@ class TrainingState:
 
 def save_model(folder: Path, model: CausalLM, tokenizer: Tokenizer) -> None:
     """The model and its tokenizer as one folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
-    with quiet_transformers():
+    with quiet_transformers(), disk_errors(folder):
         model.save_pretrained(folder, max_shard_size="10000GB")  # one file, which `load_weights` reads back
-    tokenizer.save(folder)
+    with disk_errors(folder):
+        tokenizer.save(folder)
 
 
 def load_weights(folder: Path, model: CausalLM) -> None:

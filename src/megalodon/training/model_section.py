@@ -20,7 +20,7 @@ from megalodon.training.wording import nearest
 
 DEFAULT_ARCHITECTURE = next(iter(ARCHITECTURES))
 # Follow from the tokenizer, and are no affair of a training config.
-NOT_IN_CONFIG = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
+NOT_IN_CONFIG = ("use_cache", "pad_token_id", "eos_token_id")
 
 
 class _Origin(Section):

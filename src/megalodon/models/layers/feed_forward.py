@@ -19,10 +19,10 @@ class FeedForward(nn.Module):
     W1 is `up_proj`, W3 `gate_proj`, W2 `down_proj`; `alpha` [D] exists with `rescale_nffn` only.
     """
 
-    def __init__(self, config: Any, layer: int) -> None:
+    def __init__(self, config: Any, layer: int, norm_groups: int = 1) -> None:
         super().__init__()
         dim, hidden = config.model_dim, config.ffn_hidden_dim
-        self.norm = LayerNorm(dim, config.norm_eps, config.norm_affine)
+        self.norm = LayerNorm(dim, config.norm_eps, config.norm_affine, norm_groups)
         self.up_proj = nn.Linear(dim, hidden, bias=False)
         self.gate_proj = nn.Linear(dim, hidden, bias=False) if config.swiglu else None
         self.down_proj = nn.Linear(hidden, dim, bias=False)

@@ -21,11 +21,11 @@ def _zero_parameters(norm: nn.Module) -> None:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of the last dimension; `weight` [D] is the stored offset, None without affine."""
+    """Root-mean-square norm of the last dimension, in groups; `weight` [D] is the stored offset, None if not affine."""
 
-    def __init__(self, dim: int, eps: float, affine: bool) -> None:
+    def __init__(self, dim: int, eps: float, affine: bool, groups: int = 1) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.groups = eps, groups
         self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def initialize(self) -> None:
@@ -34,15 +34,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return F.rms_norm(x, x.shape[-1:], effective(self.weight, x.dtype), self.eps)
+        weight = effective(self.weight, x.dtype)
+        if self.groups == 1:
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        y = x.unflatten(-1, (self.groups, -1))
+        y = F.rms_norm(y, y.shape[-1:], None, self.eps).flatten(-2)
+        return y if weight is None else y * weight
 
 
 class LayerNorm(nn.Module):
-    """Layer norm of the last dimension; `weight` [D] is the stored offset; both None without affine."""
+    """Layer norm of the last dimension, in groups; `weight` [D] is the stored offset; both None without affine."""
 
-    def __init__(self, dim: int, eps: float, affine: bool) -> None:
+    def __init__(self, dim: int, eps: float, affine: bool, groups: int = 1) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.groups = eps, groups
         self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
@@ -53,4 +58,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, x.shape[-1:], effective(self.weight, x.dtype), bias, self.eps)
+        weight = effective(self.weight, x.dtype)
+        if self.groups == 1:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+        y = x.unflatten(-1, (self.groups, -1))
+        y = F.layer_norm(y, y.shape[-1:], None, None, self.eps).flatten(-2)
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias

@@ -54,10 +54,15 @@ class OpenChunk:
 
     def with_token(self, k: Tensor, v: Tensor, offset: int, chunk_size: int) -> OpenChunk:
         """`append` without gradients of one token, k [B, H, d] and v [B, H, e], to rows that all hold `offset`."""
+        chunk = self.with_room(k, v, offset, chunk_size)
+        chunk.keys[:, offset], chunk.values[:, offset] = k, v
+        return chunk
+
+    def with_room(self, k: Tensor, v: Tensor, offset: int, chunk_size: int) -> OpenChunk:
+        """What `with_token` returns, before the token is written; k and v only say how many rows and which dtypes."""
         chunk, needed = self, offset + 1
         if offset == 0 or not self._taken(needed, k, v):
             chunk = self._grown(offset, _capacity(needed, chunk_size), k, v)
-        chunk.keys[:, offset], chunk.values[:, offset] = k, v
         return OpenChunk(chunk.keys, chunk.values, needed)
 
     @staticmethod

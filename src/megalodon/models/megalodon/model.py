@@ -14,7 +14,7 @@ from megalodon.models.megalodon.config import MegalodonConfig
 from megalodon.models.megalodon.slots import MegalodonSlots
 from megalodon.models.megalodon.state import MegalodonState
 from megalodon.models.megalodon.static_step import StaticStep
-from megalodon.models.megalodon.token_step import TokenStep
+from megalodon.models.megalodon.token_step import TokenStep, generation_starts
 from megalodon.models.state import State
 from megalodon.ops.layout import Layout
 
@@ -48,6 +48,9 @@ class MegalodonModel(MegalodonPreTrainedModel, StatefulModel):
     def single_token(self, x: Tensor, state: State | None) -> TokenStep | None:
         assert state is None or isinstance(state, MegalodonState)
         return TokenStep.of(self, x, state)
+
+    def generation_starts(self) -> None:
+        generation_starts(self)
 
 
 class MegalodonForCausalLM(MegalodonPreTrainedModel, CausalLM):

@@ -18,18 +18,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from megalodon import ops
+from megalodon.models.layers.few_rows import PRODUCT, FusedProduct, can_fuse
 from megalodon.models.layers.memory_block import LayerState
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.projection import Projection, can_pack
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.megalodon.fused_step import KERNEL, FusedStep, final_row, memory_row, sequence_row
 from megalodon.models.megalodon.state import MegalodonDimensions, MegalodonState
 from megalodon.models.megalodon.token_step import BlockStep, NormStep, linear_layers
 from megalodon.ops.backend import accumulator_dtype, matmul_dtype
+from megalodon.ops.compiled.tables import KINDS
 
 
 class SlotNorm:
@@ -37,14 +41,14 @@ class SlotNorm:
 
     def __init__(self, norm: TimestepNorm, step: NormStep, slots: int) -> None:
         device = norm.weight.device
-        self.norm, self._step = norm, step
+        self.norm, self.norm_step = norm, step
         wide = accumulator_dtype(device)
         self.mean = torch.zeros(slots, norm.num_groups, dtype=wide, device=device)
         self.var = torch.ones(slots, norm.num_groups, dtype=wide, device=device)
 
     def step(self, x: Tensor, share: Tensor) -> Tensor:
         """x [M, D] and 1 / (tokens seen, this one included) [M, 1] -> the normalised x, in the dtype of x."""
-        return self._step(x, share, self.mean[: len(x)], self.var[: len(x)]).to(x.dtype)
+        return self.norm_step(x, share, self.mean[: len(x)], self.var[: len(x)]).to(x.dtype)
 
 
 class SlotLayer:
@@ -117,7 +121,8 @@ class MegalodonSlots:
         self.positions = [0] * self.slots
         capacity = -(-self.sizes.chunk_size // 32) * 32  # keeps every row of the buffers on a 64-byte boundary
         with torch.inference_mode():
-            packed = _can_pack(model)
+            fused = _can_fuse(model)
+            packed = _can_pack(model) and not fused
             self.head = Projection(model.lm_head, packed=model.dtype if packed else None)
             self.layers = [
                 SlotLayer(BlockStep(block, model.dtype, packed), self.slots, self.sizes, capacity, model.dtype)
@@ -127,6 +132,7 @@ class MegalodonSlots:
             self.final = SlotNorm(final, NormStep(final), self.slots)
             chunk = torch.arange(self.sizes.chunk_size, device=model.device)
             self.turns = ops.rotations(chunk, self.sizes.head_dim, self.sizes.rope_base)
+            self._fused = _Fused(self) if fused else None
 
     @property
     def nbytes(self) -> int:
@@ -151,6 +157,8 @@ class MegalodonSlots:
         Returns:
             logits float32 [len(active), V]: what follows each token.
         """
+        if self._fused is not None:
+            return self._fused.step(tokens, active)
         live, device = active[-1] + 1, self.model.device
         rows = self.bucket(live)  # matrix products run on all of them, the memory's own work only where it may count
         ids = torch.zeros(rows, dtype=torch.int64)
@@ -242,6 +250,8 @@ class MegalodonSlots:
             RuntimeError: if they do: results on this machine would depend on who else is being served.
         """
         largest = max(candidates)
+        if _can_fuse(model):  # sums each row's terms in one order, whatever the number of rows
+            return tuple(sorted(candidates))
         packed = _can_pack(model)
         block = BlockStep(model.model.layers[0], model.dtype, packed)
         products = [Projection(model.lm_head, packed=model.dtype if packed else None), *block.products]
@@ -272,5 +282,37 @@ class MegalodonSlots:
         return tuple(sorted(alike | {largest}))
 
 
+class _Fused:
+    """The same step as one kernel, on exactly the active rows: no row's bits depend on how many there are."""
+
+    def __init__(self, decoder: MegalodonSlots) -> None:
+        self._decoder, self._model = decoder, decoder.model
+        layers, final = decoder.layers, decoder.final
+        self._step = FusedStep([layer.step for layer in layers], final.norm_step, decoder.sizes)
+        self._head, self._kind = FusedProduct(decoder.model.lm_head), KINDS[layers[0].keys.dtype]
+        self._memory = np.array([*map(self._row, layers), final_row(final.mean, final.var)])
+
+    @staticmethod
+    def _row(layer: SlotLayer) -> list[int]:
+        keys, values = (buffer.transpose(1, 2) for buffer in (layer.keys, layer.values))
+        return memory_row(layer.norm.mean, layer.norm.var) + sequence_row(layer.h, layer.h, keys, values)
+
+    def step(self, tokens: Sequence[int], active: Sequence[int]) -> Tensor:
+        """As `MegalodonSlots.step`."""
+        embedded = self._model.model.embed_tokens(torch.tensor(tokens)) * self._model.model.embedding_scale
+        slots, positions = np.array(active), np.array([self._decoder.positions[slot] for slot in active])
+        share = 1 / (positions + (self._model.config.norm_prior_count + 1))
+        places = positions % self._decoder.sizes.chunk_size
+        x = self._step.run(embedded.to(torch.float32, copy=True), share, places, slots, self._memory, self._kind)
+        for slot in active:
+            self._decoder.positions[slot] += 1
+        return self._head(x)
+
+
 def _can_pack(model: Any) -> bool:
     return can_pack([*linear_layers(model.model), model.lm_head], model.dtype)
+
+
+def _can_fuse(model: Any) -> bool:
+    layers = [*linear_layers(model.model), model.lm_head]
+    return all(can_fuse(layers, model.dtype, kernel) for kernel in (KERNEL, PRODUCT))

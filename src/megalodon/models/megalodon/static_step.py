@@ -49,7 +49,8 @@ class _Layer:
     """A block, its coefficients, and its memory; keys and values in buffers of so many places."""
 
     def __init__(self, block: MemoryBlock, memory: LayerState, position: Tensor, places: int) -> None:
-        self.block, self.coefficients = block, block.cema.coefficients()
+        self.block = block
+        self.coefficients: tuple[Tensor, Tensor, Tensor] = block.cema.coefficients()
         self.norm = _Norm(block.timestep_norm, memory.moments, position)
         self.h = torch.where((position == 0)[:, None, None], 0, memory.cema)
         self.keys, self.values = (x.new_zeros(x.shape[0], places, *x.shape[2:]) for x in memory.chunk)
@@ -63,7 +64,7 @@ class _Layer:
         m, h = ops.cema(n, *self.coefficients, block.cema.omega, self.h)
         self.h.copy_(h)
         m = block.memory_norm(m)
-        q, k = attention.queries_and_keys(m, turns)
+        q, k = attention.queries(m, turns)
         v = F.silu(attention.v_proj(n)).unflatten(-1, (attention.num_heads, -1))
         rows = torch.arange(len(place), device=place.device)
         self.keys.index_put_((rows, place), k[:, 0].to(self.keys.dtype))

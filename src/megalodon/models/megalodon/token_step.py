@@ -28,13 +28,15 @@ from megalodon.models.causal_lm import StatefulModel
 from megalodon.models.layers.cema import CEMA
 from megalodon.models.layers.chunk_attention import GatedChunkAttention
 from megalodon.models.layers.feed_forward import FeedForward
+from megalodon.models.layers.few_rows import can_fuse
 from megalodon.models.layers.memory_block import LayerState, MemoryBlock
 from megalodon.models.layers.norms import LayerNorm, RMSNorm, effective
 from megalodon.models.layers.projection import Projection, can_pack
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
 from megalodon.models.layers.watch import Prepared, is_forwarded_as_written
 from megalodon.models.megalodon.block import MegalodonBlock
-from megalodon.models.megalodon.state import MegalodonState
+from megalodon.models.megalodon.fused_step import KERNEL, FusedStep
+from megalodon.models.megalodon.state import MegalodonDimensions, MegalodonState
 from megalodon.ops.backend import backend_for, full_precision
 
 PART = 1 << 15
@@ -175,28 +177,29 @@ class TokenStep:
         linear = list(linear_layers(model))
         wide = full_precision(model.dtype)  # for one row, products in float32 are the quickest, bfloat16 weights or not
         packed = all(is_forwarded_as_written(layer, (nn.Linear,)) for layer in linear) and can_pack(linear, wide)
-        self.dtype = wide if packed else model.dtype
-        self.blocks = [BlockStep(block, self.dtype, packed) for block in blocks_of(model)]
+        fused = can_fuse(linear, model.dtype, KERNEL)
+        self.packed = packed and not fused
+        self.dtype = wide if packed or fused else model.dtype
+        self.blocks = [BlockStep(block, self.dtype, self.packed) for block in blocks_of(model)]
         self.final = NormStep(cast(TimestepNorm, model.final_norm))
+        sizes = MegalodonDimensions.of(model.config)
+        self.fused = FusedStep(self.blocks, self.final, sizes) if fused else None
 
     @staticmethod
     def of(model: StatefulModel, x: Tensor, state: MegalodonState | None) -> TokenStep | None:
         """The step of the model's weights as they are now, for embeddings x [B, L, D]; None where it is not for them.
 
         It is for one token of rows that stand at the same place of their chunks and not at the start of a document,
-        without gradients, autocast or a compiler at work. Any other pass makes it forget what it has prepared, because
-        weights written through `.data` change without a trace.
+        without gradients, autocast or a compiler at work. After any other pass a generation starts (see `watch`); a
+        pass with gradients says that weights are about to change, and memory is needed for other things.
         """
         if torch.compiler.is_compiling():
             return None
-        if x.shape[1] != 1 or state is None or torch.is_grad_enabled() or model.training:
+        if torch.is_grad_enabled() or model.training:
             _STEPS.forget(model)
             return None
-        if torch.is_autocast_enabled(x.device.type) or backend_for(x.device, x.dtype)[0] != "blocked":
-            return None
-        positions = state.position.tolist()
-        chunk = state.dimensions.chunk_size
-        if min(positions) == 0 or len({position % chunk for position in positions}) > 1:
+        if not _is_next_token(x, state) or backend_for(x.device, x.dtype)[0] not in ("blocked", "numba"):
+            _STEPS.start(model)
             return None
         return _STEPS.of(model)
 
@@ -206,6 +209,8 @@ class TokenStep:
         Returns:
             (the final hidden states [M, D], the state after them).
         """
+        if self.fused is not None:
+            return self.fused.advance(x, state)
         sizes = state.dimensions
         offset = int(state.position[0]) % sizes.chunk_size
         seen = state.position + (sizes.norm_prior_count + 1)
@@ -226,6 +231,14 @@ class TokenStep:
         final = Moments(*(value.clone() for value in state.final))
         x = self.final(x, share, *final).to(kept)
         return x, MegalodonState(layers, final, state.position + 1, sizes)
+
+
+def _is_next_token(x: Tensor, state: MegalodonState | None) -> bool:
+    """Whether x [B, 1, D] is one token of rows that go on from one place of their chunks."""
+    if x.shape[1] != 1 or state is None or torch.is_autocast_enabled(x.device.type):
+        return False
+    positions, chunk = state.position.tolist(), state.dimensions.chunk_size
+    return min(positions, default=0) > 0 and len({position % chunk for position in positions}) == 1
 
 
 _OURS = (MegalodonBlock, TimestepNorm, CEMA, RMSNorm, GatedChunkAttention, FeedForward, LayerNorm)
@@ -259,9 +272,29 @@ def _bypassed(model: StatefulModel) -> Iterator[nn.Module]:
         yield from (block.feed_forward, block.feed_forward.norm)
 
 
-def _step_of(model: StatefulModel) -> TokenStep | None:
-    ours_alone = all(is_forwarded_as_written(module, _OURS) for module in _bypassed(model))
-    return TokenStep(model) if ours_alone else None
+def passed_over(model: StatefulModel) -> str | None:
+    """The name of a module that a step would have to call and does not; None where it is exact."""
+    names = {module: name for name, module in model.named_modules()}
+    return next((names[m] for m in _bypassed(model) if m.training or not is_forwarded_as_written(m, _OURS)), None)
+
+
+def copied_weights(model: StatefulModel, packed: bool) -> list[Tensor]:
+    """The weights that a step takes copies of, or makes into something else."""
+    weights: list[Tensor] = [weight for module in _bypassed(model) for weight in module.parameters(recurse=False)]
+    linear = ((name, weight) for layer in linear_layers(model) for name, weight in layer.named_parameters())
+    return weights + [weight for name, weight in linear if packed or name == "bias"]
+
+
+def _step_of(model: StatefulModel) -> tuple[TokenStep | None, list[Tensor]]:
+    if passed_over(model) is not None:
+        return None, []
+    step = TokenStep(model)
+    return step, copied_weights(model, step.packed)
 
 
 _STEPS: Prepared[StatefulModel, TokenStep | None] = Prepared(_step_of)
+
+
+def generation_starts(model: StatefulModel) -> None:
+    """Before the next token, look at every weight: it may have changed without a trace."""
+    _STEPS.start(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megalodon.ops.backend import Implementations, check_devices, choose, complex_of, full_precision
@@ -11,7 +10,7 @@ from megalodon.ops.cema.blocked import KeptTables
 from megalodon.ops.compiling import one_break_at_most
 from megalodon.ops.complex import resolved
 from megalodon.ops.layout import Layout, layout_of
-from megalodon.ops.segments import segmented
+from megalodon.ops.segments import Segments
 
 
 def _triton(
@@ -97,13 +96,7 @@ def cema(
     q, gamma = resolved(q.to(wide)), resolved(gamma.to(wide))
     state = None if initial_state is None else resolved(initial_state.to(wide))
     if bos_mask is not None:
-        if bos_mask.shape != (batch, length) or bos_mask.dtype != torch.bool:
-            raise ValueError(
-                f"bos_mask is {bos_mask.dtype} of shape {tuple(bos_mask.shape)}: it must be bool {(batch, length)}"
-            )
-        layout = segmented(layout, bos_mask)
-        if state is not None and length:
-            begins = bos_mask[:, 0] if layout.padding is None else bos_mask[:, 0] & ~layout.padding[:, 0]
-            state = torch.where(begins[:, None, None], 0, state)
+        segments = Segments(bos_mask, layout)
+        layout, state = segments.by_segment, segments.forgotten(state)
     keeping = {"kept": kept} if run is blocked.cema else {}
     return run(x, p.to(real), q, gamma, omega, state, layout, **keeping)

@@ -26,11 +26,14 @@ from megalodon.model import MegalodonForCausalLM, MegalodonState
 from megalodon.model.projection import Projection, can_pack
 from megalodon.model.state import Dimensions, LayerState, OpenChunk
 from megalodon.model.timestep_norm import Moments, TimestepNorm
-from megalodon.model.token_step import BlockStep, NormStep, linear_layers
+from megalodon.model.token_step import BlockStep, NormStep, copied_weights, linear_layers, passed_over
+from megalodon.model.watch import Watch
 from megalodon.ops.backend import accumulator_dtype, matmul_dtype
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
 """Numbers of rows that a step may run on; fewer than 16 are padded."""
+WATCHED = 4096
+"""Values of every copied weight that are looked at where a request begins: all, of small ones."""
 
 
 class SlotNorm:
@@ -111,10 +114,15 @@ class SlotDecoder:
             buckets: numbers of rows to choose from.
 
         Raises:
-            ValueError: for less than one slot, or more than the largest bucket.
+            ValueError: for less than one slot, or more than the largest bucket; or a module of the model's is not as
+                written, so that a step would not do what it does.
         """
         if not 1 <= slots <= max(buckets):
             raise ValueError(f"slots is {slots}; it must be from 1 to {max(buckets)}")
+        if name := passed_over(model.model):
+            raise ValueError(
+                f"{name} has hooks, a forward of its own or is in training mode: batched decoding would pass it over"
+            )
         self.model, self.sizes = model, Dimensions.of(model.config)
         self.slots = min(size for size in buckets if size >= slots)
         self.buckets = tuple(size for size in sorted(buckets) if size <= self.slots)
@@ -123,6 +131,8 @@ class SlotDecoder:
         with torch.inference_mode():
             packed = _can_pack(model)
             self.head = Projection(model.lm_head, packed=model.dtype if packed else None)
+            copied = copied_weights(model.model, packed) + [*model.lm_head.parameters()] * packed
+            self._watch = Watch(model, copied, WATCHED)
             self.layers = [
                 SlotLayer(BlockStep(block, model.dtype, packed), self.slots, self.sizes, capacity, model.dtype)
                 for block in model.model.layers
@@ -131,6 +141,10 @@ class SlotDecoder:
             self.final = SlotNorm(final, NormStep(final), self.slots)
             chunk = torch.arange(self.sizes.chunk_size, device=model.device)
             self.turns = ops.rotations(chunk, self.sizes.head_dim, self.sizes.rope_base)
+
+    def is_current(self) -> bool:
+        """Whether the model still has the weights that were copied, by up to `WATCHED` values of each."""
+        return self._watch.unchanged()
 
     @property
     def nbytes(self) -> int:

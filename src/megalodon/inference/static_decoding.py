@@ -16,6 +16,8 @@ from megalodon.model import MegalodonForCausalLM, MegalodonState
 from megalodon.model.block import MegalodonBlock
 from megalodon.model.state import Dimensions, LayerState, OpenChunk
 from megalodon.model.timestep_norm import Moments, TimestepNorm
+from megalodon.model.token_step import passed_over
+from megalodon.model.watch import Watch
 
 
 class _Norm:
@@ -28,6 +30,12 @@ class _Norm:
             torch.where(fresh, new, old.to(new.dtype))
             for new, old in zip((self.prior.mean, self.prior.var), moments, strict=True)
         )
+
+    def take_weights(self) -> None:
+        """What was made of the module's weights, made of them as they are now, where it stands."""
+        prior = self.module.prior(self.mean.device)
+        self.prior.mean.copy_(prior.mean)
+        self.prior.var.copy_(prior.var)
 
     def step(self, x: Tensor, position: Tensor) -> Tensor:
         module = self.module
@@ -60,6 +68,12 @@ class _Layer:
             width = min(old.shape[1], places)
             buffer[:, :width] = old[:, :width]
 
+    def take_weights(self) -> None:
+        """As `_Norm.take_weights`."""
+        self.norm.take_weights()
+        for mine, now in zip(self.coefficients, self.block.cema.coefficients(), strict=True):
+            mine.copy_(now)
+
     def step(self, x: Tensor, turns: Tensor, position: Tensor, place: Tensor) -> Tensor:
         block, attention = self.block, self.block.attention
         n = self.norm.step(x, position)
@@ -88,17 +102,22 @@ class StaticDecoder:
     ) -> None:
         """
         Args:
-            model: in evaluation mode; its weights must not change afterwards.
+            model: in evaluation mode. Weights that change later count from the next step on (see `model.watch`; on a
+                GPU, a write through `.data` to a moving average's coefficients leaves no trace that a step would see).
             state: where the sequences stand; it is copied. Rows may stand at different positions.
             tokens: how many will be read at most. None: any number.
             compiled: torch.compile the step of a layer, which fuses what stands between products and kernels.
 
         Raises:
             ValueError: the model is in training mode, the state belongs to another model or device, or `tokens` is
-                less than one.
+                less than one; or a module is not as written, so that a step would not do what it does.
         """
         if model.training:
             raise ValueError("model is in training mode: call model.eval() first")
+        if name := passed_over(model.model):
+            raise ValueError(
+                f"{name} has hooks, a forward of its own or is in training mode: static decoding would pass it over"
+            )
         state.dimensions.check(Dimensions.of(model.config))
         if state.device != model.device:
             raise ValueError(f"state is on {state.device}: the model is on {model.device} (use .to)")
@@ -116,6 +135,7 @@ class StaticDecoder:
             self._layers = [_Layer(block, memory, self._position, places) for block, memory in pairs]
             self._final = _Norm(model.model.final_norm, state.final, self._position)
             self._logits = torch.empty(len(self._position), model.vocab_size, device=model.device)
+            self._watch = self._watched()
             if model.device.type == "cuda":
                 self._capture()
 
@@ -133,6 +153,8 @@ class StaticDecoder:
                 raise ValueError("all tokens that the decoder was made for (its argument tokens) have been read")
             self._left -= 1
         self._tokens.copy_(tokens)
+        if not self._watch.unchanged():
+            self._take_weights()
         if self._graph is None:
             self._advance()
         else:
@@ -143,7 +165,7 @@ class StaticDecoder:
     def state(self) -> MegalodonState:
         """Where the sequences stand now: a copy."""
         with torch.inference_mode():
-            position = self._position.cpu()
+            position = self._position.to("cpu", copy=True)  # the next step moves it on
             filled = self._position % self._chunk
             width = int(filled.max()) if len(position) else 0
             free = (torch.arange(width, device=filled.device) >= filled[:, None])[..., None, None]
@@ -157,6 +179,19 @@ class StaticDecoder:
             ]
             final = Moments(self._final.mean.clone(), self._final.var.clone())
         return MegalodonState(layers, final, position, Dimensions.of(self.model.config))
+
+    def _watched(self) -> Watch:
+        copied = [weight for layer in self._layers for weight in layer.block.cema.parameters()]
+        norms = [self._final, *(layer.norm for layer in self._layers)]
+        return Watch(self.model, copied + [weight for norm in norms for weight in norm.module.parameters()])
+
+    def _take_weights(self) -> None:
+        self._final.take_weights()
+        for layer in self._layers:
+            layer.take_weights()
+        self._watch = self._watched()
+        if self._graph is not None:  # its addresses may be another model's by now
+            self._capture()
 
     def _advance(self) -> None:
         inner, config = self.model.model, self.model.config

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -65,10 +65,11 @@ class Steps(Schedule):
         self.model, self.tokenizer = model, tokenizer
         largest = [size for size in BUCKETS if size >= slots][:1] or [max(BUCKETS)]
         buckets = choose_buckets(model, [size for size in BUCKETS if size <= largest[0]])
-        self.decoder = SlotDecoder(model, slots, buckets)
+        self._prepare: Callable[[], None] = partial(self._take_weights, slots, buckets, prefixes)
         if model.device.type == "cpu":  # where a short prompt takes a third of its time to make them anew
             for layer in model.model.layers:
                 layer.cema.kept = layer.cema.kept or KeptTables()
+        self.decoder = SlotDecoder(model, slots, buckets)
         block, piece = block_and_piece(self.decoder.sizes, piece)
         self.identity = ModelIdentity.of(model, tokenizer, block, piece)
         with torch.inference_mode():
@@ -88,7 +89,10 @@ class Steps(Schedule):
             self._stepping = False
 
     def _step(self, started: float) -> bool:
+        new = bool(self._inbox)
         self._take_in()
+        if new and not self.decoder.is_current():
+            self._prepare()
         self._drop()
         self._admit()
         read = self._read()
@@ -100,6 +104,20 @@ class Steps(Schedule):
             counters.steps += 1
             counters.step_seconds += time.perf_counter() - started
         return read or decoded
+
+    def _take_weights(
+        self, slots: int, buckets: Sequence[int], prefixes: Callable[[ModelIdentity], PrefixStore] | None
+    ) -> None:
+        """The model's weights have changed: begin anew with them. What is under way would be neither of the two."""
+        for work in {id(work): work for work in [*self._reading, *self._rows.values()]}.values():
+            self._fail(work, Failure.internal, "the model's weights were changed meanwhile: send the request again")
+        for work in self._waiting:
+            work.reader = None  # it may know states of the old weights
+        self.decoder = SlotDecoder(self.model, slots, buckets)
+        self.identity = ModelIdentity.of(self.model, self.tokenizer, self.block, self.piece)
+        if self.prefixes is not None and prefixes is not None:
+            self.prefixes.close()
+            self.prefixes = prefixes(self.identity)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 

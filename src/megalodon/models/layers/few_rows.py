@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megalodon.models.layers.projection import is_plain
 from megalodon.models.layers.watch import is_forwarded_as_written
 from megalodon.ops import compiled
 from megalodon.ops.backend import backend_for
@@ -23,7 +24,7 @@ def weight_kind(layers: Iterable[nn.Module]) -> int | None:
     for layer in layers:
         if not isinstance(layer, nn.Linear) or not is_forwarded_as_written(layer, (nn.Linear,)):
             return None
-        if layer.weight.device.type != "cpu" or not layer.weight.is_contiguous():
+        if not is_plain(layer._parameters.get("weight")) or not layer.weight.is_contiguous():
             return None
         dtypes.add(layer.weight.dtype)
     return tables.KINDS.get(dtypes.pop()) if len(dtypes) == 1 else None

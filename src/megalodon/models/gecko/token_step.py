@@ -70,7 +70,7 @@ class TokenStep:
             "ffn_dim": config.ffn_hidden_dim,
             "heads": config.num_heads,
         }
-        self._shape = tuple(sizes.values())
+        self._shape = (config.model_dim, config.z_dim, config.value_dim, config.ffn_hidden_dim, config.num_heads)
         self._call = np.zeros(len(Call), np.int64)
         _set(
             self._call,

@@ -31,7 +31,7 @@ from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
 from megalodon.ops.window_attention import IMPLEMENTATIONS as _WINDOW_ATTENTION
 from megalodon.ops.window_attention import RecentKeys, WindowSums, window_attention, window_sums
 from megalodon.ops.working_memory import IMPLEMENTATIONS as _WORKING_MEMORY
-from megalodon.ops.working_memory import working_memory
+from megalodon.ops.working_memory import absorb, working_memory
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -45,6 +45,7 @@ __all__ = [
     "Visible",
     "Window",
     "WindowSums",
+    "absorb",
     "backends",
     "causal_attention",
     "cema",

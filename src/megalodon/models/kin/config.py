@@ -168,11 +168,15 @@ class KinConfig(Config):
     @property
     def state_kind(self) -> str:
         """ "none" if a layer cannot be read in pieces, "growing" if one's memory grows, else "constant"."""
+        if self.two_way:
+            return "none"
         layers = map(self.mixer_of, range(self.num_layers))
         kinds = {mixer_class(name).kind_with(parameters) for name, parameters in layers}
         return next((kind for kind in ("none", "growing") if kind in kinds), "constant")
 
     def streaming_problem(self) -> str | None:
+        if self.two_way:
+            return "two_way=True sees the text before and after each token: use packed batches"
         layers = [self.mixer_of(layer) for layer in range(self.num_layers)]
         kinds = [mixer_class(name).kind_with(parameters) for name, parameters in layers]
         whole = sorted({name for (name, _), kind in zip(layers, kinds, strict=True) if kind == "none"})

@@ -122,6 +122,11 @@ class Config(PreTrainedConfig):
         """Bytes of what a rank of the chunk axis tells the others of a row in a layer, whatever the row's length."""
         raise NotImplementedError
 
+    def streaming_problem(self) -> str | None:
+        """Why rows should not be streamed through this model, their states carried from step to step without end; None
+        where nothing speaks against it."""
+        return None
+
     def require_positive(self, names: Iterable[str]) -> None:
         """Raise ValueError, naming the field, unless these are at least 1."""
         for name in names:

@@ -96,7 +96,7 @@ class Grammars:
         """Text that a regular expression (Rust's syntax, `\\d` for 0 to 9) matches whole. Errors as `json_schema`."""
         library = _library()
         return self._grammar(
-            library.LLMatcher.grammar_from_lark(f"start: /{library.regex_to_lark(_checked(pattern))}/")
+            library.LLMatcher.grammar_from_lark(f"start: /{library.regex_to_lark(_checked(pattern), 'd')}/")
         )
 
     def choice(self, choices: Sequence[str]) -> Grammar:

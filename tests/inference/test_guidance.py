@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from megalodon.data import ByteTokenizer
 from megalodon.data.pretrained import PretrainedTokenizer
 from megalodon.data.tokenizer import Tokenizer
-from megalodon.inference.guidance import GRAMMAR_BYTES, Grammar, Grammars
+from megalodon.inference.guidance import GRAMMAR_BYTES, Grammar, Grammars, closed
 
 SCHEMA = {
     "type": "object",
@@ -68,6 +68,25 @@ def test_any_walk_ends_in_the_form(tokenizer: Tokenizer, seed: int) -> None:
     assert re.fullmatch(r"[0-9]{4}-[0-9]{2}/x", walk(grammars.regex(r"\d{4}-\d{2}/x"), tokenizer, seed), re.ASCII)
     assert walk(grammars.choice(['a "b"', "naïve", "/"]), tokenizer, seed) in ('a "b"', "naïve", "/")
     assert walk(grammars.lark('start: "a"~3 "b"'), tokenizer, seed) == "aaab"
+
+
+def test_objects_have_the_properties_that_are_named(tokenizer: Tokenizer) -> None:
+    inner = {"type": "object", "properties": {"b": {"type": "boolean"}}, "required": ["b"]}
+    schema = {
+        "type": "object",
+        "properties": {"a": inner, "c": {"anyOf": [inner, {"type": "null"}]}},
+        "required": ["a"],
+    }
+    for seed in range(6):
+        found = json.loads(walk(Grammars(tokenizer).json_schema(schema), tokenizer, seed))
+        assert found.keys() <= {"a", "c"} and found["a"].keys() == {"b"}
+    for left in (
+        {"allOf": [inner]},
+        {"properties": {}, "additionalProperties": {"type": "null"}},
+        {"type": "string"},
+        True,
+    ):
+        assert closed(left) == left
 
 
 def test_any_object_begins_as_one() -> None:

@@ -181,7 +181,7 @@ def written(target: Path, requests: Iterable[str], total: int, request_of: Calla
                 same = False
             if not same:
                 raise ValueError(
-                    f"{target}:{count + 1} answers no line {count + 1} of this input of {total} lines with this seed: it "
+                    f"{target}:{count + 1} answers no line {count + 1} of this input ({total} lines, this seed): it "
                     "is that of another input, or the input has changed; give another output"
                 )
             count, end = count + 1, end + len(raw)

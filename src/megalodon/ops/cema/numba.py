@@ -5,7 +5,6 @@ For float32 (and bfloat16, widened) and channels that fill whole vectors; anythi
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megalodon.ops import compiled
-from megalodon.ops.compiled import threads
 from megalodon.ops.compiled.tables import Average
 from megalodon.ops.layout import Layout
 
@@ -25,19 +23,13 @@ WIDEST = 16
 """Channels must be a multiple of any CPU's vectors."""
 
 
-@cache
-def _kernel(name: str) -> threads.Kernel | None:
-    address = compiled.address(name)
-    return None if address is None else threads.Kernel(address)
-
-
 def fits(x: Tensor) -> bool:
     """Whether the kernels take x [B, L, D], and can be had."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if x.shape[-1] % WIDEST or not x.numel() or torch.compiler.is_compiling():
         return False
-    return _kernel("average.forward") is not None and _kernel("average.backward") is not None
+    return all(compiled.kernel(f"average.{way}") is not None for way in ("forward", "backward"))
 
 
 def _runs(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +108,7 @@ class _Average(torch.autograd.Function):
 
 
 def _call(name: str, layout: Layout, x: Tensor, coefficients: Tensor, omega: Tensor, **tensors: Tensor) -> None:
-    kernel = _kernel(name)
+    kernel = compiled.kernel(name)
     assert kernel is not None, "`fits` has asked for it"
     runs, counts = _runs(layout)
     batch, length, dim = x.shape

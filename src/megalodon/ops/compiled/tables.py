@@ -173,3 +173,22 @@ Average = _Average(*range(len(_Average._fields)))
 """Where each number of CEMA stands."""
 AVERAGED = 3
 """Numbers of a run."""
+
+
+class _Gate(NamedTuple):
+    """`out = silu(a) * b`, all tensors of one size and `kind`."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    size: int
+    kind: int
+    a: int
+    b: int
+    out: int  # the gradient of b in the backward pass
+    grad: int
+    da: int
+
+
+Gate = _Gate(*range(len(_Gate._fields)))
+"""Where each number of a gate stands."""

@@ -12,8 +12,8 @@ import torch
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 """Kinds of stored numbers."""
 
-KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-"""By dtype, of weights, keys and values."""
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
+"""By dtype; of weights all three, of all else but int8."""
 
 
 class _Call(NamedTuple):

@@ -391,6 +391,8 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
     model_class: ClassVar[type[StatefulModel]]
     slots_class: ClassVar[Any] = None
     """A decoder of many sequences at once, `(model, slots, buckets)`, with `choose_buckets(model, candidates)`."""
+    has_int8: ClassVar[bool] = False
+    """Whether its linear layers may be put in int8 for decoding (`layers.int8.quantize`)."""
     static_step_class: ClassVar[Any] = None
     """A step of one token whose tensors stay at their addresses, `(model, state, places, compiled)`."""
 

@@ -12,8 +12,8 @@ import torch
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 """Kinds of stored numbers."""
 
-KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-"""By dtype, of weights, keys and values."""
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
+"""By dtype; of weights all three, of all else but int8."""
 
 
 class _Call(NamedTuple):
@@ -184,3 +184,54 @@ class _Product(NamedTuple):
 
 Product = _Product(*range(len(_Product._fields)))
 """Where each number of a product stands."""
+
+
+class _Average(NamedTuple):
+    """CEMA of whole texts. Channels come in parts of a vector's width W; states are [B, D / W, N, 2, W]."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    rows: int  # B
+    length: int
+    dim: int
+    components: int
+    runs: int  # int64 [B, most_runs, AVERAGED]: first token, tokens, 1 where they begin a document
+    counts: int  # int64 [B]: runs of each row
+    most_runs: int
+    longest: int  # tokens of a run
+    x: int  # [B, L, D]
+    y: int  # [B, L, D]; the gradient of x in the backward pass
+    dy: int  # [B, L, D]
+    coefficients: int  # [D / W, N, 5, W]: q and gamma, re and im each, p
+    omega: int  # [D]
+    states: int  # before the first token, then after the last; in the backward pass their gradients, the other way
+    entering: int  # before the first token, in the backward pass
+    sums: int  # [B, D / W, N, 5, W]: gradients of the coefficients
+    d_omega: int  # [B, D]
+    scratch: int  # [threads, (longest + 1 + most_runs) * 2 N W]
+
+
+Average = _Average(*range(len(_Average._fields)))
+"""Where each number of CEMA stands."""
+AVERAGED = 3
+"""Numbers of a run."""
+
+
+class _Gate(NamedTuple):
+    """`out = silu(a) * b`, all tensors of one size and `kind`."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    size: int
+    kind: int
+    a: int
+    b: int
+    out: int  # the gradient of b in the backward pass
+    grad: int
+    da: int
+
+
+Gate = _Gate(*range(len(_Gate._fields)))
+"""Where each number of a gate stands."""

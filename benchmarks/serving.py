@@ -6,7 +6,13 @@
   block boundary is read again, one token is generated).
 - `memory`: resident memory while one long text is read.
 
-All in one process, without HTTP. README.md beside this file says how to run it and what it writes.
+These in one process, without HTTP. Of whole servers, beside those of a build before (`--before CHECKOUT`):
+
+- `gaps`: the worst gap between one user's tokens beside another's long prompt.
+- `validation`: how late `/health` answers, and how much memory is taken, while one wrong or large request is checked.
+- `divergent`: what a prompt costs of which a part has been changed since it was read.
+
+README.md beside this file says how to run it and what it writes.
 """
 
 from __future__ import annotations
@@ -24,10 +30,12 @@ import matplotlib
 import numpy as np
 import torch
 import typer
+from _divergence import divergent_parts, gap_parts, measure_divergent, measure_gaps
 from _machine import describe_machine, machine_slug
 from _measure import _status_bytes as status_bytes
 from _measure import settle_memory
 from _report import RESULTS, document, markdown_table, new_run, save
+from _validation import measure_validation, validation_parts
 from _workloads import Contestant, build_llama, build_megalodon
 
 from megalodon.data import ByteTokenizer
@@ -50,6 +58,9 @@ class Section(StrEnum):
     concurrency = "concurrency"
     first_token = "first_token"
     memory = "memory"
+    gaps = "gaps"
+    divergent = "divergent"
+    validation = "validation"
 
 
 @dataclass
@@ -296,7 +307,14 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
 def main(
     section: Annotated[Section, typer.Option()] = Section.concurrency,
     streams: Annotated[str, typer.Option(help="numbers of requests at once")] = "1,2,4,8,16,32,64",
-    length: Annotated[int, typer.Option(help="tokens of the document; 0: 100,000, or 1,000,000 for memory")] = 0,
+    length: Annotated[
+        int, typer.Option(help="tokens of the document; 0: 100,000, 1,000,000 for memory, 12,000,000 for gaps")
+    ] = 0,
+    before: Annotated[
+        Path | None, typer.Option(help="a checkout of an earlier build, for sections with servers")
+    ] = None,
+    cold: Annotated[bool, typer.Option(help="divergent: compare with a server that keeps nothing")] = True,
+    megabytes: Annotated[str, typer.Option(help="validation: sizes of bodies")] = "1,4,15",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     quick: Annotated[bool, typer.Option(help="seconds instead of minutes, to see that it works")] = False,
     output: Annotated[Path, typer.Option()] = RESULTS,
@@ -304,7 +322,7 @@ def main(
     """Measure one section and write JSON, a table, and a plot where there is a curve."""
     torch.manual_seed(0)
     if quick:
-        streams, length, rounds = "1,2", length or 3000, 1
+        streams, length, rounds, megabytes = "1,2", length or 3000, 1, "1"
     numbers = [int(n) for n in streams.split(",")]
     settings = {"section": section.value, "streams": numbers, "length": length, "rounds": rounds}
     result = new_run("serving", describe_machine(256 if quick else 2048), settings)
@@ -319,6 +337,15 @@ def main(
         case Section.memory:
             result |= measure_memory(length or 1_000_000)
             parts, title, plot = memory_parts(result), "Memory over a long text", plot_memory
+        case Section.gaps:
+            result |= measure_gaps(before, length or 12_000_000, rounds)
+            parts, title = gap_parts(result), "Gaps between tokens beside a long prompt"
+        case Section.validation:
+            result |= measure_validation(before, [int(size) for size in megabytes.split(",")], rounds)
+            parts, title = validation_parts(result), "What one wrong or large request does to others"
+        case Section.divergent:
+            result |= measure_divergent(before, length or 100_000, cold)
+            parts, title = divergent_parts(result), "Prompts that part from known ones"
     name = f"serving-{section.value.replace('_', '-')}"
     written, table = save(result, document(title, result, parts, quick), output, name)
     if plot is not None:

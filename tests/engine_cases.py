@@ -14,6 +14,7 @@ from megalodon.inference.feed import TokenFeed
 from megalodon.inference.request import Delta, Done, Ended, Event, Failed, Generation, Progress, Request
 from megalodon.inference.sampling import Sampling
 from megalodon.inference.snapshot import Snapshot
+from megalodon.inference.work import Work
 
 CHUNK = 16
 
@@ -111,3 +112,19 @@ def run(engine: Engine, *calls: Call, steps: int = 10_000) -> Call:
             return calls[0]
         engine.step()
     raise AssertionError(f"not done after {steps} steps")
+
+
+def reads(
+    engine: Engine,
+    tokens: np.ndarray | TokenFeed,
+    max_tokens: int | None = None,
+    choices: int = 1,
+    start: Snapshot | None = None,
+) -> tuple[Work, list[Event]]:
+    """Work that is being read by the engine's part for it, without its thread or schedule, and its events."""
+    events: list[Event] = []
+    generation = None if max_tokens is None else Generation(max_tokens, Sampling(0), 1, choices=choices)
+    feed = tokens if isinstance(tokens, TokenFeed) else TokenFeed(tokens)
+    work = Work(Request("a", start, feed, generation, events.append, keep=choices == 1), engine.counters)
+    engine.reading.add(work)
+    return work, events

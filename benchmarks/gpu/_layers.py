@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from megalodon import MegalodonConfig, ops
-from megalodon.model.block import MegalodonBlock
-from megalodon.model.cema import CEMA
+from megalodon.models.layers.cema import CEMA
+from megalodon.models.megalodon.block import MegalodonBlock
 
 Prepare = Callable[[int, int], Callable[[Tensor], Tensor]]
 """(batch, length) -> a layer's forward pass, x [B, L, D] -> [B, L, D]."""

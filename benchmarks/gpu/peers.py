@@ -171,7 +171,7 @@ def authors_layer(folder: Path | None, sizes: Sizes) -> Layer:
     Raises:
         LeftOut: no checkout is given, or its extension is not compiled for this Python and PyTorch.
     """
-    checkout(folder, "--authors", "megalodon/model/mega.py")
+    checkout(folder, "--authors", "megalodon/models/mega.py")
     assert folder is not None
     with in_place_of_ours(folder):
         try:
@@ -180,7 +180,7 @@ def authors_layer(folder: Path | None, sizes: Sizes) -> Layer:
             raise LeftOut(f"its CUDA extension cannot be imported ({reason}): build it with its setup.py") from None
         stand_ins()
         config = importlib.import_module("megalodon.config").ModelConf
-        model = importlib.import_module("megalodon.model.mega")
+        model = importlib.import_module("megalodon.models.mega")
         distributed = importlib.import_module("megalodon.distributed")
     one_process()
     distributed.initialize_model_parallel(1, 1)

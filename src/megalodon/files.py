@@ -9,7 +9,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,30 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         OSError: if the disk is full or refuses, with the system's error number, as for any other file.
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    try:
+    with disk_errors(path):
         save_file(contiguous, path, metadata=metadata)
-    except SafetensorError as error:
-        # safetensors has the system's error only in its text: "(os error 28)" or "Os { code: 28, ... }" by its version.
-        code = re.search(r"(?:os error |code: )(\d+)", str(error))
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Has what libraries raise for a full or failing disk, while they write `path`, be an OSError with its number."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        # The system's error is in the text only: safetensors has "(os error 28)" or "Os { code: 28, ... }" by its
+        # version, tokenizers "(os error 28)" in a bare Exception, PyTorch's checkpoints "[Errno 28]".
+        code = re.search(r"(?:os error |code: |Errno )(\d+)", str(error))
+        if code is None and not isinstance(error, SafetensorError):
+            raise
         number = int(code[1]) if code else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there is no room on the disk, or none left to this user."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -143,7 +143,7 @@ def test_peers(tmp_path: Path) -> None:
     assert all(row["parameters"] > 0 for row in rows if "ms" in row)
     notes = {row["layer"]: row["note"] for row in rows if "note" in row}
     assert list(notes) == ["mamba-2", "gated linear attention", "the authors'"]
-    assert notes["the authors'"] == f"{tmp_path} has no megalodon/model/mega.py"
+    assert notes["the authors'"] == f"{tmp_path} has no megalodon/models/mega.py"
 
 
 def test_no_step_begins_when_the_minutes_are_over(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from megalodon.data import ByteTokenizer, Corpus, DocumentSet, TokenizedCorpus, cache_root, open_tokenized, tokenize
 from megalodon.data import cache as cache_module
 from megalodon.data.bpe import train_bpe
-from megalodon.data.cache import DocumentNames, id_dtype
+from megalodon.data.tokenized import DocumentNames, id_dtype
 
 TEXTS = {"a.txt": "first document\n", "b.txt": "", "c.txt": "zweites Dokument: äöü €\n" * 50, "d.txt": "x"}
 
@@ -48,7 +48,6 @@ def test_bpe_documents_of_any_length_equal_their_encoding(folder, tmp_path, monk
     tokenizer = train_bpe([[long]], 300)
     monkeypatch.setattr(cache_module, "GROUP_CHARACTERS", 100)
     monkeypatch.setattr("megalodon.data.pretrained.CUT_CHARACTERS", 300)
-    monkeypatch.setattr("megalodon.data.pretrained.cut_at_words.__defaults__", (300,))
     corpus = tokenize({"source": str(folder)}, tokenizer, tmp_path / "cache")
     assert corpus.tokens.dtype == np.uint16
     assert np.array_equal(corpus.document(3), [*tokenizer.encode(long), tokenizer.eos_token_id])
@@ -97,8 +96,8 @@ def test_a_damaged_cache_is_refused_and_built_again(folder, tmp_path, caplog, na
 
 
 def test_a_failed_build_leaves_nothing(folder, tmp_path):
-    (folder / "z.bin").write_bytes(b"ab\0cd")
-    with pytest.raises(ValueError, match=r"z\.bin: byte 2 is NUL"):
+    (folder / "z.txt").write_bytes(b"ab\0cd")
+    with pytest.raises(ValueError, match=r"z\.txt: byte 2 is NUL"):
         tokenize({"source": str(folder)}, ByteTokenizer(), tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
 

@@ -130,7 +130,7 @@ def test_what_does_not_exist_or_holds_nothing_is_refused(tmp_path):
     ("config", "message"),
     [
         ({"source": ""}, "source is empty"),
-        ({"source": "a", "kind": "csv"}, "kind"),
+        ({"source": "a", "kind": "pdf"}, "kind"),
         ({"source": "a", "feild": "x"}, "feild"),
         ({"source": "a", "split": "train"}, "split only has a meaning with kind: huggingface"),
         ({"source": ["a", "b"], "kind": "huggingface"}, "reads one dataset, 2 were given"),

@@ -32,7 +32,9 @@ def numbered(lengths: list[int]) -> DocumentSet:
             vocab_size=total,
             eos_token_id=None,
             token_lengths=np.arange(total, dtype=np.int64) % 5,
+            document_hashes=np.arange(len(lengths), dtype=np.uint64),
             tokenizer_name="numbers",
+            tokenizer_fingerprint="numbers",
             fingerprint=str(lengths),
             max_token_id=total - 1,
         )
@@ -223,39 +225,53 @@ def test_packed_rows_of_one_long_document_come_from_everywhere():
     lengths=LENGTHS,
     rows=st.sampled_from([1, 2, 4]),
     length=st.integers(1, 12),
-    isolate=st.booleans(),
+    limit=st.sampled_from([None, 1, 7, 30]),
     world=st.sampled_from([1, 2]),
 )
-def test_held_out_batches_hold_every_token_once(lengths, rows, length, isolate, world):
-    lengths[0] += 8
+def test_held_out_batches_hold_every_text_once_and_none_is_cut(lengths, rows, length, limit, world):
     documents, rows = numbered(lengths), rows * world
-    sizes = {"batch_size": rows, "sequence_length": length, "isolate": isolate}
+    sizes = {"batch_size": rows, "sequence_length": length, "max_tokens": limit}
     batches = list(held_out_batches(documents, **sizes))
     assert all(batch.input_ids.shape == (rows, length) for batch in batches)
     assert all(same(a, b) for a, b in zip(batches, held_out_batches(documents, **sizes), strict=True))
     labels = torch.cat([batch.labels for batch in batches]).numpy().ravel()
-    targets = np.sort(labels[labels != -100])
-    expected = np.arange(1, documents.num_tokens)  # all but the first; when isolated, all but each document's first
-    assert np.array_equal(targets, np.setdiff1d(expected, documents.starts) if isolate else expected)
+    total = min(documents.num_tokens, limit or documents.num_tokens)
+    assert np.array_equal(np.sort(labels[labels != -100]), np.setdiff1d(np.arange(total), documents.starts))
     read = torch.cat([batch.input_ids for batch in batches], dim=1).numpy()
-    for r in range(rows):
-        span = np.arange(r * documents.num_tokens // rows, (r + 1) * documents.num_tokens // rows)
-        assert np.array_equal(read[r, : len(span)], span) and not read[r, len(span) :].any()
-        filled = max(0, len(span) - (len(batches) - 1) * length)  # tokens of this row in the last batch
-        if isolate and 0 < filled < length:
-            assert batches[-1].segment_ids[r, filled - 1] < batches[-1].segment_ids[r, filled]
-        assert filled or not batches[-1].continues[r]
-    if isolate:
-        for batch in batches:
-            ids, marks = batch.input_ids.numpy(), batch.segment_ids
-            scored = batch.labels.numpy()[:, :-1] != -100
-            same_segment = True if marks is None else (marks[:, 1:] == marks[:, :-1]).numpy()
-            inside = (ids[:, 1:] == ids[:, :-1] + 1) & scored
-            assert (inside <= same_segment).all()
+    scored = torch.cat([batch.labels for batch in batches], dim=1).numpy()
+    for row, targets in zip(read, scored, strict=True):
+        assert np.array_equal(targets[targets != -100], row[:][targets != -100] + 1)
+        filled = np.flatnonzero(targets != -100)
+        for place in filled[(filled > 0)]:  # what is scored goes on from its document's beginning
+            assert row[place] in documents.starts or row[place - 1] == row[place] - 1
+    for batch in batches:
+        marks, targets = batch.segment_ids, batch.labels.numpy()[:, :-1] != -100
+        if marks is not None:
+            assert not (targets & (marks[:, 1:] != marks[:, :-1]).numpy()).any()
+        for origin in batch.origins:
+            assert origin.names[0] in documents.corpus.names
     split = [list(held_out_batches(documents, **sizes, rank=r, world_size=world)) for r in range(world)]
     for parts, batch in zip(zip(*split, strict=True), batches, strict=True):
         assert torch.equal(torch.cat([part.input_ids for part in parts]), batch.input_ids)
         assert torch.equal(torch.cat([part.continues for part in parts]), batch.continues)
+
+
+def test_held_out_rows_are_about_equally_long():
+    batches = list(held_out_batches(numbered([50, 10, 10, 10, 10, 10, 4]), batch_size=2, sequence_length=10))
+    assert len(batches) == 6 and batches[0].origins[1].names == ("doc1",)
+
+
+@settings(max_examples=30)
+@given(setup=setups(), data=st.data())
+def test_documents_are_counted_where_they_begin(setup, data):
+    loader = Loader(**setup)
+    steps = data.draw(st.integers(1, 12))
+    whole = sum(next(loader).num_documents for _ in range(steps))
+    epochs = loader.epoch
+    if setup["mode"] == "packed" and not setup["shuffle"]:
+        assert int(epochs) * len(setup["documents"]) <= whole <= (int(epochs) + 1) * len(setup["documents"])
+    if setup["mode"] == "packed" and setup["batch_size"] == 1 and steps * setup["sequence_length"] > 0:
+        assert whole >= int(epochs)
 
 
 @given(lengths=LENGTHS, rows=st.sampled_from([1, 3]), length=st.integers(1, 9))
@@ -296,12 +312,14 @@ def test_a_position_of_other_settings_is_refused():
     state = Loader(numbered([60]), **settings_).state_dict()
     with pytest.raises(ValueError, match="sequence_length was 8 and is 4"):
         Loader(numbered([60]), **(settings_ | {"sequence_length": 4})).load_state_dict(state)
-    with pytest.raises(ValueError, match="documents was"):
+    with pytest.raises(ValueError, match=r"text is another than it was: 1 documents with 60 tokens before, 2 "):
         Loader(numbered([30, 30]), **settings_).load_state_dict(state)
     with pytest.raises(ValueError, match="saved step is None"):
         Loader(numbered([60]), **settings_).load_state_dict({k: v for k, v in state.items() if k != "step"})
-    with pytest.raises(ValueError, match="held-out set is too small: 3 tokens for batch_size 4"):
-        next(held_out_batches(numbered([3]), batch_size=4, sequence_length=8))
+    with pytest.raises(ValueError, match=r"tokenizer of the training text is another"):
+        Loader(numbered([30, 30]), **settings_).load_state_dict(state | {"tokenizer": "letters"})
+    with pytest.raises(ValueError, match="saved by an earlier version"):
+        Loader(numbered([30, 30]), **settings_).load_state_dict({k: v for k, v in state.items() if "num" not in k})
 
 
 def test_a_batch_moves_to_a_device():

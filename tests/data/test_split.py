@@ -44,7 +44,8 @@ def test_every_document_is_on_one_side_whole(lengths, fraction, seed):
 
 
 def test_the_fraction_is_met_when_documents_are_many_and_one_is_huge():
-    corpus = corpus_of([50_000] + [100] * 500)
+    texts = [("long", "x" * 50_000), *((f"d{i}", f"{i:04}" * 25) for i in range(500))]
+    corpus = TokenizedCorpus.from_documents(texts, ByteTokenizer())
     for seed in range(5):
         _, held_out = split_documents(corpus, fraction=0.1, seed=seed)
         assert held_out.num_tokens / corpus.num_tokens == pytest.approx(0.1, abs=0.002)

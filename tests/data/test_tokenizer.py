@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from megalodon.data import ByteTokenizer, TokenizedCorpus, check_vocabulary, load_tokenizer
 from megalodon.data.bpe import train_bpe, train_bpe_folder
-from megalodon.data.pretrained import PretrainedTokenizer, cut_at_words
+from megalodon.data.cutting import cut_at_words
+from megalodon.data.pretrained import PretrainedTokenizer
 
 SAMPLE = "The cat sat on the mat, and the other cats sat on it's hat.\n\n    def cats(): return 'cat' + 12\r\n" * 40
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=80)

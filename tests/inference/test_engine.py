@@ -17,6 +17,7 @@ from megalodon.inference import Sampling, Session, generate_text
 from megalodon.inference.engine import Engine
 from megalodon.inference.feed import TokenFeed
 from megalodon.inference.prefix_cache import PrefixStore
+from megalodon.inference.reading import READERS_PER_SLOT
 from megalodon.inference.request import (
     Delta,
     Ended,
@@ -26,7 +27,6 @@ from megalodon.inference.request import (
     QueueFullError,
     StoppingError,
 )
-from megalodon.inference.schedule import READERS_PER_SLOT
 from megalodon.inference.snapshot_file import load_snapshot, save_snapshot
 
 SAMPLINGS = [Sampling(0), Sampling(0.9), Sampling(1.1, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)]
@@ -349,7 +349,7 @@ def test_one_bad_request_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None
     bad = submit(engine, text_tokens(2, 20), max_tokens=20)
     for _ in range(6):
         engine.step()
-    slot = next(slot for slot, work in engine._rows.items() if work.request is bad.request)
+    slot = next(slot for slot, one in engine.decoding._occupants.items() if one.work.request is bad.request)
     with torch.inference_mode():
         engine.decoder.layers[0].h[slot] = torch.nan
     run(engine, good, bad)
@@ -371,13 +371,13 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(monkeypatch: p
 
 def test_a_defect_of_a_step_leaves_the_engine_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    decode = engine._decode
+    decode = engine.decoding.step
 
     def defect() -> bool:
-        monkeypatch.setattr(engine, "_decode", decode)
+        monkeypatch.setattr(engine.decoding, "step", decode)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(engine, "_decode", defect)
+    monkeypatch.setattr(engine.decoding, "step", defect)
     failed = submit(engine, text_tokens(1, 20), max_tokens=20)
     engine.start()
     while not failed.done:

@@ -49,3 +49,18 @@ def gradients(outputs: tuple[Tensor, ...], inputs: dict[str, Tensor], seed: int 
     upstream = [torch.randn(o.shape, dtype=o.dtype, generator=generator) for o in outputs]
     found = torch.autograd.grad(outputs, list(inputs.values()), upstream, allow_unused=True)
     return {name: torch.zeros_like(inputs[name]) if g is None else g for name, g in zip(inputs, found, strict=True)}
+
+
+def tokens_in_windows(batch: int, length: int, heads: int, dim: int, width: int, *names: str) -> dict[str, Tensor]:
+    """float64 leaves [batch, length, heads, .] by name: `width` features for values, `dim` for the others."""
+    return {
+        name: torch.randn(batch, length, heads, width if "v" in name else dim, dtype=torch.float64).requires_grad_()
+        for name in names
+    }
+
+
+def window_places(positions: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Random places of BOS tokens in the chunk before and in the open chunk of rows that have seen `positions`."""
+    before = torch.where(positions >= chunk, torch.randint(-2, chunk, positions.shape).clamp(min=-1), -1)
+    within = (torch.rand(positions.shape) * (positions % chunk)).long()
+    return before, torch.where((positions % chunk > 0) & (torch.rand(positions.shape) < 0.5), within, -1)

@@ -12,7 +12,7 @@ from serving_cases import Server, eventually
 
 JSON = {"Content-Type": "application/json"}
 GOOD = b'{"model": "tiny", "prompt": "abc", "max_tokens": 1}'
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +41,18 @@ def refused(answer: httpx.Response, status: int = 400) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        *('"temperature": NaN', '"temperature": Infinity', '"temperature": 1e400', '"temperature": 1e-320'),
+        *('"temperature": NaN', '"temperature": Infinity', '"temperature": 1e400'),
         *('"top_p": NaN', '"min_p": NaN', '"repetition_penalty": NaN', '"repetition_penalty": 1e-320'),
-        *('"top_k": 1e30', '"top_k": -1', '"seed": 9007199254740993', '"max_tokens": 0', '"max_tokens": 1e2'),
+        *('"top_k": 1e30', '"top_k": -2', '"seed": 9223372036854775808', '"max_tokens": -1', '"max_tokens": 1e2'),
         *('"n": 0', '"n": 128', '"n": 1e9', '"logprobs": 21', '"logprobs": -1', '"seed": ' + "9" * 5000),
         *('"stop": [""]', '"stop": "\\ud800"', '"stop": ' + json.dumps(["x"] * 17), '"stop": "' + "y" * 257 + '"'),
         *('"context": "\\ud800"', '"context": 5', '"context": "' + "x" * 81 + '"', '"save_context": {"name": "../x"}'),
         *('"save_context": {"name": "\\u0000"}', '"save_context": {"expires_in": NaN}', '"n": 2, "save_context": true'),
         *('"prompt": ""', '"prompt": []', '"prompt": [[]]', '"prompt": [-1]', '"prompt": [1.5]', '"prompt": null'),
         *('"prompt": [256]', '"prompt": [2147483648]', '"prompt": ["a", 1]', '"prompt": "\\ud800"'),
-        *('"prompt": "\\u0000"', '"prompt": {"a": 1}', '"prompt": ' + json.dumps(["a"] * 129)),
-        *('"\\ud800": 1', '"a\\u0000b": 1', '"__class__": 1', '"tools": []', '"echo": true', '"best_of": 2'),
-        *('"model": 5', '"stream_options": {"x": 1}', '"logit_bias": {"1": 2}', '"ignore_end": "maybe"'),
+        *('"prompt": "\\u0000"', '"prompt": {"a": 1}', '"prompt": ' + json.dumps(["a"] * 2049)),
+        *('"\\ud800": 1', '"a\\u0000b": 1', '"__class__": 1', '"tools": [1]', '"suffix": "x"', '"best_of": 2'),
+        *('"model": 5', '"stream_options": {"x": 1}', '"logit_bias": {"256": 2}', '"ignore_end": "maybe"'),
     ],
 )
 def test_values(client: httpx.Client, field: str) -> None:
@@ -63,7 +63,7 @@ def test_values(client: httpx.Client, field: str) -> None:
 @pytest.mark.parametrize(
     "messages",
     [
-        *("[]", "[{}]", "[1]", "null", '"x"', '[{"role": "user"}]', '[{"role": "tool", "content": "x"}]'),
+        *("[]", "[{}]", "[1]", "null", '"x"', '[{"role": "user"}]', '[{"role": "tool"}]'),
         *('[{"role": "user", "content": null}]', '[{"role": "user", "content": []}]'),
         *('[{"role": "user", "content": "\\ud800"}]', '[{"role": "user", "content": "\\u0000"}]'),
         '[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]',
@@ -104,7 +104,10 @@ def test_content_types(client: httpx.Client, kind: str) -> None:
     """JSON is JSON only when it is called so; a text is a text whatever it is called."""
     refused(client.post("/v1/completions", content=GOOD, headers={"Content-Type": kind}))
     made = client.post("/v1/contexts", content=GOOD, headers={"Content-Type": kind})
-    assert made.status_code == 201 and made.json()["tokens"] == len(GOOD)
+    if kind.startswith("multipart"):  # a form that is none
+        refused(made)
+    else:
+        assert made.status_code == 201 and made.json()["tokens"] == len(GOOD)
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_time_limit_of_a_request(narrow: Server) -> None:
 def test_a_body_that_stops_arriving(narrow: Server) -> None:
     host, port = narrow.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(b"POST /v1/contexts HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc")
+        connection.sendall(b"POST /v1/contexts HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nabc")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
     assert eventually(lambda: narrow.engine.idle)
 
@@ -199,7 +199,8 @@ def test_too_many_requests_of_a_key_and_a_full_queue(serve: Callable[..., Server
 def test_one_key_cannot_take_all_upload_threads(serve: Callable[..., Server], key_file: Path) -> None:
     server = serve(key_file=key_file, max_uploads=2)
     host, port = server.url.removeprefix("http://").split(":")
-    head = f"POST /v1/contexts HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ALICE}\r\nContent-Length: 100\r\n\r\nabc"
+    keyed = f"Host: localhost\r\nAuthorization: Bearer {ALICE}\r\n"
+    head = f"POST /v1/contexts HTTP/1.1\r\n{keyed}Content-Length: 100\r\n\r\nabc"
     stalled = [socket.create_connection((host, int(port))) for _ in range(2)]
     try:
         for connection in stalled:
@@ -277,7 +278,7 @@ def test_a_client_that_goes_away_while_sending_leaves_nothing(server: Server) ->
 def test_a_slow_reader_blocks_nobody(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     body = b'{"model": "tiny", "prompt": "abc", "max_tokens": 1500, "stream": true, "ignore_end": true}'
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect((host, int(port)))

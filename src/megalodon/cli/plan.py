@@ -29,7 +29,7 @@ def plan(
     Nothing is run on the devices: memory follows from the code's own tensors, times from peak rates and assumptions
     that are printed with them. Take times for an order of the meshes, not for a promise.
     """
-    from megalodon import PRESETS, MegalodonConfig
+    from megalodon.models import all_presets, load_config
     from megalodon.parallel.hardware import HARDWARE
     from megalodon.parallel.planning import Job, default_rows, plans
     from megalodon.parallel.report import report
@@ -38,11 +38,12 @@ def plan(
         raise ValueError(f"--hardware: {hardware!r} is not known; there are {', '.join(HARDWARE)}")
     if precision not in ("bfloat16", "float32"):
         raise ValueError(f"--precision: {precision!r}; choose bfloat16 or float32")
-    if model in PRESETS:
-        config = MegalodonConfig.from_preset(model)
+    presets = all_presets()
+    if model in presets:
+        config = presets[model].from_preset(model)
     elif (Path(model) / "config.json").is_file():
-        config = MegalodonConfig.from_pretrained(model)
+        config = load_config(model)
     else:
-        raise ValueError(f"--model: {model!r} is neither a folder nor one of {', '.join(PRESETS)}")
+        raise ValueError(f"--model: {model!r} is neither a folder nor one of {', '.join(presets)}")
     job = Job(config, devices, context, batch_size or default_rows(devices, context), precision, streamed)
     typer.echo(report(job, HARDWARE[hardware], plans(job, HARDWARE[hardware]), top))

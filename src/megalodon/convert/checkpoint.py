@@ -26,7 +26,7 @@ from megalodon.convert.reference import (
     state_dict_to_reference,
     without_wrapper,
 )
-from megalodon.model.config import MegalodonConfig
+from megalodon.models.megalodon.config import MegalodonConfig
 
 CONFIG = "config.json"
 CONSOLIDATE_CONFIG = "consolidate_config.json"

@@ -12,7 +12,7 @@ from megalodon.convert.checkpoint import check_divides, read_checkpoint, write_c
 from megalodon.convert.pretrained import cast, read_pretrained, write_pretrained
 from megalodon.data import Tokenizer, check_vocabulary
 from megalodon.files import write_folder
-from megalodon.model.config import MegalodonConfig
+from megalodon.models.megalodon.config import MegalodonConfig
 from megalodon.parallel.sharded import is_sharded, write_whole_model
 
 

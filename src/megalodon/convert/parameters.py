@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalodon.model.config import MegalodonConfig
+from megalodon.models.gecko.config import GeckoConfig
+from megalodon.models.megalodon.config import MegalodonConfig
+
+AnyConfig = MegalodonConfig | GeckoConfig
+"""The config of an architecture whose authors' checkpoints we read and write."""
 
 ROWS, COLUMNS, WHOLE = 0, 1, None
 
@@ -35,7 +39,7 @@ class Parameter(Stored):
     ours: str
 
 
-def parameters(config: MegalodonConfig) -> list[Parameter]:
+def parameters(config: AnyConfig) -> list[Parameter]:
     """Every parameter of a model of this config, in the reference's order."""
     output_size = config.output_size or config.vocab_size
     table = [
@@ -50,29 +54,41 @@ def parameters(config: MegalodonConfig) -> list[Parameter]:
     return table
 
 
-def buffers(config: MegalodonConfig) -> list[Stored]:
+def buffers(config: AnyConfig) -> list[Stored]:
     """Every buffer that the reference's state dict holds for this config."""
     table = [Stored("rope.freqs", (config.z_dim // config.num_heads // 2,), WHOLE)]
     norms = [f"layers.{index}.mega.timenorm." for index in range(config.num_layers)] + ["output.final_norm."]
     for norm in norms:
         table.append(Stored(norm + "prior_count", (), WHOLE))
-        if config.norm_prior_count == 0:
+        if prior_count(config) == 0:
+            spread = "prior_var" if isinstance(config, GeckoConfig) else "prior_logv"
             table.append(Stored(norm + "prior_mean", (config.norm_num_groups,), ROWS))
-            table.append(Stored(norm + "prior_logv", (config.norm_num_groups,), ROWS))
+            table.append(Stored(norm + spread, (config.norm_num_groups,), ROWS))
     return table
 
 
-def _layer(config: MegalodonConfig, ours: str, reference: str) -> list[Parameter]:
+def prior_count(config: AnyConfig) -> int:
+    """Tokens that the norms over time imagine before the first. Gecko's have no parameters for them."""
+    return 0 if isinstance(config, GeckoConfig) else config.norm_prior_count
+
+
+def _layer(config: AnyConfig, ours: str, reference: str) -> list[Parameter]:
     model, z, value, hidden = config.model_dim, config.z_dim, config.value_dim, config.ffn_hidden_dim
     components = config.cema_ndim
+    gecko = isinstance(config, GeckoConfig)
+    last: Shape = () if gecko else (1,)
+    qk: Shape = (4 if gecko else 2, z)
     rows: list[tuple[str, str, Shape, int | None]] = [
-        ("attention.qk_weight", "mega.gamma", (2, z), COLUMNS),
-        ("attention.qk_bias", "mega.beta", (2, z), COLUMNS),
-        ("cema.alpha", "mega.cema.alpha", (model, components, 1), ROWS),
-        ("cema.delta", "mega.cema.delta", (model, components, 1), ROWS),
-        ("cema.theta", "mega.cema.theta", (model, 1, 1), ROWS),
+        ("attention.qk_weight", "mega.gamma", qk, COLUMNS),
+        ("attention.qk_bias", "mega.beta", qk, COLUMNS),
+        ("cema.alpha", "mega.cema.alpha", (model, components, *last), ROWS),
+        ("cema.delta", "mega.cema.delta", (model, components, *last), ROWS),
+        ("cema.theta", "mega.cema.theta", (model, *last, *last), ROWS),
         ("cema.gamma", "mega.cema.gamma", (model, components, 2), ROWS),
-        ("cema.omega", "mega.cema.omega", (model, 1), ROWS),
+    ]
+    if not gecko:
+        rows.append(("cema.omega", "mega.cema.omega", (model, 1), ROWS))
+    rows += [
         ("attention.v_proj.weight", "mega.wv.weight", (value, model), ROWS),
         ("attention.v_proj.bias", "mega.wv.bias", (value,), ROWS),
         ("attention.z_proj.weight", "mega.wz.weight", (z, model), ROWS),
@@ -99,8 +115,8 @@ def _layer(config: MegalodonConfig, ours: str, reference: str) -> list[Parameter
     return [Parameter(reference + theirs, shape, split, ours + name) for name, theirs, shape, split in rows] + norm
 
 
-def _timestep_norm(config: MegalodonConfig, ours: str, reference: str) -> list[Parameter]:
+def _timestep_norm(config: AnyConfig, ours: str, reference: str) -> list[Parameter]:
     shapes = {"weight": config.model_dim, "bias": config.model_dim}
-    if config.norm_prior_count > 0:
+    if prior_count(config) > 0:
         shapes |= {"prior_mean": config.norm_num_groups, "prior_logv": config.norm_num_groups}
     return [Parameter(reference + name, (size,), ROWS, ours + name) for name, size in shapes.items()]

@@ -1,77 +1,131 @@
-"""The reference implementation's config and state dict, in and out, exact to the bit.
+"""The reference implementations' configs and state dicts, in and out, exact to the bit.
 
-Source: the state dicts and config of the authors' implementation of arXiv 2404.08801.
+Source: the state dicts and configs of the authors' implementations of arXiv 2404.08801 and arXiv 2601.06463.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from megalodon.convert.parameters import Parameter, buffers, parameters
-from megalodon.model.config import MegalodonConfig
+from megalodon.convert.parameters import AnyConfig, Parameter, buffers, parameters, prior_count
+from megalodon.models.gecko.config import GeckoConfig
+from megalodon.models.megalodon.config import MegalodonConfig
 
-SAME_NAME = (
+_SHARED = (
     *("num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim", "chunk_size"),
-    *("init_mode", "vocab_size", "norm_num_groups", "norm_affine", "norm_eps"),
+    *("init_mode", "vocab_size", "norm_affine", "norm_eps"),
     *("dropout", "hidden_dropout", "attention_dropout", "swiglu", "rescale_nffn", "scale_emb", "share_emb"),
 )
-OWN_NAME = ("efficient_attn", "output_size", "rope_base", "layerwise_ckpt")
+_TIME_NORM = ("num_groups", "beta1", "beta2")
+
+
+@dataclass(frozen=True)
+class Fields:
+    """How the fields of a reference's model config are ours.
+
+    Attributes:
+        config: our config class.
+        names: the reference's name of each of our fields that has the same meaning.
+        left_behind: what has no field of ours: ways of computing and of training.
+        rope_base: what an absent rope_base means.
+    """
+
+    config: type[AnyConfig]
+    names: Mapping[str, str]
+    left_behind: tuple[str, ...]
+    rope_base: float
+
+    @property
+    def known(self) -> set[str]:
+        """Every field that the reference has."""
+        return {*self.names.values(), *self.left_behind, "efficient_attn", "output_size", "rope_base"}
+
+
+FIELDS: dict[str, Fields] = {
+    "megalodon": Fields(
+        MegalodonConfig, {name: name for name in (*_SHARED, "norm_num_groups")}, ("layerwise_ckpt",), 10000.0
+    ),
+    "gecko": Fields(
+        GeckoConfig,
+        {name: name for name in (*_SHARED, "layernorm_num_groups", "two_hop_residual", "num_rope_heads")}
+        | {f"norm_{name}": f"timenorm_{name}" for name in _TIME_NORM},
+        ("layerwise_ckpt", "memory_efficient_norm"),
+        500000.0,
+    ),
+}
+"""The authors' implementations, by the architecture that is ours."""
 ATTENTION_DROPOUT = {None: "softmax", "swift": "dropkey", "fused": "dropkey"}
 TIED_HEAD = ("output.output.weight", "embed.weight")
 WRAPPER_PREFIXES = ("module.", "model.")
 
 
-def config_from_reference(reference: Mapping[str, Any]) -> MegalodonConfig:
+def config_from_reference(reference: Mapping[str, Any], architecture: str = "megalodon") -> Any:
     """Our config for the reference's.
 
     Args:
         reference: its model config (the golden vectors' `config`), or a whole checkpoint's config.json, whose `model`
-            key holds one. Absent fields take our defaults; `efficient_attn` says how attention dropout acts, and
-            `layerwise_ckpt`, a way of training, is left behind.
+            key holds one. Absent fields take our defaults; `efficient_attn` says how attention dropout acts;
+            `layerwise_ckpt` and `memory_efficient_norm`, ways of computing, are left behind.
+        architecture: "megalodon" or "gecko": whose reference it is.
+
+    Returns:
+        A `MegalodonConfig` or a `GeckoConfig`.
 
     Raises:
         ValueError: for a field that the reference does not have, or values that contradict one another.
     """
+    if architecture not in FIELDS:
+        raise ValueError(f"architecture is {architecture!r}; it must be one of {', '.join(FIELDS)}")
+    fields = FIELDS[architecture]
     inner = reference.get("model", reference)
     if not isinstance(inner, Mapping):
         raise ValueError(f"config key 'model' must hold the model's fields, not {inner!r}")
-    unknown = sorted(set(inner) - set(SAME_NAME) - set(OWN_NAME))
-    if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r} in the reference's model config; it has {sorted(SAME_NAME)}")
+    _check_fields(inner, architecture)
     attention = inner.get("efficient_attn")
     if attention not in ATTENTION_DROPOUT:
         raise ValueError(f"efficient_attn is {attention!r}; it must be null, 'swift' or 'fused'")
     if inner.get("vocab_size", -1) < 1:
         raise ValueError(f"vocab_size is {inner.get('vocab_size')!r}; it must be the number of rows of embed.weight")
-    fields = {name: inner[name] for name in SAME_NAME if name in inner}
-    fields["attention_dropout_mode"] = ATTENTION_DROPOUT[attention]
+    values = {ours: inner[theirs] for ours, theirs in fields.names.items() if theirs in inner}
+    values["attention_dropout_mode"] = ATTENTION_DROPOUT[attention]
     if inner.get("output_size", -1) != -1:
-        fields["output_size"] = inner["output_size"]
+        values["output_size"] = inner["output_size"]
     if inner.get("rope_base") is not None:
-        fields["rope_base"] = float(inner["rope_base"])
+        values["rope_base"] = float(inner["rope_base"])
     try:
-        return MegalodonConfig(**fields)
+        return fields.config(**values)
     except StrictDataclassError as error:  # Transformers' wrapping of what is wrong
         raise ValueError(f"the reference's model config is not possible: {error.__cause__ or error}") from None
 
 
-def config_to_reference(config: MegalodonConfig) -> dict[str, Any]:
-    """The reference's model config for ours. `norm_prior_count` has no field there: its state dict carries it."""
-    fields = {name: getattr(config, name) for name in SAME_NAME}
-    fields["efficient_attn"] = "fused" if config.attention_dropout_mode == "dropkey" else None
+def _check_fields(inner: Mapping[str, Any], architecture: str) -> None:
+    unknown = sorted(set(inner) - FIELDS[architecture].known)
+    if not unknown:
+        return
+    others = [name for name, fields in FIELDS.items() if name != architecture and set(inner) <= fields.known]
+    hint = f"; it looks like a {others[0]} config" if others else f"; it has {sorted(FIELDS[architecture].known)}"
+    raise ValueError(f"unknown field {unknown[0]!r} in the reference's {architecture} model config{hint}")
+
+
+def config_to_reference(config: AnyConfig) -> dict[str, Any]:
+    """The reference's model config for ours. `norm_prior_count` has no field there: its state dict carries it; nor have
+    `multi_segments` and `bos_token_id`, which its programs pass to the model."""
+    fields = FIELDS[config.model_type]
+    values = {theirs: getattr(config, ours) for ours, theirs in fields.names.items()}
+    values["efficient_attn"] = "fused" if config.attention_dropout_mode == "dropkey" else None
     tied_to_vocabulary = config.output_size in (None, config.vocab_size)
-    fields["output_size"] = -1 if tied_to_vocabulary else config.output_size
-    fields["rope_base"] = None if config.rope_base == 10000.0 else config.rope_base
-    fields["layerwise_ckpt"] = False
-    return fields
+    values["output_size"] = -1 if tied_to_vocabulary else config.output_size
+    values["rope_base"] = None if config.rope_base == fields.rope_base else config.rope_base
+    return values | dict.fromkeys(fields.left_behind, False)
 
 
-def state_dict_from_reference(state_dict: Mapping[str, Tensor], config: MegalodonConfig) -> dict[str, Tensor]:
+def state_dict_from_reference(state_dict: Mapping[str, Tensor], config: AnyConfig) -> dict[str, Tensor]:
     """The same tensors under our names.
 
     Args:
@@ -92,11 +146,12 @@ def state_dict_from_reference(state_dict: Mapping[str, Tensor], config: Megalodo
     return renamed
 
 
-def state_dict_to_reference(state_dict: Mapping[str, Tensor], config: MegalodonConfig) -> dict[str, Tensor]:
+def state_dict_to_reference(state_dict: Mapping[str, Tensor], config: AnyConfig) -> dict[str, Tensor]:
     """The same tensors under the reference's names.
 
     A complete state dict also receives the reference's buffers (`rope.freqs`, each norm's `prior_count`, and
-    `prior_mean` and `prior_logv` where they are not parameters); a subset does not. Dtypes stay as they are.
+    `prior_mean` and `prior_logv` or `prior_var` where they are not parameters); a subset does not. Dtypes stay as they
+    are.
 
     Raises:
         ValueError: for an unknown name or a shape that the config does not give.
@@ -107,28 +162,28 @@ def state_dict_to_reference(state_dict: Mapping[str, Tensor], config: MegalodonC
         names.discard("lm_head.weight")
     renamed = {}
     for name in (name for name in state_dict if name in names):
-        entry = _entry(table, name, tuple(state_dict[name].shape), "a Megalodon")
+        entry = _entry(table, name, tuple(state_dict[name].shape), f"a {config.model_type}")
         renamed[entry.reference] = state_dict[name]
     if names == set(table):
         renamed |= make_buffers(config, state_dict["model.embed_tokens.weight"])
     return renamed
 
 
-def make_buffers(config: MegalodonConfig, like: Tensor) -> dict[str, Tensor]:
+def make_buffers(config: AnyConfig, like: Tensor) -> dict[str, Tensor]:
     """The reference's buffers for this config, on the device of `like` and, where they are floating, of its dtype."""
     made: dict[str, Tensor] = {}
     for buffer in buffers(config):
         if buffer.reference == "rope.freqs":
             value = rope_frequencies(config).to(like)
         elif buffer.reference.endswith("prior_count"):
-            value = torch.tensor(config.norm_prior_count, dtype=torch.int64, device=like.device)
+            value = torch.tensor(prior_count(config), dtype=torch.int64, device=like.device)
         else:
             value = torch.zeros(buffer.shape, dtype=like.dtype, device=like.device)
         made[buffer.reference] = value
     return made
 
 
-def rope_frequencies(config: MegalodonConfig) -> Tensor:
+def rope_frequencies(config: AnyConfig) -> Tensor:
     """Rotation per position of each pair of a head's features, in radians: float32 [Z / H / 2].
 
     The powers are taken in double precision and inverted in single, as the reference does, so that its buffer is
@@ -147,7 +202,7 @@ def without_wrapper(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return state_dict
 
 
-def _checked_buffers(state_dict: Mapping[str, Tensor], config: MegalodonConfig) -> list[str]:
+def _checked_buffers(state_dict: Mapping[str, Tensor], config: AnyConfig) -> list[str]:
     """Check the buffers and the tied head that are there, and return the other names."""
     known = {buffer.reference: buffer for buffer in buffers(config)}
     others = []
@@ -164,9 +219,9 @@ def _checked_buffers(state_dict: Mapping[str, Tensor], config: MegalodonConfig) 
     return others
 
 
-def _check_buffer(name: str, value: Tensor, config: MegalodonConfig) -> None:
-    if name.endswith("prior_count") and int(value) != config.norm_prior_count:
-        raise ValueError(f"{name} is {int(value)}, but the config's norm_prior_count is {config.norm_prior_count}")
+def _check_buffer(name: str, value: Tensor, config: AnyConfig) -> None:
+    if name.endswith("prior_count") and int(value) != prior_count(config):
+        raise ValueError(f"{name} is {int(value)}, but the config's norm_prior_count is {prior_count(config)}")
     if name == "rope.freqs":
         expected = rope_frequencies(config)
         tolerance = 4 * torch.finfo(value.dtype).eps

@@ -1,18 +1,14 @@
 """Text to batches: corpora, tokenizers, the token cache, held-out splits, packing and the loader."""
 
-from megalodon.data.cache import (
-    TokenizedCorpus,
-    TokenizeProgress,
-    cache_root,
-    check_vocabulary,
-    open_tokenized,
-    tokenize,
-)
+from megalodon.data.cache import TokenizeProgress, cache_root, open_tokenized, tokenize
 from megalodon.data.corpus import Corpus, CorpusConfig, Document
+from megalodon.data.documents import DocumentSet
 from megalodon.data.loader import Batch, Loader, Origin, held_out_batches
+from megalodon.data.mixture import Mixture, another_text
 from megalodon.data.reading import TextFile, read_text
-from megalodon.data.split import DocumentSet, HeldOutConfig, check_sizes, prepare_documents, split_documents
-from megalodon.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer
+from megalodon.data.split import HeldOutConfig, check_sizes, prepare_documents, split_documents, without_shared
+from megalodon.data.tokenized import TokenizedCorpus, check_vocabulary
+from megalodon.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer, same_tokens
 
 __all__ = [
     "Batch",
@@ -23,12 +19,14 @@ __all__ = [
     "DocumentSet",
     "HeldOutConfig",
     "Loader",
+    "Mixture",
     "Origin",
     "StreamDecoder",
     "TextFile",
     "TokenizeProgress",
     "TokenizedCorpus",
     "Tokenizer",
+    "another_text",
     "cache_root",
     "check_sizes",
     "check_vocabulary",
@@ -37,6 +35,8 @@ __all__ = [
     "open_tokenized",
     "prepare_documents",
     "read_text",
+    "same_tokens",
     "split_documents",
     "tokenize",
+    "without_shared",
 ]

@@ -14,9 +14,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megalodon.data.pretrained import PretrainedTokenizer, cut_at_words
+from megalodon.data.cutting import cut_at_words
+from megalodon.data.pretrained import PretrainedTokenizer
 
 END_OF_DOCUMENT = "<|endoftext|>"
+LONGEST_RUN = 1 << 20  # characters without a space that are learned from as one
 SMALLEST_VOCABULARY = 257  # the bytes and the end of a document
 
 
@@ -47,7 +49,7 @@ def train_bpe(
     def pieces() -> Iterator[str]:
         nonlocal read
         for document in documents:
-            for piece in cut_at_words(document):
+            for piece in cut_at_words(document, longest=LONGEST_RUN):
                 read += len(piece)
                 yield piece
 

@@ -3,11 +3,13 @@
 A cache is a folder `<root>/tokens/<fingerprint>` with
 
     tokens.bin          all ids one after another, uint8, uint16 or uint32, little-endian
-    index.safetensors   offsets [n+1], document_bytes [n], names (UTF-8, joined) with name_ends [n],
-                        token_lengths [vocab_size] where tokens map to bytes
+    sizes.bin           bytes of text for each of them, uint32, where ids alone do not tell
+    index.safetensors   offsets [n+1], document_bytes [n], document_hashes [n], names (UTF-8, joined) with
+                        name_ends [n], token_lengths [vocab_size] where ids map to bytes
     meta.json           format version, sizes, the index's sha256, and what it was made from
 
-The fingerprint covers corpus, tokenizer and format, so a changed file makes a new cache. A document's ids end with the
+The fingerprint covers the contents of the corpus, its documents' names, tokenizer and format: a changed file makes a
+new cache, whatever its name and time say, and one that was merely touched does not. A document's ids end with the
 tokenizer's end-of-document id, where it has one. Folders appear complete or not at all; builders of the same cache wait
 for one another. Truncation and a changed index are noticed; token values carry no checksum, because reading all of a
 large corpus at every start would take minutes.
@@ -15,14 +17,13 @@ large corpus at every start would take minutes.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,11 +34,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from megalodon.data.corpus import Corpus, CorpusConfig
+from megalodon.data.separator import Counter
+from megalodon.data.tokenized import SIZE_DTYPE, ContentDigest, DocumentNames, TokenizedCorpus, id_dtype
 from megalodon.data.tokenizer import Tokenizer
+from megalodon.files import disk_errors, is_full
 
-FORMAT = 1
+FORMAT = 2
 ENVIRONMENT = "MEGALODON_CACHE"
-GROUP_CHARACTERS = 1 << 20
+GROUP_CHARACTERS = 1 << 18
 
 logger = logging.getLogger("megalodon.data")
 
@@ -50,90 +54,6 @@ class TokenizeProgress:
     tokens: int
     bytes: int
     total_bytes: int | None
-
-
-class DocumentNames(Sequence[str]):
-    """Names of documents, kept as one UTF-8 array so that millions of them stay small."""
-
-    def __init__(self, joined: np.ndarray, ends: np.ndarray) -> None:
-        self.joined, self.ends = joined, ends
-
-    @classmethod
-    def of(cls, names: Sequence[str]) -> DocumentNames:
-        encoded = [name.encode(errors="surrogateescape") for name in names]
-        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        i = range(len(self))[index]
-        start = int(self.ends[i - 1]) if i else 0
-        return self.joined[start : int(self.ends[i])].tobytes().decode(errors="replace")
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedCorpus:
-    """Documents as token ids.
-
-    `tokens` [T] (unsigned, usually memory-mapped), `offsets` [n+1] int64: document i is
-    tokens[offsets[i]:offsets[i+1]], its end-of-document id included; `document_bytes` [n] int64: size of each text in
-    UTF-8; `token_lengths` [vocab_size] int64: bytes per id, or None where the tokenizer cannot tell.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    document_bytes: np.ndarray
-    names: Sequence[str]
-    vocab_size: int
-    eos_token_id: int | None
-    token_lengths: np.ndarray | None
-    tokenizer_name: str
-    fingerprint: str
-    max_token_id: int
-    folder: Path | None = None
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens)
-
-    def document(self, index: int) -> np.ndarray:
-        """The ids of one document, a view."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    @classmethod
-    def from_documents(cls, documents: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> TokenizedCorpus:
-        """A corpus in memory from (name, text) pairs, for texts that are not worth a cache."""
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        encoded = [np.append(tokenizer.encode(text), np.array(end, dtype=np.int64)) for _, text in documents]
-        tokens = np.concatenate([*encoded, np.zeros(0, np.int64)]).astype(id_dtype(tokenizer.vocab_size))
-        if not len(tokens):
-            raise ValueError("no text: every document is empty")
-        digest = hashlib.sha256(tokenizer.fingerprint.encode() + tokens.tobytes())
-        return cls(
-            tokens=tokens,
-            offsets=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-            document_bytes=np.array([len(text.encode()) for _, text in documents], dtype=np.int64),
-            names=[name for name, _ in documents],
-            vocab_size=tokenizer.vocab_size,
-            eos_token_id=tokenizer.eos_token_id,
-            token_lengths=tokenizer.token_lengths,
-            tokenizer_name=tokenizer.name,
-            fingerprint=digest.hexdigest(),
-            max_token_id=int(tokens.max()),
-        )
-
-
-def id_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest of uint8, uint16, uint32 (little-endian) that holds ids below `vocab_size`."""
-    return np.dtype(np.min_scalar_type(vocab_size - 1)).newbyteorder("<")
 
 
 def cache_root(folder: Path | str | None = None) -> Path:
@@ -154,8 +74,22 @@ def tokenize(
     a corpus without any, FileNotFoundError for one that does not exist, OSError where the cache cannot be written.
     """
     found = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
-    fingerprint = hashlib.sha256(json.dumps([FORMAT, found.fingerprint(), tokenizer.fingerprint]).encode()).hexdigest()
-    folder = cache_root(cache_folder) / "tokens" / fingerprint[:32]
+    root = cache_root(cache_folder)
+    try:
+        return _tokenized(found, tokenizer, root, progress)
+    except OSError as error:
+        if is_full(error):
+            message = "disk full while writing the token cache; free space, or set another cache folder with"
+            raise OSError(error.errno, f"{message} {ENVIRONMENT}", str(root)) from None
+        raise
+
+
+def _tokenized(
+    found: Corpus, tokenizer: Tokenizer, root: Path, progress: Callable[[TokenizeProgress], None] | None
+) -> TokenizedCorpus:
+    known, before = found.fingerprint(root / "content"), found.stamps()
+    key = hashlib.sha256(json.dumps([FORMAT, known, tokenizer.fingerprint]).encode()).hexdigest()
+    folder = root / "tokens" / key[:32]
     if (ready := _open_or_none(folder)) is not None:
         return ready
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -166,14 +100,11 @@ def tokenize(
         shutil.rmtree(partial, ignore_errors=True)  # left by a builder that was killed
         partial.mkdir()
         try:
-            _build(found, tokenizer, partial, fingerprint, progress)
+            _build(found, tokenizer, partial, progress)
+            if found.stamps() != before:
+                raise ValueError(f"source {found.config.source!r} was changed while it was read: wait until it is done")
             shutil.rmtree(folder, ignore_errors=True)
             partial.replace(folder)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                message = "disk full while writing the token cache; free space, or set another cache folder with"
-                raise OSError(error.errno, f"{message} {ENVIRONMENT}", str(folder.parent)) from None
-            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return open_tokenized(folder)
@@ -205,15 +136,21 @@ def open_tokenized(folder: Path | str) -> TokenizedCorpus:
         expected, size = meta["num_tokens"] * dtype.itemsize, tokens_path.stat().st_size
         if size != expected:
             raise ValueError(f"tokens.bin has {size} bytes, not {expected}")
+        sizes_path = folder / "sizes.bin" if meta["has_sizes"] else None
+        if sizes_path is not None and sizes_path.stat().st_size != meta["num_tokens"] * SIZE_DTYPE.itemsize:
+            raise ValueError("sizes.bin is truncated")
         index = load_file(index_path)
         # A plain view: slicing np.memmap itself costs several times more.
         tokens = np.memmap(tokens_path, dtype=dtype, mode="r").view(np.ndarray)
+        sizes = None if sizes_path is None else np.memmap(sizes_path, dtype=SIZE_DTYPE, mode="r").view(np.ndarray)
         return TokenizedCorpus(
             tokens=tokens,
             offsets=index["offsets"],
             document_bytes=index["document_bytes"],
+            document_hashes=index["document_hashes"],
             names=DocumentNames(index["names"], index["name_ends"]),
             token_lengths=index.get("token_lengths"),
+            sizes=sizes,
             folder=folder,
             **{key: meta[key] for key in _META_FIELDS},
         )
@@ -221,7 +158,10 @@ def open_tokenized(folder: Path | str) -> TokenizedCorpus:
         raise ValueError(f"the token cache {folder} is damaged ({error}): delete it to have it built again") from error
 
 
-_META_FIELDS = ("vocab_size", "eos_token_id", "tokenizer_name", "fingerprint", "max_token_id")
+_META_FIELDS = (
+    *("vocab_size", "eos_token_id", "tokenizer_name", "tokenizer_fingerprint", "fingerprint", "max_token_id"),
+    *("bad_rows", "separators"),
+)
 
 
 def _sha256(path: Path) -> str:
@@ -230,27 +170,35 @@ def _sha256(path: Path) -> str:
 
 
 class _Writer:
-    """Appends documents to tokens.bin and remembers where they begin."""
+    """Appends documents to tokens.bin and sizes.bin and remembers where they begin."""
 
-    def __init__(self, stream: BinaryIO, tokenizer: Tokenizer) -> None:
-        self.stream, self.tokenizer = stream, tokenizer
+    def __init__(self, tokens: BinaryIO, sizes: BinaryIO, tokenizer: Tokenizer) -> None:
+        self.tokens, self.sizes, self.tokenizer = tokens, sizes, tokenizer
         self.dtype = id_dtype(tokenizer.vocab_size)
+        self.digest = ContentDigest(tokenizer)
         self.offsets, self.document_bytes, self.name_ends = array("q", [0]), array("q"), array("q")
         self.names = bytearray()
         self.num_tokens = self.num_bytes = self.max_token_id = 0
+        self.has_sizes = not tokenizer.sizes_by_id
 
-    def write(self, ids: np.ndarray) -> None:
+    def write(self, ids: np.ndarray, sizes: np.ndarray | None) -> None:
         if not len(ids):
             return
         self.max_token_id = max(self.max_token_id, int(ids.max()))
-        self.stream.write(ids.astype(self.dtype).tobytes())
+        written = ids.astype(self.dtype)
+        self.tokens.write(written.tobytes())
+        self.digest.add(written)
+        self.has_sizes &= sizes is not None
+        if self.has_sizes and sizes is not None:
+            self.sizes.write(sizes.astype(SIZE_DTYPE).tobytes())
         self.num_tokens += len(ids)
 
     def end_document(self, name: str, num_bytes: int) -> None:
         if self.num_tokens == self.offsets[-1]:
             return  # an empty document
         if self.tokenizer.eos_token_id is not None:
-            self.write(np.array([self.tokenizer.eos_token_id], dtype=np.int64))
+            self.write(np.array([self.tokenizer.eos_token_id], dtype=np.int64), np.zeros(1, dtype=np.int64))
+        self.digest.end_document()
         self.offsets.append(self.num_tokens)
         self.document_bytes.append(num_bytes)
         self.num_bytes += num_bytes
@@ -261,6 +209,7 @@ class _Writer:
         arrays: dict[str, np.ndarray] = {
             "offsets": np.array(self.offsets, dtype=np.int64),
             "document_bytes": np.array(self.document_bytes, dtype=np.int64),
+            "document_hashes": self.digest.document_hashes(),
             "names": np.frombuffer(bytes(self.names), dtype=np.uint8),
             "name_ends": np.array(self.name_ends, dtype=np.int64),
         }
@@ -269,35 +218,29 @@ class _Writer:
 
 
 def _build(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    folder: Path,
-    fingerprint: str,
-    progress: Callable[[TokenizeProgress], None] | None,
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Callable[[TokenizeProgress], None] | None
 ) -> None:
-    read = 0
-    with (folder / "tokens.bin").open("wb") as stream:
-        writer = _Writer(stream, tokenizer)
-        for group in _groups(corpus, tokenizer):
-            for ids, (_, name, num_bytes) in zip(
-                tokenizer.encode_batch([text for text, *_ in group]), group, strict=True
-            ):
-                writer.write(ids)
-                if name is not None:
-                    writer.end_document(name, num_bytes)
-            read += sum(len(text.encode()) for text, *_ in group)
-            if progress is not None:
-                done = len(writer.document_bytes)
-                progress(TokenizeProgress(done, writer.num_tokens, read, corpus.total_bytes))
-        stream.flush()
-        os.fsync(stream.fileno())
+    counter = Counter([] if corpus.config.separator else tokenizer.separators)
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "sizes.bin").open("wb") as sizes:
+        writer = _Writer(tokens, sizes, tokenizer)
+        _write_documents(corpus, counter, writer, progress)
+        for stream in (tokens, sizes):
+            stream.flush()
+            os.fsync(stream.fileno())
     if not writer.num_tokens:
-        raise ValueError(f"source {corpus.config.source!r} has no text: it is empty, or each of its documents is")
-    save_file(writer.index(), folder / "index.safetensors")
+        rows = corpus.bad_rows.told()
+        why = f"; {rows}" if rows else ""
+        raise ValueError(f"source {corpus.config.source!r} has no text: it is empty, or each of its documents is{why}")
+    if not writer.has_sizes:
+        (folder / "sizes.bin").unlink()
+    index = writer.index()
+    with disk_errors(folder / "index.safetensors"):
+        save_file(index, folder / "index.safetensors")
     meta = {
         "format": FORMAT,
-        "fingerprint": fingerprint,
+        "fingerprint": writer.digest.fingerprint(index["offsets"]),
         "dtype": writer.dtype.str,
+        "has_sizes": writer.has_sizes,
         "num_tokens": writer.num_tokens,
         "num_documents": len(writer.document_bytes),
         "num_bytes": writer.num_bytes,
@@ -307,41 +250,54 @@ def _build(
         "tokenizer_name": tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "corpus": corpus.config.model_dump(mode="json", exclude_defaults=True),
+        "bad_rows": corpus.bad_rows.told(),
+        "separators": {word: count for word, count in counter.counts.items() if count},
         "index_sha256": _sha256(folder / "index.safetensors"),
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def _groups(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[list[tuple[str, str | None, int]]]:
-    """Groups of (text, name, bytes) of about a million characters, so that a tokenizer can use all cores on each.
+def _write_documents(
+    corpus: Corpus, counter: Counter, writer: _Writer, progress: Callable[[TokenizeProgress], None] | None
+) -> None:
+    read = 0
+    for group in _groups(corpus, counter, writer.tokenizer):
+        encoded = writer.tokenizer.encode_pieces([part.text for part in group], [part.continues for part in group])
+        for piece, part in zip(encoded, group, strict=True):
+            writer.write(piece.ids, piece.sizes)
+            if part.ends is not None:
+                writer.end_document(part.ends, part.num_bytes)
+        read += sum(len(part.text.encode()) for part in group)
+        if progress is not None:
+            done = len(writer.document_bytes)
+            progress(TokenizeProgress(done, writer.num_tokens, read, corpus.total_bytes))
 
-    A document longer than a group comes in several texts; its name and its size in bytes stand with the last, the
-    others have None and 0.
-    """
-    group: list[tuple[str, str | None, int]] = []
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of a document's text; the last, which is empty, has the document's name and its size in bytes."""
+
+    text: str
+    continues: bool
+    ends: str | None = None
+    num_bytes: int = 0
+
+
+def _groups(corpus: Corpus, counter: Counter, tokenizer: Tokenizer) -> Iterator[list[_Part]]:
+    """Groups of parts of some hundred thousand characters, so that a tokenizer can use all cores on each. A document
+    longer than a group comes in several."""
+    group: list[_Part] = []
     characters = 0
     for document in corpus.documents():
-        num_bytes = 0
-        for text in tokenizer.cut(document.pieces):
-            group.append((text, None, 0))
+        num_bytes, continues = 0, False
+        for text in tokenizer.cut(counter.through(document.pieces)):
+            group.append(_Part(text, continues))
+            continues = True
             num_bytes += len(text.encode())
             characters += len(text)
             if characters >= GROUP_CHARACTERS:
                 yield group
                 group, characters = [], 0
-        group.append(("", document.name, num_bytes))
+        group.append(_Part("", True, document.name, num_bytes))
     if group:
         yield group
-
-
-def check_vocabulary(source: Tokenizer | TokenizedCorpus, vocab_size: int) -> None:
-    """Raise ValueError unless every id of a tokenizer or of a tokenised corpus is below the model's `vocab_size`."""
-    if isinstance(source, TokenizedCorpus):
-        largest, what = source.max_token_id, f"the corpus (tokenizer {source.tokenizer_name!r})"
-    else:
-        largest, what = source.vocab_size - 1, f"tokenizer {source.name!r}"
-    if largest >= vocab_size:
-        raise ValueError(
-            f"token ids out of range: {what} has ids up to {largest}, the model's vocab_size is {vocab_size}; "
-            f"set vocab_size to {largest + 1} or more, or use the tokenizer that the model was made for"
-        )

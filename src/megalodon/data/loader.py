@@ -12,6 +12,7 @@ and rank k of w takes rows k*batch_size/w up to (k+1)*batch_size/w of it.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -19,8 +20,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from megalodon.data.documents import DocumentSet
+from megalodon.data.mixture import Mixture, another_text
 from megalodon.data.packing import NO_TARGET, DocumentStream, PackedRows, Row, StreamedRows, Stretch
-from megalodon.data.split import DocumentSet
 
 Mode: TypeAlias = Literal["packed", "streamed"]
 
@@ -46,6 +48,7 @@ class Batch:
     holds a change (or documents are not isolated); `continues` [B] bool, whether the row's first token follows the
     row's last token of the batch before (its state must be reset otherwise), or None for independent rows;
     `num_tokens` targets and the `num_bytes` of text they stand for (None where tokens do not map to bytes).
+    `num_documents`: how many documents begin in the batch.
     """
 
     input_ids: torch.Tensor
@@ -55,7 +58,11 @@ class Batch:
     num_tokens: int
     num_bytes: int | None
     rows: tuple[Row, ...]
-    documents: DocumentSet
+    documents: Mixture
+
+    @property
+    def num_documents(self) -> int:
+        return sum(int((row.offsets == 0).sum()) for row in self.rows)
 
     @property
     def origins(self) -> list[Origin]:
@@ -63,6 +70,7 @@ class Batch:
         return [
             Origin(tuple(self.documents.name(i) for i in row.documents.tolist()), int(row.offsets[0]))
             for row in self.rows
+            if len(row.documents)
         ]
 
     def to(self, device: torch.device | str) -> Batch:
@@ -80,26 +88,25 @@ class Batch:
         )
 
 
-def make_batch(rows: list[Row], documents: DocumentSet, isolate: bool, continues: list[bool] | None) -> Batch:
+def make_batch(rows: list[Row], documents: Mixture, isolate: bool, continues: list[bool] | None) -> Batch:
     """Rows as tensors."""
     labels = np.stack([row.targets for row in rows])
     segments = np.stack([row.segments for row in rows])
-    targets = labels[labels != NO_TARGET]
-    lengths = documents.corpus.token_lengths
+    sizes = [row.target_bytes for row in rows if row.target_bytes is not None]
     return Batch(
         input_ids=torch.from_numpy(np.stack([row.inputs for row in rows])),
         labels=torch.from_numpy(labels),
         segment_ids=torch.from_numpy(segments) if isolate and segments[:, -1].any() else None,
         continues=None if continues is None else torch.tensor(continues),
-        num_tokens=len(targets),
-        num_bytes=None if lengths is None else int(lengths[targets].sum()),
+        num_tokens=int((labels != NO_TARGET).sum()),
+        num_bytes=sum(int(own.sum()) for own in sizes) if len(sizes) == len(rows) else None,
         rows=tuple(rows),
         documents=documents,
     )
 
 
 class Loader:
-    """Endless batches of a set of documents.
+    """Endless batches of a set of documents, or of a mixture of sets.
 
     `mode` "packed": independent rows; "streamed": each row reads on from batch to batch, and the trainer carries its
     state. `isolate`: documents in a row do not see each other (`segment_ids` marks them, no label crosses a border);
@@ -111,7 +118,7 @@ class Loader:
 
     def __init__(
         self,
-        documents: DocumentSet,
+        documents: DocumentSet | Mixture,
         *,
         mode: Mode,
         batch_size: int,
@@ -126,6 +133,7 @@ class Loader:
             raise ValueError(f"mode is {mode!r}; give packed or streamed")
         self.own_rows = own_rows(batch_size, sequence_length, rank, world_size)
         needed = max(batch_size, sequence_length + 1) if mode == "streamed" else sequence_length + 1
+        documents = Mixture.of(documents)
         if documents.num_tokens < needed:
             raise ValueError(
                 f"the documents hold {documents.num_tokens} tokens; batch_size {batch_size} and sequence_length "
@@ -141,14 +149,23 @@ class Loader:
             "seed": seed,
             "isolate": isolate,
             "shuffle": shuffle,
-            "documents": documents.fingerprint(),
+            **documents.identity(),
         }
         self.step = 0
 
     @property
     def epoch(self) -> float:
-        """Passes over the documents so far."""
-        return self.step * self.layout.rows * self.layout.sequence_length / self.documents.num_tokens
+        """Passes over the documents so far; of a mixture, rounds."""
+        return self._tokens / self.layout.stream.length
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """Passes over each set of a mixture so far, by its name."""
+        return self.documents.epochs(self._tokens)
+
+    @property
+    def _tokens(self) -> int:
+        return self.step * self.layout.rows * self.layout.sequence_length
 
     def batch_at(self, step: int) -> Batch:
         """This rank's part of batch number `step`, whatever the loader's position."""
@@ -174,16 +191,19 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position: the next batch is the one that was next then. The number of ranks may differ.
 
-        Raises ValueError naming each setting that differs from those the position was saved with."""
+        Raises ValueError naming each setting that differs from those the position was saved with, or the text if it is
+        another; where its files lie, and when they were written, does not matter."""
         changed = [
             f"{key} was {state.get(key)!r} and is {value!r}"
             for key, value in self.settings.items()
-            if state.get(key) != value
+            if key not in self.documents.identity() and state.get(key) != value
         ]
+        if (told := another_text(state, self.settings, "the training text")) is not None:
+            changed.append(told)
         if changed:
             raise ValueError(
-                f"the loader's saved position belongs to other settings: {'; '.join(changed)}. "
-                "Resume with the settings and the corpus of the checkpoint, or start a new run"
+                f"the loader's saved position belongs to something else: {'; '.join(changed)}. "
+                "Resume with the settings and the text of the checkpoint, or start a new run"
             )
         step = state.get("step")
         if not isinstance(step, int) or step < 0:
@@ -209,43 +229,54 @@ def held_out_batches(
     *,
     batch_size: int,
     sequence_length: int,
-    isolate: bool = True,
+    max_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Every token of the documents once, in order, in streamed batches: the same ones every time.
+    """Every text of the documents once, in streamed batches: the same ones every time.
 
-    The documents lie end to end in `batch_size` rows of equal length, which the model reads with its state carried as
-    in training. All batches have the shape [B, L]; the last is filled up with id 0 in a segment of its own without
-    labels.
+    A document is read from its beginning to its end in one row, with its state carried, so that its loss does not
+    depend on `batch_size` or `sequence_length`; rows get documents so that they are about equally long. The ids that
+    end documents are no text: they are neither read nor predicted. All batches have the shape [B, L]; what is missing
+    is filled up with id 0 in a segment of its own without labels.
+
+    Args:
+        max_tokens: read only so many tokens, the first ones of the set.
     """
     own = own_rows(batch_size, sequence_length, rank, world_size)
-    layout = StreamedRows(DocumentStream(documents, seed=0, shuffle=False), batch_size, sequence_length)
-    if documents.num_tokens < batch_size:
-        raise ValueError(
-            f"the held-out set is too small: {documents.num_tokens} tokens for batch_size {batch_size}; "
-            "hold out more, or use a smaller batch"
-        )
-    longest = -(-documents.num_tokens // batch_size)
-    for step in range(-(-longest // sequence_length)):
+    texts = documents.without_ends().first(max_tokens)
+    shares = _shared_out(texts, batch_size)
+    streams = [DocumentStream(texts.chosen(share), seed=0, shuffle=False) for share in shares]
+    longest = max((stream.length for stream in streams), default=0)
+    for start in range(0, longest, sequence_length):
         rows, continues = [], []
         for number in own:
-            start, stop = layout.span(number)
-            begin, end = (min(start + (step + i) * sequence_length, stop) for i in (0, 1))
-            rows.append(_padded(layout.stream, Stretch(0, begin, end), sequence_length, isolate))
-            continues.append(begin < end and layout.continues(step, number, isolate))
-        yield make_batch(rows, documents, isolate, continues)
+            begin, end = (min(place, streams[number].length) for place in (start, start + sequence_length))
+            row = _padded(streams[number], Stretch(0, begin, end), sequence_length)
+            rows.append(replace(row, documents=shares[number][row.documents]))
+            goes_on = 0 < begin < end and not streams[number].begins_document(0, begin)
+            continues.append(goes_on)
+        yield make_batch(rows, Mixture.of(texts), True, continues)
 
 
-def _padded(stream: DocumentStream, stretch: Stretch, length: int, isolate: bool) -> Row:
+def _shared_out(documents: DocumentSet, rows: int) -> list[np.ndarray]:
+    """For each row the documents [k] that it gets, ascending: the longest first, each to the row that is shortest."""
+    chosen: list[list[int]] = [[] for _ in range(rows)]
+    lengths = [(0, row) for row in range(rows)]
+    for number in np.argsort(-documents.lengths, kind="stable").tolist():
+        length, row = heapq.heappop(lengths)
+        chosen[row].append(number)
+        heapq.heappush(lengths, (length + int(documents.lengths[number]), row))
+    return [np.array(sorted(own), dtype=np.int64) for own in chosen]
+
+
+def _padded(stream: DocumentStream, stretch: Stretch, length: int) -> Row:
     """The row of a stretch that may be shorter than `length`, even empty, filled up."""
     missing = length - (stretch.stop - stretch.start)
-    if missing == length:  # a row that ended with the batch before; its origin is its last token
-        stretch = Stretch(stretch.epoch, stretch.start - 1, stretch.stop)
-        row = stream.row([stretch], isolate)
-        padding = np.zeros(length, dtype=np.int64)
-        return replace(row, inputs=padding, targets=padding + NO_TARGET, segments=padding)
-    row = stream.row([stretch], isolate)
+    if missing == length:
+        nothing, padding = np.zeros(0, dtype=np.int64), np.zeros(length, dtype=np.int64)
+        return Row(padding, padding + NO_TARGET, padding, nothing, nothing, nothing, padding)
+    row = stream.row([stretch], isolate=True)
     if not missing:
         return row
     return replace(
@@ -253,4 +284,5 @@ def _padded(stream: DocumentStream, stretch: Stretch, length: int, isolate: bool
         inputs=np.pad(row.inputs, (0, missing)),
         targets=np.pad(row.targets, (0, missing), constant_values=NO_TARGET),
         segments=np.pad(row.segments, (0, missing), constant_values=row.segments[-1] + 1),
+        target_bytes=None if row.target_bytes is None else np.pad(row.target_bytes, (0, missing)),
     )

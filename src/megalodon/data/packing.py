@@ -2,7 +2,7 @@
 
 An epoch is all documents in a seeded random order, one after another: its tokens stand at positions 0 to T-1. Every
 reader below takes stretches of epochs, so that each token is an input exactly once per epoch, and any batch can be made
-without those before it.
+without those before it. Of a mixture an epoch is a round, in which each set has its share of the positions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megalodon.data.split import DocumentSet
+from megalodon.data.documents import DocumentSet
+from megalodon.data.mixture import Mixture
 
 NO_TARGET = -100
 KEPT_EPOCHS = 4
@@ -31,8 +32,9 @@ class Stretch(NamedTuple):
 @dataclass(frozen=True)
 class Row:
     """One row of a batch. `inputs`, `targets`, `segments` [L] int64; targets are the next tokens, NO_TARGET where there
-    is none. The row is made of pieces of documents: piece i begins at `borders[i]` in the row with token `offsets[i]`
-    of the document at `documents[i]` of the set."""
+    is none; `target_bytes` [L] int64 of text that they stand for, 0 where there is none, or None where it is unknown.
+    The row is made of pieces of documents: piece i begins at `borders[i]` in the row with token `offsets[i]` of
+    document number `documents[i]`."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -40,31 +42,78 @@ class Row:
     borders: np.ndarray
     documents: np.ndarray
     offsets: np.ndarray
+    target_bytes: np.ndarray | None = None
+
+
+class Layout(NamedTuple):
+    """The pieces [n] of an epoch in their order: of which set, which document by its number in the mixture, from which
+    place of the set's tokens; and the positions [n+1] of the epoch at which they begin."""
+
+    sources: np.ndarray
+    documents: np.ndarray
+    places: np.ndarray
+    begins: np.ndarray
 
 
 class DocumentStream:
-    """The documents of a set in the order of each epoch, drawn by `seed` (as they stand where `shuffle` is False)."""
+    """Documents in the order of each epoch, drawn by `seed` (as they stand where `shuffle` is False)."""
 
-    def __init__(self, documents: DocumentSet, seed: int, shuffle: bool) -> None:
-        self.documents, self.seed, self.shuffle = documents, seed, shuffle
-        self.length = documents.num_tokens
-        self._before = documents.starts - documents.corpus.offsets[documents.indices]  # only cut documents have any
-        self._layouts: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+    def __init__(self, documents: DocumentSet | Mixture, seed: int, shuffle: bool) -> None:
+        self.documents, self.seed, self.shuffle = Mixture.of(documents), seed, shuffle
+        self.length = sum(self.documents.shares)
+        self._layouts: OrderedDict[int, Layout] = OrderedDict()
 
-    def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(order [n], begins [n+1]): the documents of an epoch, and the positions at which they begin."""
+    def layout(self, epoch: int) -> Layout:
+        """The pieces of an epoch, and the positions at which they begin."""
         if epoch not in self._layouts:
-            n = len(self.documents)
-            order = np.random.default_rng([self.seed, 0, epoch]).permutation(n) if self.shuffle else np.arange(n)
-            begins = np.concatenate([[0], np.cumsum(self.documents.lengths[order])])
-            self._layouts[epoch] = (order, begins)
+            self._layouts[epoch] = self._round(epoch)
             if len(self._layouts) > KEPT_EPOCHS:
                 self._layouts.popitem(last=False)
         return self._layouts[epoch]
 
+    def _round(self, epoch: int) -> Layout:
+        parts = [
+            self._share(number, stretch)
+            for number, share in enumerate(self.documents.shares)
+            for stretch in endless(0, self.documents.sets[number].num_tokens, epoch * share, share)
+        ]
+        sources, documents, places, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+        if len(self.documents.sets) > 1:
+            order = self._mixed(epoch, sources, lengths)
+            sources, documents, places, lengths = (column[order] for column in (sources, documents, places, lengths))
+        return Layout(sources, documents, places, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def _share(self, number: int, stretch: Stretch) -> tuple[np.ndarray, ...]:
+        """(sources, documents, places, lengths) of a stretch of one set's own epoch."""
+        own = self.documents.sets[number]
+        order = np.arange(len(own))
+        if self.shuffle:
+            # The draws of a single set are those of a set without others.
+            keys = [self.seed, 0, stretch.epoch, *([number + 1] if len(self.documents.sets) > 1 else [])]
+            order = np.random.default_rng(keys).permutation(len(own))
+        begins = np.concatenate([[0], np.cumsum(own.lengths[order])])
+        first, last = np.searchsorted(begins, [stretch.start, stretch.stop - 1], side="right") - 1
+        chosen = order[first : last + 1]
+        cut_front = np.maximum(stretch.start - begins[first : last + 1], 0)
+        cut_back = np.maximum(begins[first + 1 : last + 2] - stretch.stop, 0)
+        sources = np.full(len(chosen), number)
+        lengths = own.lengths[chosen] - cut_front - cut_back
+        return sources, chosen + self.documents.first[number], own.starts[chosen] + cut_front, lengths
+
+    def _mixed(self, epoch: int, sources: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """An order for the pieces of several sets: drawn, or each set evenly over the round."""
+        if self.shuffle:
+            return np.random.default_rng([self.seed, 2, epoch]).permutation(len(sources))
+        middles = np.empty(len(sources))
+        for number in range(len(self.documents.sets)):
+            own = sources == number
+            ends = np.cumsum(lengths[own])
+            middles[own] = (ends - lengths[own] / 2) / max(1, lengths[own].sum())
+        return np.argsort(middles, kind="stable")
+
     def begins_document(self, epoch: int, position: int) -> bool:
         """Whether a document begins at this position."""
-        begins = self.layout(epoch)[1]
+        begins = self.layout(epoch).begins
         return bool(begins[np.searchsorted(begins, position)] == position)
 
     def row(self, stretches: list[Stretch], isolate: bool) -> Row:
@@ -85,28 +134,32 @@ class DocumentStream:
             borders=np.concatenate([part.borders + at[i] for i, part in enumerate(parts)]),
             documents=np.concatenate([part.documents for part in parts]),
             offsets=np.concatenate([part.offsets for part in parts]),
+            target_bytes=_joined([part.target_bytes for part in parts]),
         )
 
     def _read(self, stretch: Stretch, isolate: bool) -> Row:
         epoch, start, stop = stretch
-        order, begins = self.layout(epoch)
+        layout = self.layout(epoch)
         seen = min(stop + 1, self.length)  # one token more, for the last target
-        first, last = np.searchsorted(begins, [start, seen - 1], side="right") - 1
-        documents = order[first : last + 1]
-        piece_begins = np.maximum(begins[first : last + 1], start)
-        inside = piece_begins - begins[first : last + 1]  # tokens of the document in front of the piece
-        sources = self.documents.starts[documents] + inside
+        first, last = np.searchsorted(layout.begins, [start, seen - 1], side="right") - 1
+        pieces = slice(first, last + 1)
+        piece_begins = np.maximum(layout.begins[pieces], start)
+        sources, documents = layout.sources[pieces], layout.documents[pieces]
+        places = layout.places[pieces] + piece_begins - layout.begins[pieces]
         borders = piece_begins - start
-        if len(documents) == 1:
-            read = self.documents.corpus.tokens[sources[0] : sources[0] + seen - start].astype(np.int64)
-        else:
-            pieces = np.diff(borders, append=seen - start)
-            index = np.repeat(sources - borders, pieces) + np.arange(seen - start)
-            read = self.documents.corpus.tokens[index].astype(np.int64)
+        sizes = np.diff(borders, append=seen - start)
+        index = np.repeat(places - borders, sizes) + np.arange(seen - start)
+        source_of = np.repeat(sources, sizes)
+        read, read_bytes = self.documents.tokens(source_of, index), self.documents.text_sizes(source_of, index)
         targets = np.full(stop - start, NO_TARGET, dtype=np.int64)
         targets[: len(read) - 1] = read[1:]
         if isolate:
             targets[borders[1:] - 1] = NO_TARGET
+        target_bytes = None
+        if read_bytes is not None:
+            target_bytes = np.zeros(stop - start, dtype=np.int64)
+            target_bytes[: len(read) - 1] = read_bytes[1:]
+            target_bytes[targets == NO_TARGET] = 0
         here = borders < stop - start  # the token read for the last target may belong to one document more
         segments = np.zeros(stop - start, dtype=np.int64)
         segments[borders[here][1:]] = 1
@@ -116,8 +169,24 @@ class DocumentStream:
             segments=np.cumsum(segments),
             borders=borders[here],
             documents=documents[here],
-            offsets=(self._before[documents] + inside)[here],
+            offsets=places[here] - self._beginnings(sources[here], documents[here]),
+            target_bytes=target_bytes,
         )
+
+    def _beginnings(self, sources: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """The places in their sets' tokens at which whole documents begin."""
+        if len(self.documents.sets) == 1:
+            only = self.documents.sets[0]
+            return only.corpus.offsets[only.indices[documents]]
+        found = np.empty(len(documents), dtype=np.int64)
+        for i, (source, number) in enumerate(zip(sources.tolist(), documents.tolist(), strict=True)):
+            own = self.documents.sets[source]
+            found[i] = own.corpus.offsets[own.indices[number - self.documents.first[source]]]
+        return found
+
+
+def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
+    return None if any(part is None for part in parts) else np.concatenate(parts)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

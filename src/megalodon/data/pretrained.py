@@ -15,9 +15,11 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megalodon.data.byte_level import BYTE_TO_CHARACTER, spelled_bytes
+from megalodon.data.cutting import CUT_CHARACTERS, Cutter
 from megalodon.data.tokenizer import (
     ByteStreamDecoder,
     ByteTokenizer,
+    Encoded,
     StreamDecoder,
     TokenIds,
     Tokenizer,
@@ -26,19 +28,20 @@ from megalodon.data.tokenizer import (
 
 # What a bare tokenizer.json may call its end of document; the first that it holds as a special token is taken.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-CUT_CHARACTERS = 1 << 16
-BATCH_CHARACTERS = 1 << 20
-# A place between a character that is no white space and a following space or newline.
-WORD_START = re.compile(r"(?<=\S)[ \n]")
+SPACE_MARK = "\u2581"
+"""SentencePiece's spelling of a space."""
+DROPPING = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")
+"""Splitters that leave white space or delimiters out."""
 BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class PretrainedTokenizer(Tokenizer):
     """A Transformers tokenizer. `transformers` is the wrapped object, for code that wants it.
 
-    Tokens map to bytes for byte-level tokenizers (GPT-2, Llama 3, Qwen ...) and, for SentencePiece-like ones with byte
+    Ids map to bytes for byte-level tokenizers (GPT-2, Llama 3, Qwen ...) and, for SentencePiece-like ones with byte
     fallback (Llama 2, Mistral), up to the space that those put in front of a text. For others `token_bytes` is None.
-    Where the tokenizer normalises text, the bytes are those of the normalised text.
+    The sizes of `encode_pieces` are those of the text as it stands: a space that was put in front counts nothing, one
+    that is spelled with three bytes counts one, and normalised text counts as before it was normalised.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -57,9 +60,14 @@ class PretrainedTokenizer(Tokenizer):
             identity = spec = json.loads(self._backend.to_str())
         written = json.dumps([identity, self.eos_token_id], sort_keys=True)
         self.fingerprint = hashlib.sha256(written.encode()).hexdigest()
-        self._cuts_at_words = _cuts_at_words(spec)
+        self._vocabulary = vocabulary
         self._byte_level = _decoder_types(spec) == {"ByteLevel"}
         self.token_bytes = self._token_bytes(spec, vocabulary)
+        self.sizes_by_id = self._byte_level and _keeps_text(spec)
+        self._space = tuple(vocabulary.get(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode())
+        self._continuing = None if self._backend is None else _continuing_backend(self._backend, spec)
+        ends = [tokenizer.eos_token, *super().separators]
+        self.separators = tuple(dict.fromkeys(word for word in ends if isinstance(word, str)))
 
     def _token_bytes(self, spec: dict[str, Any], vocabulary: dict[str, int]) -> list[bytes] | None:
         if self._byte_level:
@@ -75,28 +83,72 @@ class PretrainedTokenizer(Tokenizer):
             table[added["id"]] = b"" if added["special"] else added["content"].encode()
         return table
 
+    def vocabulary(self) -> dict[str, int]:
+        return dict(self._vocabulary)
+
     def cut(self, pieces: Iterable[str]) -> Iterator[str]:
-        """Cuts in front of a space or newline that follows a visible character, where byte-level BPE with GPT-2's
-        pattern always ends a word (its pattern looks one character ahead at most, and only past white space). Memory
-        is bounded by the longest run without such a place. Other tokenizers keep the text whole."""
-        return cut_at_words(pieces) if self._cuts_at_words else super().cut(pieces)
+        """Pieces that, encoded one by one, give the ids of the whole: see `Cutter`."""
+        return Cutter(self._encode, self._ends, CUT_CHARACTERS).cut(pieces)
+
+    def _encode(self, text: str, continues: bool) -> np.ndarray:
+        return self.encode_pieces([text], [continues], sized=False)[0].ids
+
+    def _ends(self, text: str, continues: bool) -> list[int]:
+        if self._backend is None:
+            return list(range(1, len(text)))
+        encoding = self._backend_for(continues).encode(text, add_special_tokens=False)
+        return sorted({end for _, end in encoding.offsets} - {0, len(text)})
+
+    def _backend_for(self, continues: bool) -> tokenizers.Tokenizer:
+        assert self._backend is not None and self._continuing is not None
+        return self._continuing if continues else self._backend
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [encoded.ids for encoded in self.encode_pieces(texts, [False] * len(texts), sized=False)]
+
+    def encode_pieces(self, texts: Sequence[str], continues: Sequence[bool], sized: bool = True) -> list[Encoded]:
         if self._backend is None:
             plain = {"add_special_tokens": False, "split_special_tokens": True}
-            return [np.array(self.transformers.encode(text, **plain), dtype=np.int64) for text in texts]
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+            ids = [self.transformers.encode(text, **plain) for text in texts]
+            return [Encoded(np.array(each, dtype=np.int64), None) for each in ids]
+        with_offsets = sized and self.token_bytes is None
+        encoded: list[Encoded | None] = [None] * len(texts)
+        for goes_on in set(continues):
+            backend = self._backend_for(goes_on)
+            places = [i for i, other in enumerate(continues) if other == goes_on]
+            encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
+            # The library's objects are large, so they are let go one by one.
+            encodings = encode([texts[i] for i in places], add_special_tokens=False)[::-1]
+            for i in places:
+                encoding = encodings.pop()
+                own = np.array(encoding.ids, dtype=np.int64)
+                sizes: np.ndarray | None = None
+                if with_offsets:
+                    sizes = sizes_by_offsets(texts[i], encoding.offsets)
+                elif sized:
+                    sizes = self._sizes(texts[i], own, goes_on)
+                encoded[i] = Encoded(own, sizes)
+        return encoded  # type: ignore[return-value]
 
-    def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        group: list[str] = []  # several pieces at once, so that the library can use all cores
-        for text in self.cut(pieces):
-            group.append(text)
-            if sum(map(len, group)) >= BATCH_CHARACTERS:
-                yield np.concatenate(self.encode_batch(group))
-                group = []
-        if group:
-            yield np.concatenate(self.encode_batch(group))
+    def _sizes(self, text: str, ids: np.ndarray, continues: bool) -> np.ndarray:
+        """Bytes of the text for each id, by what ids stand for as far as that adds up to the text, else by offsets."""
+        assert self.token_lengths is not None and self.token_bytes is not None
+        sizes: np.ndarray = self.token_lengths[ids]
+        if self.sizes_by_id:
+            return sizes
+        first, second, third = self._space
+        if first is not None and len(ids) > 2:  # no token for a space: three bytes stand for it
+            marks = np.flatnonzero((ids[:-2] == first) & (ids[1:-1] == second) & (ids[2:] == third))
+            sizes[marks] = sizes[marks + 1] = 0
+        surplus = int(sizes.sum()) - len(text.encode())
+        if surplus == 1 and not continues:  # a space in front that is not in the text
+            front = int(np.flatnonzero(sizes)[0])
+            if front in (0, 2) and (front == 2 or self.token_bytes[ids[0]].startswith(b" ")):
+                sizes[front] -= 1
+                surplus = 0
+        if surplus == 0:
+            return sizes
+        return sizes_by_offsets(text, self._backend_for(continues).encode(text, add_special_tokens=False).offsets)
 
     def decode(self, ids: TokenIds) -> str:
         checked = self._check_ids(ids).tolist()
@@ -142,20 +194,6 @@ class TextStreamDecoder(StreamDecoder):
 
     def _texts(self) -> tuple[str, str]:
         return self._tokenizer.decode(self._before), self._tokenizer.decode(self._before + self._new)
-
-
-def cut_at_words(pieces: Iterable[str], characters: int = CUT_CHARACTERS) -> Iterator[str]:
-    """Text in pieces of about `characters`, each but the first beginning with the space or newline before a word."""
-    kept = ""
-    for piece in pieces:
-        kept += piece
-        start = 0
-        while (place := WORD_START.search(kept, start + characters)) is not None:
-            yield kept[start : place.start()]
-            start = place.start()
-        kept = kept[start:]
-    if kept:
-        yield kept
 
 
 def tokenizer_from_file(path: Path) -> Tokenizer:
@@ -227,19 +265,80 @@ def _decoder_types(spec: dict[str, Any]) -> set[str]:
     return {part["type"] for part in decoder.get("decoders", [decoder]) if part}
 
 
-def _cuts_at_words(spec: dict[str, Any]) -> bool:
-    """Whether the tokenizer splits words by GPT-2's pattern and by nothing else, so that `cut_at_words` is safe."""
-    splitter = spec.get("pre_tokenizer") or {}
+def _parts(step: dict[str, Any] | None, *keys: str) -> list[dict[str, Any]]:
+    """A normaliser or pre-tokenizer and, of a sequence, all its parts."""
+    if step is None:
+        return []
+    return [step, *(part for key in keys for inner in step.get(key) or [] for part in _parts(inner, *keys))]
+
+
+def _keeps_text(spec: dict[str, Any]) -> bool:
+    """Whether a byte-level tokenizer's tokens spell the text and nothing else."""
+    splitters = _parts(spec.get("pre_tokenizer"), "pretokenizers")
     return (
-        splitter.get("type") == "ByteLevel"
-        and splitter.get("use_regex", True)
-        and not splitter.get("add_prefix_space", True)
-        and spec.get("normalizer") is None
-        and all(token["special"] for token in spec["added_tokens"])
+        spec.get("normalizer") is None
+        and not any(part.get("add_prefix_space") for part in splitters)
+        and not any(part.get("behavior") == "Removed" or part["type"] in DROPPING for part in splitters)
+        and not any(token["lstrip"] or token["rstrip"] for token in spec["added_tokens"] if not token["special"])
     )
+
+
+def _continuing_backend(backend: tokenizers.Tokenizer, spec: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The tokenizer for text that goes on from text before: one that puts no space in front, where that gives the same
+    ids as the text in one go."""
+    changed = json.loads(json.dumps(spec))
+    steps = _parts(changed.get("normalizer"), "normalizers") + _parts(changed.get("pre_tokenizer"), "pretokenizers")
+    for part in steps:
+        if part["type"] == "Prepend":
+            part["prepend"] = ""
+        if "prepend_scheme" in part:
+            part["prepend_scheme"] = "never"
+        if "add_prefix_space" in part:
+            part["add_prefix_space"] = False
+    if changed == spec:
+        return backend
+    _remove_empty_prepend(changed)
+    other = tokenizers.Tokenizer.from_str(json.dumps(changed))
+    other.encode_special_tokens = True
+
+    def ids(of: tokenizers.Tokenizer, text: str) -> list[int]:
+        return list(of.encode(text, add_special_tokens=False).ids)
+
+    for candidate in (other, backend):
+        if all(ids(backend, a + b) == ids(backend, a) + ids(candidate, b) for a, b in (("ab", " ab"), ("a a", " b a"))):
+            return candidate
+    return other
+
+
+def _remove_empty_prepend(spec: dict[str, Any]) -> None:
+    """Take out the normalisers that were made to prepend nothing, which the library does not take."""
+    normalizer = spec.get("normalizer")
+    if normalizer is None:
+        return
+    if normalizer.get("prepend") == "":
+        spec["normalizer"] = None
+    for part in _parts(normalizer, "normalizers"):
+        if "normalizers" in part:
+            part["normalizers"] = [inner for inner in part["normalizers"] if inner.get("prepend") != ""]
+
+
+def sizes_by_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Bytes of UTF-8 text that each token stands for, int64 [n], by the places of the text that it came from.
+
+    A character that several tokens share counts for the first, text that no token came from for the next token (for the
+    last, at the end), so that they add up to the text.
+    """
+    if not offsets:
+        return np.zeros(0, dtype=np.int64)
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    before = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
+    ends = np.maximum.accumulate(np.array(offsets, dtype=np.int64)[:, 1])
+    ends[-1] = len(text)
+    return np.diff(before[ends], prepend=0)
 
 
 def _fallback_bytes(token: str) -> bytes:
     """The bytes of a SentencePiece token: `<0x41>` is one byte, U+2581 a space."""
     byte = BYTE_FALLBACK.fullmatch(token)
-    return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+    return bytes([int(byte[1], 16)]) if byte else token.replace(SPACE_MARK, " ").encode()

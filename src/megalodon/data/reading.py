@@ -1,4 +1,4 @@
-"""Reading text strictly: UTF-8 text in pieces, and rows of JSONL and Parquet files.
+"""Reading text strictly: UTF-8 text in pieces, from files that may be compressed, and from rows' values.
 
 Text is taken as it stands, byte for byte: no newline is translated, no byte-order mark removed, no bad byte replaced.
 What is not text is refused with one error that says where.
@@ -7,23 +7,24 @@ What is not text is refused with one error that says where.
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from megalodon.data.formats import open_binary
 
 PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """The text of a UTF-8 file in pieces of about 1 MiB; every iteration opens the file anew."""
+    """The text of a UTF-8 file in pieces of about 1 MiB, decompressed as its name says; every iteration opens it."""
 
     path: Path
 
     def __iter__(self) -> Iterator[str]:
-        with self.path.open("rb") as stream:
+        with open_binary(self.path) as stream:
             yield from read_text(stream, str(self.path))
 
 
@@ -63,45 +64,8 @@ def check_text(value: Any, origin: str, field: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{origin}: field {field!r} holds a lone surrogate at character {error.start}") from None
+            # Bytes that were no UTF-8 stand in the text as these surrogates.
+            escaped = "\udc80" <= value[error.start] <= "\udcff"
+            what = "a byte that is not UTF-8" if escaped else "a lone surrogate"
+            raise ValueError(f"{origin}: field {field!r} holds {what} at character {error.start}") from None
     return value
-
-
-def jsonl_texts(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """(origin `path:line`, text) of each line of a JSONL file; blank lines are passed over."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            origin = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{origin}: not a JSON object on one line ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{origin}: holds {type(row).__name__}, not a JSON object with a field {field!r}")
-            if field not in row:
-                raise ValueError(
-                    f"{origin}: no field {field!r}: set field to one of {', '.join(sorted(row)) or '(none)'}"
-                )
-            yield origin, check_text(row[field], origin, field)
-
-
-def parquet_texts(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """(origin `path:row`, text) of each row of a Parquet file, read in batches."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            columns = table.schema_arrow.names
-            if field not in columns:
-                raise ValueError(f"{path}: no field {field!r}: set field to one of {', '.join(columns)}")
-            number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    yield f"{path}:{number}", check_text(value, f"{path}:{number}", field)
-                    number += 1
-    except pyarrow.ArrowException as error:  # among them ArrowInvalid, which is a ValueError without the path
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: not a readable Parquet file ({reason})") from None

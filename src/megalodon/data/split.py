@@ -1,19 +1,20 @@
-"""Sets of documents for training and held-out measurement. A document is in one of the two, never in both."""
+"""Sets of documents for training and held-out measurement. A text is in one of the two, never in both."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megalodon.data.cache import TokenizedCorpus, TokenizeProgress, tokenize
-from megalodon.data.corpus import CorpusConfig
+from megalodon.data.cache import TokenizeProgress, cache_root, tokenize
+from megalodon.data.corpus import Corpus, CorpusConfig
+from megalodon.data.documents import DocumentSet
+from megalodon.data.separator import separators_told
+from megalodon.data.shared import find_shared
+from megalodon.data.tokenized import TokenizedCorpus
 from megalodon.data.tokenizer import Tokenizer
 
 DEFAULT_FRACTION = 0.05
@@ -28,7 +29,11 @@ class HeldOutConfig(BaseModel):
     fraction: float | None = Field(default=None, gt=0, lt=1, description="of the corpus's tokens, in whole documents")
     documents: int | None = Field(default=None, ge=1, description="this many documents, drawn by the seed")
     corpus: CorpusConfig | None = Field(
-        default=None, description="a corpus of its own; training keeps all of the first"
+        default=None, description="a corpus of its own, no text of which may be in the training corpus"
+    )
+    shared: Literal["refuse", "remove"] = Field(
+        default="refuse",
+        description="for texts of `corpus` that the training corpus holds too; remove: do not train on them",
     )
 
     @model_validator(mode="before")
@@ -42,70 +47,16 @@ class HeldOutConfig(BaseModel):
         return given if ways else given | {"fraction": DEFAULT_FRACTION}
 
 
-@dataclass(frozen=True, eq=False)
-class DocumentSet:
-    """Documents of a corpus, in the corpus's order: `indices` [n] int64 of the documents, and the tokens of each that
-    belong to the set, `starts` [n] to `ends` [n] int64 in `corpus.tokens`: whole documents, except where a corpus of
-    one document was cut in two."""
-
-    corpus: TokenizedCorpus
-    indices: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-
-    @classmethod
-    def of(cls, corpus: TokenizedCorpus, indices: np.ndarray | None = None) -> DocumentSet:
-        """Whole documents: those with these indices, or all."""
-        chosen = np.arange(corpus.num_documents) if indices is None else np.sort(np.asarray(indices, dtype=np.int64))
-        return cls(corpus, chosen, corpus.offsets[chosen], corpus.offsets[chosen + 1]).without_empty()
-
-    def without_empty(self) -> DocumentSet:
-        keep = self.ends > self.starts
-        return DocumentSet(self.corpus, self.indices[keep], self.starts[keep], self.ends[keep])
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        return self.ends - self.starts
-
-    @cached_property
-    def num_tokens(self) -> int:
-        return int(self.lengths.sum())
-
-    @cached_property
-    def num_bytes(self) -> int | None:
-        """Size of the texts in UTF-8 bytes; None for a part of a document whose tokens do not map to bytes."""
-        if (self.lengths == np.diff(self.corpus.offsets)[self.indices]).all():
-            return int(self.corpus.document_bytes[self.indices].sum())
-        if self.corpus.token_lengths is None:
-            return None
-        return sum(int(self.corpus.token_lengths[self.tokens(i)].sum()) for i in range(len(self)))
-
-    def name(self, index: int) -> str:
-        return str(self.corpus.names[int(self.indices[index])])
-
-    def tokens(self, index: int) -> np.ndarray:
-        """The ids [length] of one document, a view."""
-        return self.corpus.tokens[self.starts[index] : self.ends[index]]
-
-    def fingerprint(self) -> str:
-        """Identifies the tokens of the set and their order."""
-        digest = hashlib.sha256(self.corpus.fingerprint.encode())
-        digest.update(np.ascontiguousarray(self.starts).tobytes() + np.ascontiguousarray(self.ends).tobytes())
-        return digest.hexdigest()
-
-
 def split_documents(
     corpus: TokenizedCorpus, fraction: float | None = None, documents: int | None = None, seed: int = 0
 ) -> tuple[DocumentSet, DocumentSet]:
     """(training, held-out) by document, drawn by `seed`; give `fraction` (of the tokens) or `documents` (how many).
 
     By fraction, documents are drawn in random order, and one is taken if that brings the held-out tokens nearer to the
-    fraction, so that one huge document does not swallow the training set; if none does, the smallest is taken. A corpus
-    of one document keeps its tail out (with `documents: 1`, the tail of 5 %). Raises ValueError where nothing would
-    be left to train on.
+    fraction, so that one huge document does not swallow the training set; if none does, the smallest is taken. Copies
+    of a document that is drawn are held out with it, so that there may be more than `documents`. A corpus of one
+    document keeps its tail out (with `documents: 1`, the tail of 5 %). Raises ValueError where nothing would be left to
+    train on.
     """
     if (fraction is None) == (documents is None):
         raise ValueError("held out: give either a fraction of the tokens or a number of documents")
@@ -117,18 +68,34 @@ def split_documents(
         return _cut_tail(everything, fraction or DEFAULT_FRACTION)
     if documents is not None and not 1 <= documents < n:
         raise ValueError(f"held out: documents is {documents}; the corpus has {n}, so give 1 to {n - 1}")
-    order = np.random.default_rng([seed, 0x5E1D]).permutation(n)
+    group = _copies(everything)
+    sizes = np.bincount(group)
+    if len(sizes) == 1:
+        raise ValueError(f"held out: all {n} documents have the same text, so none can be held out")
+    order = np.random.default_rng([seed, 0x5E1D]).permutation(len(sizes))
     if documents is not None:
-        held = order[:documents]
+        before = np.cumsum(sizes[order]) - sizes[order]
+        held = order[:-1][before[:-1] < documents]
     else:
-        held = _draw_tokens(everything.lengths, order, (fraction or DEFAULT_FRACTION) * everything.num_tokens)
-    mask = np.zeros(n, dtype=bool)
-    mask[held] = True
+        lengths = np.bincount(group, weights=everything.lengths)
+        held = _draw_tokens(lengths, order, (fraction or DEFAULT_FRACTION) * everything.num_tokens)
+    mask = np.isin(group, held)
     return tuple(DocumentSet.of(corpus, everything.indices[part]) for part in (~mask, mask))  # type: ignore[return-value]
 
 
+def _copies(documents: DocumentSet) -> np.ndarray:
+    """For each document [n] a number from 0 on, the same for those of the same text, in order of the first of them."""
+    apart = np.zeros(len(documents), dtype=np.uint64)
+    empty = np.flatnonzero(documents.lengths <= (documents.corpus.eos_token_id is not None))
+    apart[empty] = np.arange(1, len(empty) + 1)  # documents without text have nothing in common
+    keys = np.stack([documents.corpus.document_hashes[documents.indices], apart])
+    _, first, group = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+    numbers: np.ndarray = np.argsort(np.argsort(first))[group.ravel()]
+    return numbers
+
+
 def _draw_tokens(lengths: np.ndarray, order: np.ndarray, target: float) -> np.ndarray:
-    """Documents, in this order, each of which brings the sum of lengths nearer to the target; never all of them."""
+    """Groups of documents, in this order, each of which brings the sum of lengths nearer to the target; never all."""
     taken: list[int] = []
     missing = target
     for i in order.tolist():
@@ -136,7 +103,7 @@ def _draw_tokens(lengths: np.ndarray, order: np.ndarray, target: float) -> np.nd
             break
         if lengths[i] < 2 * missing:
             taken.append(i)
-            missing -= int(lengths[i])
+            missing -= float(lengths[i])
     return np.array(taken or [int(np.argmin(lengths))], dtype=np.int64)
 
 
@@ -168,13 +135,95 @@ def prepare_documents(
     seed: int = 0,
     cache_folder: Path | str | None = None,
     progress: Callable[[TokenizeProgress], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[DocumentSet, DocumentSet]:
-    """(training, held-out) documents of a corpus: found, tokenised or opened from the cache, split and checked."""
-    tokens = tokenize(corpus, tokenizer, cache_folder, progress)
-    if held_out.corpus is not None:
-        other = tokenize(held_out.corpus, tokenizer, cache_folder, progress)
-        training, kept = DocumentSet.of(tokens), DocumentSet.of(other)
-    else:
+    """(training, held-out) documents of a corpus: found, tokenised or opened from the cache, split and checked.
+
+    Args:
+        say: is told what was left out on the way and what a reader might not expect.
+
+    Raises:
+        ValueError: as `tokenize` and `check_sizes`, and for a held-out corpus with texts of the training corpus.
+    """
+    found = Corpus(corpus)
+    if held_out.corpus is None:
+        tokens = tokenize_and_tell(found, tokenizer, cache_folder, progress, say)
         training, kept = split_documents(tokens, held_out.fraction, held_out.documents, seed)
+    else:
+        apart = Corpus(held_out.corpus)
+        if held_out.shared == "refuse":
+            refuse_shared_files(found, apart)
+        tokens = tokenize_and_tell(found, tokenizer, cache_folder, progress, say)
+        kept = DocumentSet.of(tokenize_and_tell(apart, tokenizer, cache_folder, progress, say))
+        memory = cache_root(cache_folder) / "shared"
+        training = without_shared(DocumentSet.of(tokens), kept, held_out.shared, memory, say)
     check_sizes(training, kept, sequence_length)
     return training, kept
+
+
+def tokenize_and_tell(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    cache_folder: Path | str | None,
+    progress: Callable[[TokenizeProgress], None] | None,
+    say: Callable[[str], None],
+) -> TokenizedCorpus:
+    """`tokenize`, and whatever there is to tell of the corpus."""
+    tokens = tokenize(corpus, tokenizer, cache_folder, progress)
+    for told in (corpus.found.told(), tokens.bad_rows, separators_told(dict(tokens.separators))):
+        if told is not None:
+            say(f"{corpus.config.source}: {told}")
+    return tokens
+
+
+def refuse_shared_files(training: Corpus, held_out: Corpus) -> None:
+    """Raise ValueError, before anything is read, for a file of both corpora, whatever its names.
+
+    Parts of one file may well be apart: where less than all of it is asked for, its content has to tell.
+    """
+    one, other = training.config, held_out.config
+    if one.field != other.field or one.max_documents or other.max_documents or one.separator != other.separator:
+        return
+    own = {(stamp[1:3], file.rows): file.name for file, stamp in zip(training.files, training.stamps(), strict=False)}
+    for file, stamp in zip(held_out.files, held_out.stamps(), strict=False):
+        if (name := own.get((stamp[1:3], file.rows))) is not None:
+            raise ValueError(
+                f"held_out.corpus: {file.name} is part of the training corpus too ({name}), and a loss on text that "
+                "was trained on means nothing: take it out of one of them, or set held_out.shared to remove, which "
+                "leaves it out of training"
+            )
+
+
+def without_shared(
+    training: DocumentSet,
+    held_out: DocumentSet,
+    rule: Literal["refuse", "remove"],
+    memory: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    what: str = "held_out.corpus",
+) -> DocumentSet:
+    """The training documents, where none has a text of the held-out ones; with `remove`, those that do not.
+
+    `what` names the held-out ones in an error.
+
+    Raises ValueError, with `refuse`, naming the first such document.
+    """
+    shared = find_shared(training, held_out, memory)
+    if not shared:
+        return training
+    if rule == "remove":
+        left = training.chosen(~np.isin(np.arange(len(training)), shared.training))
+        dropped = training.num_tokens - left.num_tokens
+        say(
+            f"{len(training) - len(left):,} documents with {dropped:,} tokens are not trained on, because the held-out "
+            "corpus has their text"
+        )
+        return left
+    tokens = int(held_out.lengths[shared.held_out].sum())
+    one, other = held_out.name(shared.held_out[0]), training.name(shared.training[0])
+    raise ValueError(
+        f"{what}: {len(shared.held_out):,} of its {len(held_out):,} documents ({tokens:,} of "
+        f"{held_out.num_tokens:,} tokens) are part of the training corpus by content, such as {one}, which is in "
+        f"{other}; a loss on text that was trained on means nothing: take them out of one of the two, or set "
+        "held_out.shared to remove, which leaves them out of training"
+    )

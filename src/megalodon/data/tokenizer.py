@@ -16,14 +16,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from megalodon.data.byte_level import BYTE_TO_CHARACTER
+
 TokenIds: TypeAlias = "Sequence[int] | np.ndarray"
+
+BATCH_CHARACTERS = 1 << 18
+CUT_CHARACTERS = 1 << 16
 
 # A hub name such as `gpt2` or `mistralai/Mistral-7B-v0.1`: what a missing path is tried as.
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+class Encoded(NamedTuple):
+    """Ids [n] int64, and for each the bytes [n] int64 of the text that it stands for, or None where nobody can tell."""
+
+    ids: np.ndarray
+    sizes: np.ndarray | None
 
 
 class Tokenizer(ABC):
@@ -31,7 +43,8 @@ class Tokenizer(ABC):
 
     Attributes: `name` for people, `fingerprint` (sha256) that differs whenever ids may differ, `eos_token_id` which
     ends every document or None, `token_bytes` the UTF-8 bytes of each id (special tokens have none, `b""`), or None
-    where the tokenizer cannot map its tokens to bytes.
+    where the tokenizer cannot map its tokens to bytes; `sizes_by_id` whether these are all that an id ever stands for,
+    so that their lengths are the sizes of `encode_pieces`; `separators` the words by which its makers end a document.
     """
 
     name: str
@@ -39,10 +52,24 @@ class Tokenizer(ABC):
     vocab_size: int
     eos_token_id: int | None
     token_bytes: list[bytes] | None
+    sizes_by_id: bool
+    separators: tuple[str, ...] = ("<|endoftext|>", "<|end_of_text|>")
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of several texts, each on its own, without special tokens."""
+
+    @abstractmethod
+    def encode_pieces(self, texts: Sequence[str], continues: Sequence[bool]) -> list[Encoded]:
+        """Ids of pieces that `cut` made, with the bytes of text that each stands for.
+
+        Args:
+            continues: for each, whether it goes on from a piece before rather than begins a text.
+        """
+
+    @abstractmethod
+    def vocabulary(self) -> dict[str, int]:
+        """Every token as the tokenizer spells it, with its id."""
 
     @abstractmethod
     def decode(self, ids: TokenIds) -> str:
@@ -71,8 +98,23 @@ class Tokenizer(ABC):
     def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Ids of a text that arrives in pieces; together they equal `encode` of the whole. Constant memory where
         `cut` can cut."""
+        for encoded in self.encode_stream_sized(pieces):
+            yield encoded.ids
+
+    def encode_stream_sized(self, pieces: Iterable[str]) -> Iterator[Encoded]:
+        """As `encode_stream`, with the bytes of text that each id stands for. No more is read than is needed for the
+        first ids; then pieces are put together in ever larger groups, so that a library can use all cores."""
+        group: list[str] = []
+        characters, wanted, begun = 0, 1, False
         for text in self.cut(pieces):
-            yield self.encode(text)
+            group.append(text)
+            characters += len(text)
+            if characters >= wanted:
+                yield from self.encode_pieces(group, [begun or i > 0 for i in range(len(group))])
+                begun, group, characters = True, [], 0
+                wanted = min(2 * max(wanted, len(text)), BATCH_CHARACTERS)
+        if group:
+            yield from self.encode_pieces(group, [begun or i > 0 for i in range(len(group))])
 
     @cached_property
     def token_lengths(self) -> np.ndarray | None:
@@ -136,6 +178,8 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256
     eos_token_id = 0
 
+    sizes_by_id = True
+
     def __init__(self) -> None:
         self.fingerprint = hashlib.sha256(b"megalodon bytes 1").hexdigest()
         self.token_bytes = [b"", *(bytes([i]) for i in range(1, 256))]
@@ -149,8 +193,15 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
+    def encode_pieces(self, texts: Sequence[str], continues: Sequence[bool]) -> list[Encoded]:
+        return [Encoded(ids, np.ones(len(ids), dtype=np.int64)) for ids in self.encode_batch(texts)]
+
+    def vocabulary(self) -> dict[str, int]:
+        return {"\0": 0} | {BYTE_TO_CHARACTER[byte]: byte for byte in range(1, 256)}
+
     def cut(self, pieces: Iterable[str]) -> Iterator[str]:
-        return (piece for piece in pieces if piece)
+        for piece in pieces:
+            yield from (piece[start : start + CUT_CHARACTERS] for start in range(0, len(piece), CUT_CHARACTERS))
 
     def decode(self, ids: TokenIds) -> str:
         return self._check_ids(ids).astype(np.uint8).tobytes().replace(b"\0", b"").decode(errors="replace")
@@ -194,3 +245,14 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
         f"tokenizer {name!r}: no such file or folder (from folder {Path.cwd()}). Give `bytes`, a tokenizer.json, a "
         "folder with a tokenizer, or a name on the Hugging Face hub"
     )
+
+
+def same_tokens(one: Tokenizer, other: Tokenizer) -> str | None:
+    """None if each id that both tokenizers have is the same token in both; else what the first other one is in each."""
+    if one.fingerprint == other.fingerprint:
+        return None
+    by_id, other_by_id = ({index: token for token, index in of.vocabulary().items()} for of in (one, other))
+    for index in sorted(by_id.keys() & other_by_id.keys()):
+        if by_id[index] != other_by_id[index]:
+            return f"id {index} is {by_id[index]!r} in one and {other_by_id[index]!r} in the other"
+    return None

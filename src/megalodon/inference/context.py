@@ -17,7 +17,7 @@ from megalodon.data.tokenizer import Tokenizer
 from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.snapshot import Segment, Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity, load_snapshot, save_snapshot
-from megalodon.model import MegalodonForCausalLM, MegalodonState
+from megalodon.models import CausalLM, State
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Context:
         generator: the random generator's state, uint8 [n].
     """
 
-    state: MegalodonState
+    state: State
     pending: int
     recent: tuple[int, ...]
     tokens: int
     generator: Tensor
 
-    def save(self, path: Path, model: MegalodonForCausalLM, tokenizer: Tokenizer) -> None:
+    def save(self, path: Path, model: CausalLM, tokenizer: Tokenizer) -> None:
         """Write the file under a temporary name, then rename it.
 
         Raises:
@@ -49,7 +49,7 @@ class Context:
         save_snapshot(path, snapshot, ModelIdentity.of(model, tokenizer))
 
     @staticmethod
-    def load(path: Path, model: MegalodonForCausalLM, tokenizer: Tokenizer) -> Context:
+    def load(path: Path, model: CausalLM, tokenizer: Tokenizer) -> Context:
         """The context in a file, on the model's device. Tokens that its state has not seen, but the last, are read.
 
         Raises:
@@ -63,7 +63,7 @@ class Context:
 
 
 @torch.inference_mode()
-def _taken_up(snapshot: Snapshot, model: MegalodonForCausalLM) -> Context:
+def _taken_up(snapshot: Snapshot, model: CausalLM) -> Context:
     if not snapshot.tail:
         raise ValueError("it holds no token to go on from")
     tail = np.concatenate([segment.tokens for segment in snapshot.tail])

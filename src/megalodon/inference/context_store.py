@@ -10,6 +10,7 @@ removed after it, and counts only while the record has the name: so whatever a c
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -64,6 +65,7 @@ class ContextRecord:
         model, tokenizer, text: fingerprints; text is None where a part of it was read by the command line.
         parent: the context it was forked from.
         data: its data file.
+        note: whatever its maker wants to know of it later, or None.
     """
 
     id: str
@@ -79,6 +81,7 @@ class ContextRecord:
     text: str | None
     parent: str | None
     data: str
+    note: str | None = None
 
 
 class ContextStore:
@@ -116,7 +119,7 @@ class ContextStore:
         found = []
         for record in self._records(owner):
             if record.expires is not None and record.expires <= now:
-                self._remove(record)
+                self._remove_expired(record)
             else:
                 found.append(record)
         return sorted(found, key=lambda record: (record.created, record.id), reverse=True)
@@ -139,6 +142,15 @@ class ContextStore:
             return record
         raise NoContextError(f"no context {key[:80]!r}")
 
+    def check_name(self, owner: str, name: str) -> None:
+        """See whether a new context may have this name.
+
+        Raises:
+            NameTakenError: if the owner has a context of this name.
+            ValueError: if it is no name.
+        """
+        self._check_name(owner, name, None)
+
     def update(self, owner: str, key: str, **changes: str | float | None) -> ContextRecord:
         """Change a context's `name` or `expires`."""
         with self._lock:
@@ -158,7 +170,13 @@ class ContextStore:
     # --- contents ---------------------------------------------------------------------------------------------------
 
     def create(
-        self, owner: str, snapshot: Snapshot, name: str | None, expires: float | None, parent: str | None = None
+        self,
+        owner: str,
+        snapshot: Snapshot,
+        name: str | None,
+        expires: float | None,
+        parent: str | None = None,
+        note: str | None = None,
     ) -> ContextRecord:
         """Save a snapshot as a new context.
 
@@ -166,13 +184,13 @@ class ContextStore:
             NameTakenError: if the owner has a context of this name.
             OSError: if it cannot be written; nothing is left behind.
         """
-        return self._publish(self._new_record(owner, name, expires, parent), snapshot)
+        return self._publish(replace(self._new_record(owner, name, expires, parent), note=note), snapshot)
 
     def extend(self, owner: str, key: str, snapshot: Snapshot, since: ContextRecord) -> ContextRecord:
-        """Replace what a context holds.
+        """Replace what a context holds; its name and expiry stay what they are by now.
 
         Raises:
-            ChangedError: if it is no longer as `since`, which the snapshot was made from.
+            ChangedError: if it no longer holds what `since` did, which the snapshot was made from.
         """
         return self._publish(replace(since, changed=time.time(), data=_data_name(since.id)), snapshot, since)
 
@@ -252,11 +270,15 @@ class ContextStore:
                 if since is None:
                     self._check_name(record.owner, record.name, record.id)
                     self._point_to(record)
-                elif self._record(record.owner, record.id) != since:
-                    raise ChangedError(f"context {record.id} was changed or deleted meanwhile: read it again")
+                else:
+                    now = self._record(record.owner, record.id)
+                    if now is None or now.data != since.data:
+                        raise ChangedError(f"context {record.id} was changed or deleted meanwhile: read it again")
+                    record = replace(record, name=now.name, expires=now.expires)
                 self._write_record(record)
         except BaseException:
-            self._fs.rm_file(target)
+            with suppress(OSError):
+                self._fs.rm_file(target)
             if since is None:
                 self._forget_name(record)
             raise
@@ -305,7 +327,7 @@ class ContextStore:
         if record is None or record.name != name:
             return None
         if record.expires is not None and record.expires <= time.time():
-            self._remove(record)
+            self._remove_expired(record)
             return None
         return record
 
@@ -334,12 +356,16 @@ class ContextStore:
             self._indexed.add(owner)
             return
         records = list(self._records(owner))
-        for record in records:
-            if record.name is not None and self._pointed_to(owner, record.name) is None:
-                self._point_to(record)
-        if records and owner not in self._indexed:
-            self._write(marker, "")
-            self._indexed.add(owner)
+        try:
+            for record in records:
+                if record.name is not None and self._pointed_to(owner, record.name) is None:
+                    self._point_to(record)
+            if records and owner not in self._indexed:
+                self._write(marker, "")
+                self._indexed.add(owner)
+        except OSError as error:
+            if not is_read_only(error):
+                raise
 
     def _record(self, owner: str, context_id: str) -> ContextRecord | None:
         path = self._path(owner, f"{context_id}.json")
@@ -374,6 +400,11 @@ class ContextStore:
             with suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(record.owner, name))
         self._forget_name(record)
+
+    def _remove_expired(self, record: ContextRecord) -> None:
+        """Remove a context on the way, if the place lets us: whoever reads need not be able to write."""
+        with suppress(OSError):
+            self._remove(record)
 
     def _age(self, path: str) -> float:
         try:
@@ -419,6 +450,11 @@ class _Fetched:
 
     def __exit__(self, *_: object) -> None:
         self._held.close()
+
+
+def is_read_only(error: OSError) -> bool:
+    """Whether the place of contexts refuses to be written to."""
+    return error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) or isinstance(error, PermissionError)
 
 
 def _scratch_of(url: str) -> Path:

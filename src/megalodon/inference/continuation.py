@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +45,8 @@ class Continuation:
         self._stopping = StopStrings(generation.stop)
         self._generator = torch.Generator()
         self._unsent: list[TokenChoice] = []
+        self._counts: Counter[int] = Counter()
+        self._follower = None if generation.grammar is None else generation.grammar.follow()
         if generation.seed is not None:
             self._generator.manual_seed(choice_seed(generation.seed, index))
         elif generator is not None and generation.resume_generator and index == 0:
@@ -62,17 +64,47 @@ class Continuation:
         self._recent.append(token)
         self.pending = ("generated", token)
         self.generated += 1
+        self._counts[token] += 1
         self._unsent.append(self._described(token, logits))
+        if self._follower is not None:
+            self._follower.take(token)
         return self._show(token)
+
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """Logits [V] as this continuation alone wants them before sampling: penalties, bias, what may come next."""
+        generation = self.generation
+        if generation.logit_bias or ((generation.frequency_penalty or generation.presence_penalty) and self._counts):
+            logits = logits.clone()
+        for token, bias in generation.logit_bias:
+            logits[token] += bias
+        if (generation.frequency_penalty or generation.presence_penalty) and self._counts:
+            ids = torch.tensor(list(self._counts), dtype=torch.int64)
+            counts = torch.tensor(list(self._counts.values()), dtype=logits.dtype)
+            logits[ids] -= counts * generation.frequency_penalty + generation.presence_penalty
+        if self._follower is not None:
+            return self._follower.restrict(logits)
+        if self.generated < generation.min_tokens and self._ends:
+            logits = logits.clone()
+            logits[sorted(self._ends)] = -torch.inf
+        return logits
+
+    @property
+    def _ends(self) -> frozenset[int]:
+        end = self._tokenizer.eos_token_id
+        own = frozenset() if end is None or self.generation.ignore_end else frozenset((end,))
+        return self.generation.stop_tokens | own
 
     def _show(self, token: int) -> tuple[Delta | None, FinishReason | None]:
         reason = None
-        if token == self._tokenizer.eos_token_id and not self.generation.ignore_end:
+        if token in self._ends:
             text, reason = self._stopping.feed(self._decoder.flush()), FinishReason.stop
-            self._unsent.pop()  # the end of a document is no part of the text
+            if not self.generation.tell_end:
+                self._unsent.pop()  # what ends the text is no part of it
         else:
-            text = self._stopping.feed(self._decoder.feed(token))
-            if self._stopping.stopped:
+            text = self._decoder.feed(token)
+            if self.generated >= self.generation.min_tokens:
+                text = self._stopping.feed(text)
+            if self._stopping.stopped or (self._follower is not None and self._follower.complete):
                 reason = FinishReason.stop
             elif self.generated >= self.generation.max_tokens:
                 if self.history is None:  # otherwise half a character is left to whoever goes on
@@ -107,13 +139,14 @@ def choose_tokens(continuations: Sequence[Continuation], logits: Tensor) -> list
         alike.setdefault((sampling, looks_at), []).append(row)
     chosen: list[int | Exception] = [0] * len(continuations)
     for (sampling, looks_at), rows in alike.items():
-        groups = [rows]
+        groups = [rows] if all(_is_plain(continuations[row]) for row in rows) else [[row] for row in rows]
         while groups:
             group = groups.pop()
             members = [continuations[row] for row in group]
             recent = torch.tensor([list(one._recent) if looks_at else [] for one in members], dtype=torch.int64)
             try:
-                tokens = sample(logits[group], recent, sampling, [one._generator for one in members]).tolist()
+                scores = logits[group] if _is_plain(members[0]) else members[0].adjusted(logits[group[0]])[None]
+                tokens = sample(scores, recent, sampling, [one._generator for one in members]).tolist()
             except Exception as error:  # nothing was drawn yet: find out whose row it is
                 if len(group) > 1:
                     groups += [[row] for row in group]
@@ -122,6 +155,13 @@ def choose_tokens(continuations: Sequence[Continuation], logits: Tensor) -> list
             for row, token in zip(group, tokens, strict=True):
                 chosen[row] = token
     return chosen
+
+
+def _is_plain(one: Continuation) -> bool:
+    generation = one.generation
+    return one._follower is None and not (
+        generation.logit_bias or generation.min_tokens or generation.frequency_penalty or generation.presence_penalty
+    )
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -4,8 +4,11 @@ A step decodes one token of every sequence that is generating and reads at most 
 the requests that are reading, in turn. So whoever generates waits, for each token, at most for one decoding step and
 one piece, however long the texts being read are. Requests join and leave between steps.
 
+The engine is four parts, each in a file of its own: who waits (`schedule`), what is read (`reading`), who decodes
+(`decoding`), and, here, the thread that has them take turns.
+
 What a request gives depends on its text, parameters and seed alone, to the bit, whatever else is in the batch: texts
-are read in pieces of their own (`reading`), rows of a decoding step do not depend on one another (`slots`), and every
+are read in pieces of their own (`reader`), rows of a decoding step do not depend on one another (`slots`), and every
 continuation draws from a random generator of its own. This holds in float32 and in bfloat16.
 """
 
@@ -14,39 +17,48 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from megalodon.data.tokenizer import Tokenizer
+from megalodon.inference.decoding import Decoding
 from megalodon.inference.prefix_cache import PrefixStore
-from megalodon.inference.request import (
-    Failure,
-    QueueFullError,
-    Request,
-    StoppingError,
-)
+from megalodon.inference.reader import block_and_piece, empty_snapshot
+from megalodon.inference.reading import Reading
+from megalodon.inference.request import Failure, Request, StoppingError
+from megalodon.inference.schedule import Schedule
+from megalodon.inference.slots import BUCKETS, SlotDecoder, choose_buckets, slot_decoder
+from megalodon.inference.snapshot import START, Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity
-from megalodon.inference.steps import PIECE, Steps
-from megalodon.inference.work import Work
-from megalodon.model import MegalodonForCausalLM
+from megalodon.inference.work import Counters, Work
+from megalodon.models import CausalLM
+from megalodon.models.layers.watch import Watch
 
+PIECE = 512
+"""Tokens of a text read at once. More is a little quicker, and makes others wait longer for their next token."""
+WATCHED = 4096
+"""Values of every weight that are looked at where a request begins: all, of small ones (`models.layers.watch`)."""
+LOOK_UP_SECONDS = 0.005
+"""How long a step that finds nothing to do waits for a look-up before it sees whether there is something else."""
 _log = logging.getLogger(__name__)
 
 
-class Engine(Steps):
+class Engine:
     """Serves requests over one model. `submit` may be called from any thread; events come from the engine's.
 
     Attributes:
-        counters: for metrics.
+        model, tokenizer: what it was made with.
         identity: what snapshots of this engine belong to.
-        slots: sequences that can generate at once. queue_length: requests that may wait.
-        block, piece: tokens between two places where a sequence can be taken up, and tokens read at once.
+        counters: for metrics.
+        schedule, reading, decoding: its parts; they belong to its thread.
     """
 
     def __init__(
         self,
-        model: MegalodonForCausalLM,
+        model: CausalLM,
         tokenizer: Tokenizer,
         slots: int = 32,
         queue_length: int = 256,
@@ -68,12 +80,32 @@ class Engine(Steps):
             ValueError: for a number out of range.
             RuntimeError: if this machine's matrix products depend on the batch in a way that cannot be avoided.
         """
-        if queue_length < 1:
-            raise ValueError(f"queue_length is {queue_length}; it must be 1 or more")
-        super().__init__(model, tokenizer, slots, piece, prefixes, share_prefixes)
-        self.queue_length = queue_length
-        self._dirty = self._stopping = self._abandon = False
+        self.model, self.tokenizer, self.counters = model, tokenizer, Counters()
+        self.schedule = Schedule(queue_length)
+        if model.device.type == "cpu":  # there making them anew is a third of the time of a short prompt
+            model.keep_tables()
+        self._parts = partial(self._make_parts, slots, piece, prefixes, share_prefixes)
+        self._parts()
+        self._changed = threading.Condition()
+        self._dirty = self._stopping = self._abandon = self._stepping = False
+        self._step_began = 0.0
         self._thread: threading.Thread | None = None
+
+    def _make_parts(
+        self, slots: int, piece: int, prefixes: Callable[[ModelIdentity], PrefixStore] | None, share_prefixes: bool
+    ) -> None:
+        """Everything that is made of the model's weights, as they are now."""
+        model = self.model
+        decoder = make_decoder(model, slots)
+        block, piece = block_and_piece(model.model.dimensions.alignment, piece)
+        self.identity = ModelIdentity.of(model, self.tokenizer, block, piece)
+        store = None if prefixes is None else prefixes(self.identity)
+        self.decoding = Decoding(decoder, self.tokenizer, block, self.counters)
+        empty = empty_snapshot(unread_state(model), START)
+        self.reading = Reading(model, self.decoding, empty, piece, self.counters, self._wake, store, share_prefixes)
+        self._watch = Watch(model, model.parameters(), WATCHED, exact=False)
+
+    # --- from any thread --------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         """Take a request in. Its listener gets events until `Done` or `Failed`.
@@ -85,32 +117,13 @@ class Engine(Steps):
         """
         if request.generation is not None and request.generation.choices > self.slots:
             raise ValueError(f"choices is {request.generation.choices}; this engine has {self.slots} slots")
-        deadline = float("inf") if request.seconds is None else time.monotonic() + request.seconds
+        work = Work(request, self.counters)
         request.feed.on_change(self._wake)
         with self._changed:
             if self._stopping:
                 raise StoppingError("the engine is being closed and takes no more requests")
-            if len(self._inbox) + len(self._waiting) >= self.queue_length:
-                raise QueueFullError(f"{self.queue_length} requests are waiting already")
-            self._inbox.append(Work(request, deadline))
-            self._dirty = True
-            self._changed.notify_all()
-
-    @property
-    def waiting(self) -> int:
-        """Requests that have not begun."""
-        return len(self._inbox) + len(self._waiting)
-
-    @property
-    def idle(self) -> bool:
-        """Nothing is waiting or being worked on."""
-        with self._changed:
-            return not (self._stepping or self._inbox or len(self._waiting) or self._reading or self._rows)
-
-    @property
-    def alive(self) -> bool:
-        """The engine's thread is running."""
-        return self._thread is not None and self._thread.is_alive()
+            self.schedule.add(work)
+        self._wake()
 
     def start(self) -> Engine:
         """Run steps in a thread of the engine's own until `close`."""
@@ -134,6 +147,119 @@ class Engine(Steps):
         if self.prefixes is not None:
             self.prefixes.close()
 
+    @property
+    def slots(self) -> int:
+        """Sequences that can generate at once."""
+        return self.decoding.slots
+
+    @property
+    def decoder(self) -> SlotDecoder:
+        """The slots' memory."""
+        return self.decoding.decoder
+
+    @property
+    def queue_length(self) -> int:
+        """Requests that may wait."""
+        return self.schedule.most
+
+    @property
+    def block(self) -> int:
+        """Tokens between two places where a sequence can be taken up."""
+        return self.reading.block
+
+    @property
+    def piece(self) -> int:
+        """Tokens read at once."""
+        return self.reading.piece
+
+    @property
+    def empty(self) -> Snapshot:
+        """Where a text without a context begins."""
+        return self.reading.empty
+
+    @property
+    def prefixes(self) -> PrefixStore | None:
+        """States of texts read before."""
+        return self.reading.prefixes
+
+    @prefixes.setter
+    def prefixes(self, store: PrefixStore | None) -> None:
+        self.reading.prefixes = store
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return len(self.schedule)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is waiting or being worked on."""
+        with self._changed:
+            return not (self._stepping or len(self.schedule) or len(self.reading) or len(self.decoding))
+
+    @property
+    def alive(self) -> bool:
+        """The engine's thread is running."""
+        return self._thread is not None and self._thread.is_alive()
+
+    # --- in the engine's thread -------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Let requests go and let others in, read a piece, decode a token for everybody; False if nothing was done."""
+        with self._one_step():
+            self._let_go()
+            self._let_in()
+            read = self.reading.step()
+            decoded = self.decoding.step()
+            self._count(read or decoded)
+        return read or decoded or self.reading.await_look_up(LOOK_UP_SECONDS)
+
+    @contextmanager
+    def _one_step(self) -> Iterator[None]:
+        self._stepping = True  # a request that is being worked on may be in no part for a moment
+        self._step_began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    def _let_go(self) -> None:
+        now = time.monotonic()
+        for work in self._works():
+            work.fail_if_over(now)
+        for part in (self.schedule, self.reading, self.decoding):
+            part.forget_ended()
+
+    def _let_in(self) -> None:
+        looked = False
+        while (
+            work := self.schedule.next(self.decoding.free - self.reading.reserved, self.reading.has_room)
+        ) is not None:
+            if not looked and not self._watch.unchanged():
+                self._take_weights()
+            looked = True
+            self.reading.add(work)
+
+    def _take_weights(self) -> None:
+        """The model has changed: begin anew with it. What is under way would be neither of the old nor of the new."""
+        for work in dict.fromkeys([*self.reading.works(), *self.decoding.works()]):
+            work.fail(Failure.internal, "the model's weights were changed meanwhile: send the request again")
+        if self.prefixes is not None:
+            self.prefixes.close()
+        self._parts()
+
+    def _count(self, progressed: bool) -> None:
+        counters = self.counters
+        counters.waiting, counters.reading = len(self.schedule), len(self.reading)
+        counters.generating = len(self.decoding)
+        if progressed:
+            counters.steps += 1
+            counters.step_seconds += time.perf_counter() - self._step_began
+
+    def _works(self) -> list[Work]:
+        """Everybody, each once: one whose tokens are decoded again is read and in a slot."""
+        return list(dict.fromkeys([*self.schedule.works(), *self.reading.works(), *self.decoding.works()]))
+
     def _wake(self) -> None:
         with self._changed:
             self._dirty = True
@@ -148,11 +274,28 @@ class Engine(Steps):
                 progressed = self.step()
             except Exception:  # a defect in what all requests share: they fail, the engine goes on
                 _log.exception("a step failed")
-                for work in self._all():
-                    self._fail(work, Failure.internal, "a step of the engine failed")
+                self._fail_all(Failure.internal, "a step of the engine failed")
                 progressed = False
             if not progressed:
                 with self._changed:  # a timeout at most a second late, should nothing happen meanwhile
                     self._changed.wait_for(lambda: self._dirty or self._abandon, 0.05 if not self.idle else 1.0)
-        for work in self._all():
-            self._fail(work, Failure.stopping, "the server is stopping")
+        self._fail_all(Failure.stopping, "the server is stopping")
+
+    def _fail_all(self, failure: Failure, message: str) -> None:
+        for work in self._works():
+            work.fail(failure, message)
+        for part in (self.schedule, self.reading, self.decoding):
+            part.forget_ended()
+
+
+def make_decoder(model: CausalLM, slots: int) -> SlotDecoder:
+    """Slots for so many sequences, in sizes of a step that give a row the same bits."""
+    largest = [size for size in BUCKETS if size >= slots][:1] or [max(BUCKETS)]
+    return slot_decoder(model, slots, choose_buckets(model, [size for size in BUCKETS if size <= largest[0]]))
+
+
+@torch.inference_mode()
+def unread_state(model: CausalLM):
+    """The state of a sequence that has read nothing."""
+    ids = torch.zeros(1, 0, dtype=torch.int64, device=model.device)
+    return model.model(ids, use_cache=True).past_key_values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,11 +16,13 @@ class TokenFeed:
 
     Attributes:
         total: tokens put in so far.
+        marks: ascending, where the text is likely to be left by a later one: how many tokens lie before the beginning
+            of each message, say.
     """
 
-    def __init__(self, tokens: np.ndarray | None = None, capacity: int = CAPACITY) -> None:
+    def __init__(self, tokens: np.ndarray | None = None, capacity: int = CAPACITY, marks: Sequence[int] = ()) -> None:
         """With `tokens`, a feed that holds just those and is closed."""
-        self.total = 0
+        self.total, self.marks = 0, sorted(marks)
         self._pieces: deque[np.ndarray] = deque()
         self._waiting = 0
         self._capacity = capacity
@@ -50,6 +52,11 @@ class TokenFeed:
         self._wake()
         return True
 
+    @property
+    def full(self) -> bool:
+        """Whether `put` would wait now."""
+        return self._waiting >= self._capacity and not self._abandoned
+
     def close(self) -> None:
         """No more tokens will come."""
         with self._changed:
@@ -76,6 +83,8 @@ class TokenFeed:
             self._pieces.clear()
             self._waiting = 0
             self._changed.notify_all()
+        if len(pieces) == 1:
+            return pieces[0], closed
         return (np.concatenate(pieces) if pieces else np.array([], dtype=np.int64)), closed
 
     def on_change(self, call: Callable[[], None]) -> None:

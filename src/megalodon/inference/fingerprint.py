@@ -9,23 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon.model import MegalodonForCausalLM
+from megalodon.models import CausalLM
 
 SAMPLED_VALUES = 1 << 16
-ARCHITECTURE = (
-    *("vocab_size", "num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim"),
-    *("chunk_size", "norm_num_groups", "norm_eps", "norm_affine", "norm_prior_count", "rope_base", "swiglu"),
-    *("rescale_nffn", "scale_emb", "share_emb", "output_size"),
-)
 
 
-def model_fingerprint(model: MegalodonForCausalLM) -> str:
+def model_fingerprint(model: CausalLM) -> str:
     """SHA-256 of the config's fields that matter and of up to `SAMPLED_VALUES` evenly spaced values of every weight.
 
     Sampling keeps it quick for models of any size; training, or rounding to another dtype, changes values everywhere.
     """
-    fields = {name: getattr(model.config, name) for name in ARCHITECTURE}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(model.config.identity(), sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         values = parameter.detach().flatten()
         hash_tensor(digest, name, values[:: max(1, -(-values.numel() // SAMPLED_VALUES))])

@@ -19,16 +19,16 @@ from megalodon.data.tokenizer import Tokenizer
 from megalodon.inference.context import Context
 from megalodon.inference.sampling import REPETITION_WINDOW, Sampling, sample
 from megalodon.inference.stopping import StopStrings
-from megalodon.model import MegalodonForCausalLM, MegalodonState
+from megalodon.models import CausalLM, State
 
 READ_AT_ONCE = 2048
 
 Piece: TypeAlias = "Sequence[int] | np.ndarray | Tensor"
 
 
-def default_piece_length(chunk_size: int) -> int:
+def default_piece_length(alignment: int) -> int:
     """Tokens read at once: the least multiple of the chunk size that is at least `READ_AT_ONCE`."""
-    return -(-READ_AT_ONCE // chunk_size) * chunk_size
+    return -(-READ_AT_ONCE // alignment) * alignment
 
 
 class Session:
@@ -41,7 +41,7 @@ class Session:
 
     def __init__(
         self,
-        model: MegalodonForCausalLM,
+        model: CausalLM,
         context: Context | None = None,
         seed: int | None = None,
         piece_length: int | None = None,
@@ -61,11 +61,13 @@ class Session:
         self.model = model
         self.tokens = 0 if context is None else context.tokens
         self.generator = torch.Generator()
-        self._piece_length = default_piece_length(model.config.chunk_size) if piece_length is None else piece_length
+        self._piece_length = (
+            default_piece_length(model.model.dimensions.alignment) if piece_length is None else piece_length
+        )
         if self._piece_length < 1:
             raise ValueError(f"piece_length is {piece_length}; it must be 1 or more")
         self._vocab_size = vocab_size
-        self._state: MegalodonState | None = None if context is None else context.state
+        self._state: State | None = None if context is None else context.state
         self._pending: int | None = None if context is None else context.pending
         self._recent: deque[int] = deque(() if context is None else context.recent, maxlen=REPETITION_WINDOW)
         if seed is not None:
@@ -156,7 +158,7 @@ class Session:
         return fed + len(ids)
 
     @torch.inference_mode()
-    def _run(self, ids: Sequence[int] | np.ndarray) -> tuple[Tensor, MegalodonState]:
+    def _run(self, ids: Sequence[int] | np.ndarray) -> tuple[Tensor, State]:
         """Logits [1, V] after the last of `ids` (none for no ids), and the state after it."""
         input_ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))[None].to(self.model.device)
         output = self.model(input_ids, past_key_values=self._state, use_cache=True, logits_to_keep=1)
@@ -164,7 +166,7 @@ class Session:
 
 
 def generate_stream(
-    model: MegalodonForCausalLM,
+    model: CausalLM,
     prompt: Piece | Iterable[Piece],
     max_tokens: int,
     sampling: Sampling | None = None,

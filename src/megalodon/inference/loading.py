@@ -13,8 +13,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from megalodon.data import Tokenizer, check_vocabulary, load_tokenizer
-from megalodon.model import MegalodonForCausalLM
+from megalodon.data import Tokenizer, check_vocabulary, load_tokenizer, same_tokens
+from megalodon.models import CausalLM, architecture, build_model, load_config
+from megalodon.parallel.sharded import read_weights, sharded_checkpoint, weight_shapes
 
 
 class DtypeName(StrEnum):
@@ -82,13 +83,16 @@ def model_folder(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder} holds no config.json: it is not a model folder")
 
 
-def load_model(
-    folder: Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> MegalodonForCausalLM:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds a tokenizer."""
+    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def load_model(folder: Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> CausalLM:
     """A model in evaluation mode.
 
     Args:
-        folder: as for `model_folder`.
+        folder: as for `model_folder`; also a checkpoint of a run on a mesh.
         device: None for the first GPU, or the CPU.
         dtype: None for that of the weights.
 
@@ -98,9 +102,12 @@ def load_model(
     """
     folder = model_folder(folder)
     where = choose_device(device) if device is None or isinstance(device, str) else device
+    if (checkpoint := sharded_checkpoint(folder.resolve())) is not None:
+        return _load_sharded(folder, checkpoint, dtype).eval().to(where)
     with quiet_transformers():
         try:
-            loaded: Any = MegalodonForCausalLM.from_pretrained(
+            model_class = architecture(load_config(folder).model_type).causal_lm
+            loaded: Any = model_class.from_pretrained(
                 folder,
                 dtype=dtype or "auto",
                 output_loading_info=True,
@@ -111,7 +118,7 @@ def load_model(
             raise ValueError(f"the weights in {folder} are damaged: {error}") from None
         except StrictDataclassError as error:  # Transformers' wrapping of what is wrong
             raise ValueError(f"{folder / 'config.json'} is not possible: {error.__cause__ or error}") from None
-    model: MegalodonForCausalLM
+    model: CausalLM
     model, report = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report[kind]:
@@ -124,16 +131,31 @@ def load_model(
     return model.eval().to(where)
 
 
-def load_tokenizer_for(model: MegalodonForCausalLM, folder: Path, name: str | None = None) -> Tokenizer:
+def _load_sharded(folder: Path, checkpoint: Path, dtype: torch.dtype | None) -> CausalLM:
+    """The model of a checkpoint of a run on a mesh, whose weights lie beside its folder."""
+    weights = read_weights(checkpoint, list(weight_shapes(checkpoint)))
+    model = build_model(load_config(folder))
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    wrong = sorted((set(missing) - set(model.all_tied_weights_keys)) | set(unexpected))
+    if wrong:
+        raise ValueError(f"the weights in {checkpoint} do not fit its config: {wrong[0]} is only in one of them")
+    model.to(dtype=dtype or next(iter(weights.values())).dtype)  # type: ignore[call-arg]
+    return model
+
+
+def load_tokenizer_for(model: CausalLM, folder: Path, name: str | None = None) -> Tokenizer:
     """The tokenizer of this name, or the one in the model's folder.
 
     Raises:
         FileNotFoundError: if the folder holds none and no name is given.
-        ValueError: if it has more ids than the model.
+        ValueError: if it has more ids than the model, or other tokens than the folder's own.
     """
     folder = model_folder(folder)
-    if name is None and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+    if name is None and not has_tokenizer(folder):
         raise FileNotFoundError(f"{folder} holds no tokenizer: name one with --tokenizer (bytes, a file or a folder)")
     tokenizer = load_tokenizer(name or folder)
+    own = load_tokenizer(folder) if name is not None and has_tokenizer(folder) else tokenizer
+    if (told := same_tokens(tokenizer, own)) is not None:
+        raise ValueError(f"tokenizer {name!r} is another than the one in {folder}: {told}. Leave it out")
     check_vocabulary(tokenizer, model.config.vocab_size)
     return tokenizer

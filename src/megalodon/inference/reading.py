@@ -1,255 +1,194 @@
-"""Reading a text into a sequence piece by piece, the same pieces whatever else the engine does meanwhile.
+"""What is read: up to one piece's worth of tokens a step, from the requests that are reading, in turn.
 
-Pieces end at multiples of `piece` tokens of the sequence, so they depend on the text alone. The last token is kept back
-for the first decoding step. What a snapshot has in its tail is read again, generated tokens one by one.
+A request is here from when it may begin until its text has been read. While tokens of it that were once generated are
+decoded again (`decoding`), it keeps its turn and waits.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, wait
+from functools import partial
 
 import numpy as np
-from torch import Tensor
+import torch
 
-from megalodon.inference.feed import TokenFeed
-from megalodon.inference.prefix_cache import PrefixCache
-from megalodon.inference.snapshot import History, Kind, Snapshot, extend_digest
-from megalodon.model import MegalodonState
-from megalodon.model.state import Dimensions
+from megalodon.inference.decoding import Decoding
+from megalodon.inference.hidden import Watch
+from megalodon.inference.known_text import KnownText
+from megalodon.inference.prefix_cache import PrefixStore
+from megalodon.inference.reader import Finished, Piece, Reader, Ready, Replay, Waiting
+from megalodon.inference.request import Failure, Progress
+from megalodon.inference.snapshot import Snapshot
+from megalodon.inference.work import Counters, RefusedError, Work
+from megalodon.models import CausalLM
 
-KEPT_APART = 16
-"""Of a long text's inner boundaries, the cache is offered one in so many."""
-KEPT_AT_END = 4
-"""The last boundaries of a text are all offered: the next request most likely shares them."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens to run the model on, many at once."""
-
-    tokens: np.ndarray
-
-
-@dataclass(frozen=True)
-class Replay:
-    """Tokens to decode one by one without choosing."""
-
-    tokens: tuple[tuple[Kind, int], ...]
+READERS_PER_SLOT = 4
+"""So many requests that need no slot may read at once, for each slot: most of them wait for their text to arrive."""
+LEAST_COST = 32
+"""A piece of fewer tokens takes about as long as one of so many."""
+TOO_MUCH = -1
+"""The cost of a piece that is more than what is left of a step's."""
 
 
-@dataclass(frozen=True)
-class Ready:
-    """Everything but this token has been fed; the first decoding step feeds it."""
-
-    kind: Kind
-    token: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """All has been read, and there is nothing to go on from: nothing is to be generated, or the text is empty. The last
-    tokens may be unfed, in the snapshot's tail."""
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """For more of the text to arrive."""
-
-
-Next: TypeAlias = "Piece | Replay | Ready | Finished | Waiting"
-
-
-class Reader:
-    """The text part of one request.
+class Reading:
+    """The requests that are reading.
 
     Attributes:
-        state: after all that was fed; None while the sequence is in a slot.
-        position: tokens fed.
-        cached: tokens that were not fed because the cache had the state after them.
-        arrived: tokens of the sequence known so far.
+        empty: where a text without a context begins.
+        block, piece: tokens between two places where a sequence can be taken up, and tokens read at once.
+        prefixes: states of texts read before, or None.
     """
 
     def __init__(
-        self, start: Snapshot, feed: TokenFeed, block: int, piece: int, cache: PrefixCache | None, only: bool
+        self,
+        model: CausalLM,
+        decoding: Decoding,
+        empty: Snapshot,
+        piece: int,
+        counters: Counters,
+        wake: Callable[[], None],
+        prefixes: PrefixStore | None = None,
+        share_prefixes: bool = False,
     ) -> None:
-        """`only`: nothing will be generated, so that tokens past the last block boundary need not be fed."""
-        self.state: MegalodonState | None = start.state
-        self.position = start.position
-        self.cached = 0
-        self.arrived = start.tokens
-        self.history = History(
-            Snapshot(start.state, start.position, start.digest, start.read_only, start.recent, ()), block
-        )
-        self._generator: Tensor | None = start.generator
-        self._feed, self._block, self._piece, self._cache, self._only = feed, block, piece, cache, only
-        self._closed = False
-        self._ahead: list[bytes] = []
-        self._stages: deque[np.ndarray | Replay] = deque()
-        self._held: int | None = None
-        self._buffer = np.array([], dtype=np.int64)
-        self._plan(start)
+        """
+        Args:
+            model: in evaluation mode.
+            decoding: where sequences go whose text is read.
+            empty, piece, prefixes: the attributes.
+            counters: what has been read.
+            wake: called, from any thread, when there is something to do again.
+            share_prefixes: owners use one another's.
+        """
+        self.empty, self.block, self.piece, self.prefixes = empty, decoding.block, piece, prefixes
+        self._model, self._decoding, self._counters, self._share = model, decoding, counters, share_prefixes
+        self._wake = wake
+        self._works: deque[Work] = deque()
 
-    def _plan(self, start: Snapshot) -> None:
-        segments = list(start.tail)
-        if segments and segments[-1].kind == "read":
-            self._buffer = segments.pop().tokens
-        elif segments:
-            self._held = int(segments[-1].tokens[-1])
-        carried: list[tuple[Kind, int]] = []
-        for i, segment in enumerate(segments):
-            if segment.kind == "read":
-                self._stages.append(segment.tokens[:-1])
-                carried = [("read", int(segment.tokens[-1]))]
-            else:
-                tokens = segment.tokens[:-1] if self._held is not None and i == len(segments) - 1 else segment.tokens
-                if replay := (*carried, *(("generated", token) for token in tokens.tolist())):
-                    self._stages.append(Replay(replay))
-                carried = []
+    def __len__(self) -> int:
+        return len(self._works)
 
     @property
-    def replays(self) -> bool:
-        """Whether a slot will be needed before anything is generated."""
-        return self._held is not None or any(isinstance(stage, Replay) for stage in self._stages)
+    def reserved(self) -> int:
+        """Slots that requests here are going to take."""
+        return sum(work.reserved for work in self._works)
 
-    def next(self, most: int) -> Next | None:
-        """What to do now; None if that is a piece of more than `most` tokens, which is then still to come.
+    @property
+    def has_room(self) -> bool:
+        """Whether one more request that needs no slot may begin."""
+        return sum(work.slots_needed == 0 for work in self._works) < READERS_PER_SLOT * self._decoding.slots
 
-        Report a piece with `fed`, replayed tokens with `replayed`.
-        """
-        self._take()
-        if self._is_enough():
-            return Finished() if self._closed else Waiting()
-        while self._stages:
-            stage = self._stages.popleft()
-            if isinstance(stage, Replay):
-                return stage
-            if len(stage):
-                length = min(self._room(), len(stage))
-                self._stages.appendleft(stage[length:] if length <= most else stage)
-                return Piece(stage[:length]) if length <= most else None
-        if self._held is not None:
-            if not len(self._buffer):
-                return Ready("generated", self._held) if self._closed else Waiting()
-            held, self._held = self._held, None
-            return Replay((("generated", held),))
-        return self._next_of_text(most)
+    def works(self) -> list[Work]:
+        """All that are reading."""
+        return list(self._works)
 
-    def _next_of_text(self, most: int) -> Next | None:
-        self._jump()
-        if self._is_enough():  # what the cache had may be all that was needed
-            return Finished() if self._closed else Waiting()
-        room = self._room()
-        length = min(room, len(self._buffer) - 1)
-        if length == room or (self._closed and length > 0):
-            if length > most:
-                return None
-            piece, self._buffer = self._buffer[:length], self._buffer[length:]
-            return Piece(piece)
-        if not self._closed:
-            return Waiting()
-        return Ready("read", int(self._buffer[0])) if len(self._buffer) else Finished()
+    def forget_ended(self) -> None:
+        """Let go of requests that have ended."""
+        if any(work.ended for work in self._works):
+            self._works = deque(work for work in self._works if not work.ended)
 
-    def fed(self, tokens: np.ndarray, state: MegalodonState) -> None:
-        """A piece has been run; `state` is what it left."""
-        self.state = state
-        self.position += len(tokens)
-        self.history.append("read", tokens)
-        if self.position % self._block == 0:
-            self._ahead = self._ahead[1:]
-            self.state = compact(state)
-            self.history.rebase(self.state, read_only=True)
-            self._offer()
+    def add(self, work: Work) -> None:
+        """Begin to read a request's text."""
+        if work.guarded(partial(self._begin, work)):
+            self._works.append(work)
 
-    def replayed(self, kind: Kind, token: int) -> None:
-        """One token has been decoded in a slot."""
-        self.position += 1
-        self.history.append(kind, [token])
+    def _begin(self, work: Work) -> bool:
+        request, known = work.request, None
+        if self.prefixes is not None and request.watch is None:  # a watch sees all of the text
+            known = KnownText(self.prefixes, "" if self._share else request.owner, self.block, self._wake)
+        only = request.generation is None and request.watch is None
+        work.reader = Reader(request.start or self.empty, request.feed, self.block, self.piece, known, only)
+        work.reserved = work.slots_needed
+        return True
 
-    def snapshot(self) -> Snapshot:
-        """The sequence with all that has arrived, fed or not."""
-        history = self.history.copy()
-        for stage in self._stages:
-            if isinstance(stage, Replay):
-                for kind, token in stage.tokens:
-                    history.append(kind, [token])
-            else:
-                history.append("read", stage)
-        if self._held is not None:
-            history.append("generated", [self._held])
-        history.append("read", self._buffer)
-        return history.snapshot(self._generator)
+    def step(self) -> bool:
+        """Read up to one piece's worth of tokens, from the requests in turn; False if nothing could be read."""
+        budget, progressed, passed = self.piece, False, 0
+        while self._works and budget > 0 and passed < len(self._works):
+            work = self._works.popleft()
+            cost = work.guarded(partial(self._turn, work, budget)) or 0
+            if cost == TOO_MUCH:  # first in the next step
+                self._works.appendleft(work)
+                return True
+            passed = 0 if cost else passed + 1
+            progressed = progressed or cost > 0
+            budget -= cost
+        return progressed
 
-    def _take(self) -> None:
-        if self._closed or len(self._buffer) > 2 * max(self._block, self._piece):
-            return
-        tokens, self._closed = self._feed.take()
-        self.arrived += len(tokens)
-        self._buffer = np.concatenate([self._buffer, tokens]) if len(tokens) else self._buffer
+    def await_look_up(self, seconds: float) -> bool:
+        """Wait for a text to be looked up, for so long at most; False if none is being looked up."""
+        looking = [work.reader.looking for work in self._works if work.reader is not None]
+        pending = [look_up for look_up in looking if look_up is not None]
+        wait(pending, seconds, FIRST_COMPLETED)
+        return bool(pending)
 
-    def _unfed(self) -> int:
-        stages = sum(len(stage.tokens) if isinstance(stage, Replay) else len(stage) for stage in self._stages)
-        return stages + (self._held is not None) + len(self._buffer)
+    def _turn(self, work: Work, budget: int) -> int:
+        """Do the next thing for a request, and put it back if it goes on reading; its cost in tokens."""
+        reader = work.reader
+        assert reader is not None
+        if reader.state is None:  # its sequence is in a slot, being decoded again
+            self._works.append(work)
+            return 0
+        before = reader.cached
+        upcoming = reader.next(budget)
+        if upcoming is None:
+            return TOO_MUCH
+        self._check_length(work, reader)
+        self._counters.cached_tokens += reader.cached - before
+        match upcoming:
+            case Piece(tokens):
+                self._run_piece(work, reader, tokens)
+                self._works.append(work)
+                return max(len(tokens), LEAST_COST)
+            case Replay(tokens):
+                self._decoding.replay(work, reader, tokens)
+                self._works.append(work)
+                return 1
+            case Ready(kind, token):
+                if (watch := work.request.watch) is not None:
+                    self._watch_last(watch, reader, token)
+                if work.request.generation is None:
+                    self._finish(work, reader)
+                    return 1
+                self._decoding.generate(work, reader, (kind, token))
+                return 1
+            case Finished():
+                self._finish(work, reader)
+                return 1
+            case Waiting():
+                self._works.append(work)
+        return 0
 
-    def _is_enough(self) -> bool:
-        """Nothing will be generated, and no more than one block is unfed: a snapshot's tail has room for it."""
-        return self._only and self.position % self._block + self._unfed() <= self._block
+    def _check_length(self, work: Work, reader: Reader) -> None:
+        most = work.request.max_prompt_tokens
+        known = 0 if work.request.start is None else work.request.start.tokens
+        if most is not None and reader.arrived - known > most:
+            raise RefusedError(Failure.too_long, f"the text has more than {most} tokens")
 
-    def _room(self) -> int:
-        return self._piece - self.position % self._piece
+    @torch.inference_mode()
+    def _run_piece(self, work: Work, reader: Reader, tokens: np.ndarray) -> None:
+        ids = torch.from_numpy(tokens)[None].to(self._model.device)
+        output = self._model.model(ids, past_key_values=reader.state, use_cache=True)
+        if work.request.watch is not None:
+            work.request.watch.piece(tokens, output.last_hidden_state[0], self._model.lm_head)
+        reader.fed(tokens, output.past_key_values)
+        self._counters.read_tokens += len(tokens)
+        assert reader.state is not None
+        work.emit(Progress(reader.position, reader.arrived, reader.cached, reader.state.nbytes))
 
-    def _jump(self) -> None:
-        """Go to the furthest boundary of the arrived text whose state is in the cache."""
-        if self._cache is None or self.position % self._block or not self.history.base.read_only:
-            return
-        blocks = (len(self._buffer) - 1) // self._block
-        while len(self._ahead) < blocks:
-            start = len(self._ahead) * self._block
-            before = self._ahead[-1] if self._ahead else self.history.base.digest
-            assert before is not None
-            self._ahead.append(extend_digest(before, self._buffer[start : start + self._block]))
-        count, state = self._cache.find(self._ahead[:blocks])
-        if state is not None:
-            length = count * self._block
-            self.history.jump(state, self._buffer[:length], self._ahead[count - 1], read_only=True)
-            self.state, self._buffer, self._ahead = state, self._buffer[length:], self._ahead[count:]
-            self.position += length
-            self.cached += length
+    @torch.inference_mode()
+    def _watch_last(self, watch: Watch, reader: Reader, token: int) -> None:
+        if watch.needs_last:
+            ids = torch.tensor([[token]], device=self._model.device)
+            output = self._model.model(ids, past_key_values=reader.state, use_cache=True)
+            watch.piece(np.array([token]), output.last_hidden_state[0], self._model.lm_head)
+        watch.last(token)
 
-    def _offer(self) -> None:
-        if self._cache is None or not self.history.base.read_only:
-            return
-        inner = len(self._buffer) > KEPT_AT_END * self._block or not self._closed
-        if not inner or self.position // self._block % KEPT_APART == 0:
-            digest = self.history.base.digest
-            assert self.state is not None and digest is not None
-            self._cache.put(digest, self.state)
-
-
-def compact(state: MegalodonState) -> MegalodonState:
-    """The same state in memory of its own, without room for keys and values to come."""
-    tensors = {name: tensor.clone() for name, tensor in state.state_dict().items()}
-    return MegalodonState.from_state_dict(tensors, state.dimensions)
-
-
-def empty_snapshot(state: MegalodonState, digest: bytes) -> Snapshot:
-    """The beginning of every text; `state` is one that has read nothing."""
-    return Snapshot(state, 0, digest, True, (), ())
-
-
-def block_and_piece(sizes: Dimensions, piece: int) -> tuple[int, int]:
-    """(block, piece): tokens between two places where a sequence can be taken up, and tokens read at once.
-
-    The piece is the largest number up to `piece` that divides the chunk size, or that the chunk size divides; the
-    block is the larger of piece and chunk.
-
-    Raises:
-        ValueError: for a piece below 1.
-    """
-    if piece < 1:
-        raise ValueError(f"piece is {piece}; it must be 1 or more")
-    chunk = sizes.chunk_size
-    if piece >= chunk:
-        return (piece // chunk * chunk,) * 2
-    return chunk, max(size for size in range(1, piece + 1) if chunk % size == 0)
+    def _finish(self, work: Work, reader: Reader) -> None:
+        """Everything is read of a text after which nothing is generated."""
+        snapshot = reader.snapshot()
+        if snapshot.tokens == 0 or work.request.generation is not None:
+            raise RefusedError(Failure.empty, "the text is empty: give at least one character")
+        work.emit(Progress(snapshot.tokens, snapshot.tokens, reader.cached, snapshot.nbytes))
+        work.finish(snapshot.tokens, snapshot if work.request.keep else None)

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from megalodon.inference.sampling import REPETITION_WINDOW
-from megalodon.model import MegalodonState
+from megalodon.models import State
 
 Kind: TypeAlias = Literal["read", "generated"]
 START = hashlib.sha256(b"megalodon text 1").digest()
@@ -48,7 +48,7 @@ class Snapshot:
         generator: state of the random generator, uint8 [n], where something was generated.
     """
 
-    state: MegalodonState
+    state: State
     position: int
     digest: bytes | None
     read_only: bool
@@ -111,13 +111,13 @@ class History:
         self._tail[-1][1].append(array)
         self._length += len(array)
 
-    def rebase(self, state: MegalodonState, read_only: bool) -> None:
+    def rebase(self, state: State, read_only: bool) -> None:
         """Note the state after all tokens noted so far, which end at a block's end; `read_only` tells of this block."""
         tokens = np.concatenate([part for _, parts in self._tail for part in parts])
         digest = None if self._base.digest is None else extend_digest(self._base.digest, tokens)
         self.jump(state, tokens, digest, read_only)
 
-    def jump(self, state: MegalodonState, tokens: np.ndarray, digest: bytes | None, read_only: bool) -> None:
+    def jump(self, state: State, tokens: np.ndarray, digest: bytes | None, read_only: bool) -> None:
         """Note the state after `tokens` more than the last boundary, blocks whose chained digest is known."""
         recent = (*self._base.recent, *tokens[-REPETITION_WINDOW:].tolist())[-REPETITION_WINDOW:]
         position = self._base.position + len(tokens)

@@ -8,9 +8,10 @@ and the server write the same files.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -23,10 +24,16 @@ from megalodon.files import save_tensors, write_file
 from megalodon.inference.fingerprint import hash_tensor, model_fingerprint
 from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.snapshot import Segment, Snapshot
-from megalodon.model import MegalodonConfig, MegalodonForCausalLM, MegalodonState
+from megalodon.models import CausalLM, Config, State
 
 FORMAT = "megalodon-context-1"
 KINDS = ("read", "generated")
+MOST_HEADER = 1 << 20
+"""Bytes of a file's header: names, shapes and fingerprints of a thousand layers have room."""
+MOST_GENERATOR = 1 << 14
+"""Bytes of a random generator's state."""
+MOST_VALUE = 1e12
+"""No number in a state is larger: products of such numbers stay finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class ModelIdentity:
         tokenizer: its fingerprint; tokenizer_name: for people.
         block: tokens between two boundaries, and piece: tokens read at once; both shape the last bits. None for a
             `Session`, which takes up anybody's snapshots, and whose snapshots, with a tail of one token, anybody can.
-        config: the model's.
+        config: the model's; state_class: that of its states.
         device: where states are loaded to.
     """
 
@@ -49,13 +56,12 @@ class ModelIdentity:
     tokenizer_name: str
     block: int | None
     piece: int | None
-    config: MegalodonConfig
+    config: Config
+    state_class: type[State]
     device: torch.device
 
     @staticmethod
-    def of(
-        model: MegalodonForCausalLM, tokenizer: Tokenizer, block: int | None = None, piece: int | None = None
-    ) -> ModelIdentity:
+    def of(model: CausalLM, tokenizer: Tokenizer, block: int | None = None, piece: int | None = None) -> ModelIdentity:
         """That of a model and a tokenizer."""
         return ModelIdentity(
             model_fingerprint(model),
@@ -65,11 +71,12 @@ class ModelIdentity:
             block,
             piece,
             model.config,
+            model.model.state_class,
             model.device,
         )
 
 
-Count = Annotated[int, Field(ge=0, lt=2**62)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -135,12 +142,10 @@ def load_snapshot(path: Path, identity: ModelIdentity) -> Snapshot:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no context file {path}")
-    tensors, metadata = _read(path)
+    entries, metadata = _first_look(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"not a context file: its format is {metadata.get('format')!r}, not {FORMAT!r}")
     written = metadata.get("context", "")
-    if metadata.get("checksum") != _checksum(written, tensors):
-        raise ValueError("the context file is damaged: its contents do not have the checksum in its header")
     try:
         header = _Header.model_validate_json(written)
     except ValidationError as error:
@@ -148,16 +153,54 @@ def load_snapshot(path: Path, identity: ModelIdentity) -> Snapshot:
         where = ".".join(map(str, first["loc"])) or "JSON"
         raise ValueError(f"the context file is damaged: its header's {where}: {first['msg']}") from None
     _check_identity(header, identity)
+    _check_sizes(entries, header, identity)
+    tensors = _read(path)
+    if metadata.get("checksum") != _checksum(written, tensors):
+        raise ValueError("the context file is damaged: its contents do not have the checksum in its header")
     try:
         return _snapshot(header, tensors, identity)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"the context file is damaged: {error}") from None
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _first_look(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(what the file says of its tensors, its metadata), without reading any tensor."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= MOST_HEADER:
+                raise ValueError(f"its header would have {length:,} bytes, more than {MOST_HEADER:,}")
+            entries = json.loads(file.read(length))
+        metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are none")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the context file is damaged, or no context file: {str(error)[:200]}") from None
+    return entries, metadata
+
+
+def _check_sizes(entries: dict[str, Any], header: _Header, identity: ModelIdentity) -> None:
+    """Refuse a file with other tensors than a context of this model has, or larger ones, before one is read."""
+    kind = identity.state_class
+    sizes = kind.dimensions_class.of(identity.config)
+    most: dict[str, list[int]] = {"tail.tokens": [header.block or 1], "tail.kinds": [header.block or 1]}
+    if header.generator:
+        most["generator"] = [MOST_GENERATOR]
+    for name, shape in kind.shapes(sizes).items():
+        places = kind.places(sizes, name, header.position) if -1 in shape else 0
+        most[f"state.{name}"] = [1 if size is None else places if size == -1 else size for size in shape]
+    for name, entry in entries.items():
+        stated = entry.get("shape") if isinstance(entry, dict) else None
+        if name not in most or not isinstance(stated, list) or len(stated) != len(most[name]):
+            raise ValueError(f"the context file is damaged: no context of this model has a {name[:80]} like its own")
+        if any(type(size) is not int or not 0 <= size <= bound for size, bound in zip(stated, most[name], strict=True)):
+            raise ValueError(f"the context file is damaged: its {name} is larger than that of {header.position} tokens")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"the context file is damaged, or no context file: {error}") from None
 
@@ -181,7 +224,7 @@ def _check_identity(header: _Header, identity: ModelIdentity) -> None:
 
 def _snapshot(header: _Header, tensors: dict[str, Tensor], identity: ModelIdentity) -> Snapshot:
     parts = {name.removeprefix("state."): x for name, x in tensors.items() if name.startswith("state.")}
-    state = MegalodonState.from_state_dict(parts, identity.config)
+    state = identity.state_class.from_state_dict(parts, identity.config)
     _check_state(parts, header, identity)
     tokens, kinds = tensors["tail.tokens"].numpy(), tensors["tail.kinds"].numpy()
     _check_tail(tokens, kinds, header, identity.config.vocab_size)
@@ -207,16 +250,22 @@ def _check_state(parts: dict[str, Tensor], header: _Header, identity: ModelIdent
         raise ValueError("the context file is damaged: its position is not that of its state")
     if header.read_only and (header.digest is None or header.block is None or header.position % header.block):
         raise ValueError("the context file is damaged: its state is not one that reading a known text leaves")
-    filled = header.position % identity.config.chunk_size
+    kind = identity.state_class
+    sizes = kind.dimensions_class.of(identity.config)
+    shapes = kind.shapes(sizes)
     for name, tensor in parts.items():
-        kind = name.rsplit(".", 1)[-1]
         own = getattr(torch, identity.dtype)
-        floating = {"keys": (own,), "values": (own,), "cema": (torch.float32,), "position": (torch.int64,)}
-        if tensor.dtype not in floating.get(kind, (torch.float64, torch.float32)):
+        right = {kind.tensor_dtype(name, own, wide) for wide in (torch.float32, torch.float64)}
+        if tensor.dtype not in right:
             raise ValueError(f"the context file is damaged: its {name} is {tensor.dtype}")
-        if kind in ("keys", "values") and tensor.shape[1] != filled:
-            raise ValueError(f"the context file is damaged: its {name} is not that of {filled} tokens")
-        if not tensor.isfinite().all() or (kind == "var" and (tensor < 0).any()):
+        if name not in shapes:
+            raise ValueError(f"the context file is damaged: no state of this model has a {name}")
+        if -1 in shapes[name]:
+            filled = kind.places(sizes, name, header.position)
+            if tensor.ndim != len(shapes[name]) or tensor.shape[shapes[name].index(-1)] != filled:
+                raise ValueError(f"the context file is damaged: its {name} is not that of {filled} tokens")
+        large = tensor.is_floating_point() and tensor.numel() and float(tensor.abs().amax()) > MOST_VALUE
+        if large or not kind.is_possible(name, tensor):
             raise ValueError(f"the context file is damaged: its {name} has values that no state has")
 
 

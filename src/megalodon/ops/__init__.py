@@ -11,30 +11,80 @@ from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
 from megalodon.ops.layout import Layout, layout_of, move_rows
-from megalodon.ops.rotary import rotate, rotations
+from megalodon.ops.linear_attention import IMPLEMENTATIONS as _LINEAR_ATTENTION
+from megalodon.ops.linear_attention import LinearState, Window, linear_attention
+from megalodon.ops.long_convolution import IMPLEMENTATIONS as _LONG_CONVOLUTION
+from megalodon.ops.long_convolution import long_convolution
+from megalodon.ops.rotary import rotate, rotate_halves, rotations, rotations_of
+from megalodon.ops.segments import Segments, segmented
+from megalodon.ops.selective_scan import IMPLEMENTATIONS as _SELECTIVE_SCAN
+from megalodon.ops.selective_scan import selective_scan
+from megalodon.ops.short_convolution import short_convolution
+from megalodon.ops.sliding_chunk_attention import IMPLEMENTATIONS as _SLIDING_CHUNK_ATTENTION
+from megalodon.ops.sliding_chunk_attention import Visible, sliding_chunk_attention, two_chunk_attention
+from megalodon.ops.sparse_attention import IMPLEMENTATIONS as _SPARSE_ATTENTION
+from megalodon.ops.sparse_attention import sparse_attention
+from megalodon.ops.timestep_decay_norm import IMPLEMENTATIONS as _TIMESTEP_DECAY_NORM
+from megalodon.ops.timestep_decay_norm import timestep_decay_norm
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
 from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
+from megalodon.ops.window_attention import IMPLEMENTATIONS as _WINDOW_ATTENTION
+from megalodon.ops.window_attention import RecentKeys, WindowSums, window_attention, window_sums
+from megalodon.ops.working_memory import IMPLEMENTATIONS as _WORKING_MEMORY
+from megalodon.ops.working_memory import working_memory
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
     "KeptTables",
     "Layout",
+    "LinearState",
     "Prior",
+    "RecentKeys",
+    "Segments",
     "Statistics",
+    "Visible",
+    "Window",
+    "WindowSums",
     "backends",
     "causal_attention",
     "cema",
     "chunk_attention",
     "default_backend",
     "layout_of",
+    "linear_attention",
+    "long_convolution",
     "move_rows",
     "rotate",
+    "rotate_halves",
     "rotations",
+    "rotations_of",
+    "segmented",
+    "selective_scan",
+    "short_convolution",
     "silu_product",
+    "sliding_chunk_attention",
+    "sparse_attention",
+    "timestep_decay_norm",
     "timestep_norm",
+    "two_chunk_attention",
+    "window_attention",
+    "window_sums",
+    "working_memory",
 ]
 
-OPERATORS = {"cema": _CEMA, "timestep_norm": _TIMESTEP_NORM, "chunk_attention": _CHUNK_ATTENTION}
+OPERATORS = {
+    "cema": _CEMA,
+    "timestep_norm": _TIMESTEP_NORM,
+    "timestep_decay_norm": _TIMESTEP_DECAY_NORM,
+    "chunk_attention": _CHUNK_ATTENTION,
+    "sliding_chunk_attention": _SLIDING_CHUNK_ATTENTION,
+    "linear_attention": _LINEAR_ATTENTION,
+    "window_attention": _WINDOW_ATTENTION,
+    "selective_scan": _SELECTIVE_SCAN,
+    "long_convolution": _LONG_CONVOLUTION,
+    "sparse_attention": _SPARSE_ATTENTION,
+    "working_memory": _WORKING_MEMORY,
+}
 
 
 def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, tuple[str, ...]]]:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalodon.ops import compiled
+
 ENVIRONMENT_VARIABLE = "MEGALODON_BACKEND"
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)
@@ -67,8 +69,11 @@ def without_kernels(device_type: str, index: int | None = None) -> str | None:
 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-    """The form for a device and dtype unless one is named: plain PyTorch, which runs everywhere."""
-    return "blocked"
+    """The form for a device and dtype unless one is named: plain PyTorch, which runs everywhere, or compiled loops on a
+    CPU that has what they need."""
+    if device.type != "cpu" or dtype not in KERNEL_DTYPES or torch.compiler.is_compiling():
+        return "blocked"
+    return "numba" if compiled.missing() is None else "blocked"
 
 
 def backend_for(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -115,6 +120,8 @@ def choose(
             does not run on this device or in this dtype.
     """
     name, source = (backend, "backend") if backend is not None else backend_for(device, dtype)
+    if name == "numba" and source != "backend" and name not in implementations:
+        name = "blocked"  # not every operator gains
     if name not in implementations:
         raise ValueError(
             f"{source}={name!r} is not a back end of this operator: choose from {', '.join(implementations)}"

@@ -16,12 +16,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from megalodon.ops.segments import Segments
 
 
 class _MoveRows(torch.autograd.Function):
@@ -103,9 +106,13 @@ class Layout:
         positions: how many tokens of its first document each row has seen before. None: 0.
         chunk_size: C; needed for everything about chunks.
 
+    `segments` is None, or where BOS tokens cut the batch while its chunks go on: set by whoever makes both.
+
     The first document of a row continues what the row's state remembers; the others start afresh. `layout_of` makes the
     layout of a batch: a `PlainLayout` where nothing but numbers tells its rows from others.
     """
+
+    segments: Segments | None = None
 
     def __init__(
         self,
@@ -160,6 +167,30 @@ class Layout:
         """bool [B]: rows that have seen nothing of their first document. None: there are none."""
         fresh = self.positions == 0
         return self._tensor(fresh) if fresh.any() else None
+
+    def with_chunks(self, chunk_size: int) -> Layout:
+        """The same layout with chunks of this size, made once."""
+        cache = self.__dict__.setdefault("_with_chunks", {})
+        if chunk_size not in cache:
+            cache[chunk_size] = self._chunked(chunk_size)
+        return cache[chunk_size]
+
+    def _chunked(self, chunk_size: int) -> Layout:
+        other = Layout(
+            self.batch,
+            self.length,
+            self.device,
+            lengths=self._lengths,
+            positions=self._positions,
+            chunk_size=chunk_size,
+        )
+        other._segments = self._segments
+        return other
+
+    @cached_property
+    def document_begins(self) -> Tensor:
+        """int64 [B, L]: `document_start`, where the tokens are."""
+        return self._tensor(self.document_start)
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -224,6 +255,23 @@ class Layout:
         return self._tensor(positions % self.chunk_size)
 
     @cached_property
+    def token_positions(self) -> Tensor:
+        """int64 [1 or B, L]: `document_positions`, where the tokens are."""
+        return self._tensor(self.document_positions)
+
+    @cached_property
+    def document_starts(self) -> Tensor:
+        """int64 [1 or B, L]: `document_start`, where the tokens are."""
+        return self._tensor(self.document_start)
+
+    @cached_property
+    def window_reach(self) -> Tensor:
+        """int64 [1 or B, L]: the tokens of its own chunk and of the one before it, up to and with the token itself."""
+        size, positions = self.chunk_size, self.token_positions
+        assert size is not None
+        return positions % size + 1 + torch.where(positions >= size, size, 0)
+
+    @cached_property
     def restart(self) -> Tensor | None:
         """int64 [B, L] for `timestep_norm`: `document_start` as a tensor; None when every row is one document."""
         return None if self.starts is None else self._tensor(self.document_start)
@@ -276,18 +324,21 @@ class Layout:
     @cached_property
     def bins(self) -> Bins:
         """Every span of every document, packed into as few rectangles as first-fit decreasing finds."""
-        spans = self._spans()
+        return self.pack(self.chunk_spans)
+
+    def pack(self, spans: np.ndarray) -> Bins:
+        """Some of `chunk_spans`, packed as `bins` packs all."""
         sizes = spans[:, 2] + spans[:, 3]
         width = max(int(sizes.max(initial=1)), 1)
         bin_of, start_of, count = _first_fit_decreasing(sizes, width)
         slots = bin_of * width + start_of
         cache_width = max(int(self.offsets.max(initial=0)), 1)
-        token = _ranges(spans[:, 0] * self.length + spans[:, 1], spans[:, 3])
-        slot = _ranges(slots + spans[:, 2], spans[:, 3])
-        cached = _ranges(spans[:, 0] * cache_width, spans[:, 2])
-        cached_slot = _ranges(slots, spans[:, 2])
+        token = ranges(spans[:, 0] * self.length + spans[:, 1], spans[:, 3])
+        slot = ranges(slots + spans[:, 2], spans[:, 3])
+        cached = ranges(spans[:, 0] * cache_width, spans[:, 2])
+        cached_slot = ranges(slots, spans[:, 2])
         first = np.tile(np.arange(width), count)  # an empty slot attends to itself, so that its softmax is defined
-        first[_ranges(slots, sizes)] = np.repeat(start_of, sizes)
+        first[ranges(slots, sizes)] = np.repeat(start_of, sizes)
         return Bins(
             shape=(count, width),
             token=self._tensor(token),
@@ -297,7 +348,8 @@ class Layout:
             first=self._tensor(first.reshape(count, width)),
         )
 
-    def _spans(self) -> np.ndarray:
+    @cached_property
+    def chunk_spans(self) -> np.ndarray:
         """int64 [spans, 4]: row, first token, cached keys before it, tokens. Order: by row, then by token."""
         index = np.arange(self.length)
         real = index < self.lengths[:, None]
@@ -322,9 +374,9 @@ class Layout:
         rows = np.arange(self.batch)
         fresh = np.minimum(left, self.lengths)
         kept = left - fresh
-        token = _ranges(rows * self.length + self.lengths - fresh, fresh)
-        token_target = _ranges(rows * width + kept, fresh)
-        cached, cached_target = _ranges(rows * cache_width, kept), _ranges(rows * width, kept)
+        token = ranges(rows * self.length + self.lengths - fresh, fresh)
+        token_target = ranges(rows * width + kept, fresh)
+        cached, cached_target = ranges(rows * cache_width, kept), ranges(rows * width, kept)
         return self._tensor(cached), self._tensor(cached_target), self._tensor(token), self._tensor(token_target), left
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -345,6 +397,9 @@ class PlainLayout(Layout):
     ) -> None:
         self.batch, self.length, self.device, self.chunk_size = batch, length, device, chunk_size
         self.position = position
+
+    def _chunked(self, chunk_size: int) -> Layout:
+        return PlainLayout(self.batch, self.length, self.device, self.position, chunk_size)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -383,6 +438,14 @@ class PlainLayout(Layout):
         if self.chunk_size is None:
             raise ValueError("chunk_size is needed to place tokens in chunks")
         return self.position % self.chunk_size
+
+    @property
+    def token_positions(self) -> Tensor:
+        return (torch.arange(self.length, device=self.device) + self.position)[None]
+
+    @property
+    def document_starts(self) -> Tensor:
+        return torch.zeros(1, self.length, dtype=torch.int64, device=self.device)
 
     @property
     def chunk_positions(self) -> Tensor:
@@ -435,7 +498,7 @@ def _whole_numbers(
     return array
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The concatenation of `arange(start, start + length)` over pairs."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0

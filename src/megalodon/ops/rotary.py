@@ -1,9 +1,13 @@
-"""Rotary position embedding on adjacent pairs (x0, x1), (x2, x3), ... as complex numbers (SPEC: Chunk attention)."""
+"""Rotary position embedding as complex numbers: on adjacent pairs (x0, x1), (x2, x3), ... (SPEC: Chunk attention), or
+on the halves of a head, (x0, x_{d/2}), (x1, x_{d/2 + 1}), ... as Llama has it.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from megalodon.ops.layout import Layout
 
 
 def rotations(positions: Tensor, dim: int, base: float) -> Tensor:
@@ -23,6 +27,14 @@ def rotations(positions: Tensor, dim: int, base: float) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
+def rotations_of(layout: Layout, dim: int, base: float) -> Tensor:
+    """The `rotations` of a batch's tokens at their places in their documents, made once: complex [(B,) L, dim / 2]."""
+    cache = layout.__dict__.setdefault("_rotations", {})
+    if (dim, base) not in cache:
+        cache[dim, base] = rotations(layout.token_positions, dim, base)
+    return cache[dim, base]
+
+
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Turn the pairs of each head.
 
@@ -40,3 +52,11 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
         return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], -1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns[..., None, :]).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: Tensor, turns: Tensor) -> Tensor:
+    """`rotate` with pairs (i, i + d/2): arguments and result are those of `rotate`."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cosine, sine = torch.view_as_real(turns)[..., None, :, :].to(wide).unbind(-1)
+    low, high = x.to(wide).chunk(2, dim=-1)
+    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1).to(x.dtype)

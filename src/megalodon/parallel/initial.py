@@ -10,26 +10,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from megalodon.model.config import MegalodonConfig
-from megalodon.model.modeling import MegalodonForCausalLM
+from megalodon.models import CausalLM, Config, build_model
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def empty_model(config: MegalodonConfig) -> MegalodonForCausalLM:
+def empty_model(config: Config) -> CausalLM:
     """A model whose parameters have shapes and no values."""
     with torch.device("meta"):
-        return MegalodonForCausalLM(config)
+        return build_model(config)
 
 
-def initial_parameters(config: MegalodonConfig) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that `MegalodonForCausalLM(config)` would draw from the global generator here, to the bit.
+def initial_parameters(config: Config) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that `build_model(config)` would draw from the global generator here, to the bit.
 
     Its constructor draws twice: PyTorch's modules when each is made, and the model's own initialisation when all are.
     What is given (whole, on the CPU) lives until the next is asked for.
     """
     model = empty_model(config)
-    parts: list[tuple[str, nn.Module, MegalodonForCausalLM]] = [("model", model.model, model.model)]
+    parts: list[tuple[str, nn.Module, CausalLM]] = [("model", model.model, model.model)]
     if not config.share_emb:
         parts.append(("lm_head", model.lm_head, model))
     for root, part, owner in parts:

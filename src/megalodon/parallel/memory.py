@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalodon.model.config import MegalodonConfig
-from megalodon.model.loss import LOGITS_AT_ONCE
-from megalodon.model.modeling import MegalodonForCausalLM
+from megalodon.models import Config, architecture, build_model
+from megalodon.models.loss import LOGITS_AT_ONCE
 from megalodon.ops.backend import default_backends
 from megalodon.parallel.block import Axes
 from megalodon.parallel.mesh import MeshSizes
@@ -27,7 +26,6 @@ from megalodon.parallel.stage import Rows, Stage
 from megalodon.parallel.traffic import Step, block_parameters, stage_parameters
 
 CALIBRATION_LENGTH = 512
-FEATURES = ("model_dim", "z_dim", "value_dim", "ffn_hidden_dim", "norm_num_groups", "cema_ndim")
 
 
 @dataclass(frozen=True)
@@ -73,12 +71,11 @@ def counted_saved_bytes(skip: set[int]) -> Iterator[list[int]]:
         yield total
 
 
-def saved_bytes(config: MegalodonConfig, length: int, precision: str) -> int:
+def saved_bytes(config: Config, length: int, precision: str) -> int:
     """What one block of a model keeps for the backward pass of `length` tokens: of two blocks, less that of one."""
 
     def of(layers: int) -> int:
-        changed = MegalodonConfig(**{**config.to_diff_dict(), "num_layers": layers})
-        model = MegalodonForCausalLM(changed)
+        model = build_model(type(config)(**{**config.to_diff_dict(), "num_layers": layers}))
         stage = Stage(model, range(layers), Axes(None, None), 0, precision)
         parameters = {p.untyped_storage().data_ptr() for p in stage.parameters()}
         ids = torch.zeros(1, length, dtype=torch.int64)
@@ -91,25 +88,15 @@ def saved_bytes(config: MegalodonConfig, length: int, precision: str) -> int:
 
 
 @cache
-def saved_bytes_fit(precision: str, swiglu: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes that a block keeps, for each unit of `FEATURES` and of model_dim x cema_ndim: (a token, besides)."""
-    base: dict[str, Any] = {
-        "vocab_size": 64,
-        "num_heads": 1,
-        "model_dim": 64,
-        "z_dim": 32,
-        "value_dim": 128,
-        "ffn_hidden_dim": 128,
-        "norm_num_groups": 8,
-        "cema_ndim": 4,
-        "chunk_size": CALIBRATION_LENGTH,
-        "swiglu": swiglu,
-    }
-    changes = [{}, *({name: 2 * base[name]} for name in FEATURES), {"model_dim": 192, "cema_ndim": 12}]
+def saved_bytes_fit(kind: type[Config], precision: str, swiglu: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes that a block keeps, for each unit of the widths and of model_dim x cema_ndim: (a token, besides)."""
+    base: dict[str, Any] = {**kind.calibration_fields, **kind.width_fields, "swiglu": swiglu}
+    changes: list[dict[str, Any]] = [{}, *({name: 2 * base[name]} for name in kind.width_fields)]
+    changes.append({"model_dim": 3 * base["model_dim"], "cema_ndim": 3 * base["cema_ndim"]})
     rows, growing, constant = [], [], []
     with torch.random.fork_rng(devices=[]), default_backends():  # on the CPU, where the kernels cannot run
         for change in changes:
-            config = MegalodonConfig(**{**base, **change})
+            config = kind(**{**base, **change})
             # Two lengths, to tell what grows with them from what does not: CEMA's matrices made of coefficients.
             longer, shorter = (
                 saved_bytes(config, length, precision) for length in (2 * CALIBRATION_LENGTH, CALIBRATION_LENGTH)
@@ -121,11 +108,11 @@ def saved_bytes_fit(precision: str, swiglu: bool) -> tuple[np.ndarray, np.ndarra
     return tuple(np.linalg.lstsq(features, np.array(bytes_), rcond=None)[0] for bytes_ in (growing, constant))
 
 
-def _features(config: MegalodonConfig) -> list[float]:
-    return [*(getattr(config, name) for name in FEATURES), config.model_dim * config.cema_ndim]
+def _features(config: Config) -> list[float]:
+    return [*(getattr(config, name) for name in config.width_fields), config.model_dim * config.cema_ndim]
 
 
-def block_activations(config: MegalodonConfig, sizes: MeshSizes, step: Step) -> float:
+def block_activations(config: Config, sizes: MeshSizes, step: Step) -> float:
     """Bytes that a block keeps of the tokens of one micro-batch on one rank."""
     per_token = float(np.dot(_fit(config, step)[0], _features(config))) / sizes.tensor
     if sizes.tensor > 1:  # three gathered vectors are whole on every rank; norms over ranks keep four of their steps
@@ -134,18 +121,17 @@ def block_activations(config: MegalodonConfig, sizes: MeshSizes, step: Step) -> 
     return per_token * step.tokens(sizes)
 
 
-def block_constants(config: MegalodonConfig, sizes: MeshSizes, step: Step) -> float:
+def block_constants(config: Config, sizes: MeshSizes, step: Step) -> float:
     """Bytes that a block keeps of one micro-batch, however long its rows."""
     return float(np.dot(_fit(config, step)[1], _features(config))) / sizes.tensor
 
 
-def _fit(config: MegalodonConfig, step: Step) -> tuple[np.ndarray, np.ndarray]:
-    return saved_bytes_fit("bfloat16" if step.bytes_ == 2 else "float32", config.swiglu)
+def _fit(config: Config, step: Step) -> tuple[np.ndarray, np.ndarray]:
+    kind: Any = type(config)
+    return saved_bytes_fit(kind, "bfloat16" if step.bytes_ == 2 else "float32", config.swiglu)
 
 
-def stage_memory(
-    config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, place: int, streamed: bool
-) -> Memory:
+def stage_memory(config: Config, sizes: MeshSizes, step: Step, layers: int, place: int, streamed: bool) -> Memory:
     """What a rank of a stage of `layers` layers holds at the height of a step; `place`: the stage's in the pipeline."""
     first, last = place == 0, place == sizes.pipeline - 1
     ranks = sizes.shard * sizes.chunk
@@ -186,13 +172,14 @@ def stage_memory(
     )
 
 
-def _backward_working(config: MegalodonConfig, sizes: MeshSizes, step: Step) -> float:
+def _backward_working(config: Config, sizes: MeshSizes, step: Step) -> float:
     """Gradients of activations that live together in a block's backward pass: of the widest layer and the stream."""
     widest = max((3 if config.swiglu else 2) * config.ffn_hidden_dim, 2 * config.value_dim) / sizes.tensor
     return step.tokens(sizes) * (widest + 2 * config.model_dim / sizes.tensor) * step.bytes_
 
 
-def _state_bytes(config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int) -> float:
+def _state_bytes(config: Config, sizes: MeshSizes, step: Step, layers: int) -> float:
     """The carried memory of all of a rank's rows, open chunks empty."""
-    one = config.model_dim * config.cema_ndim * 8 + 2 * config.norm_num_groups * 8
+    kind = architecture(config.model_type).model.state_class
+    one = kind.layer_bytes(kind.dimensions_class.of(config))
     return step.rows * step.parts * layers * one / sizes.tensor

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from megalodon.model.config import MegalodonConfig
+from megalodon.models import Config
 
 AXES = ("pipeline", "replicate", "shard", "chunk", "tensor")
 """From the outermost to the innermost."""
@@ -65,7 +65,7 @@ class MeshSizes:
 
 def mesh_problems(
     sizes: MeshSizes,
-    config: MegalodonConfig,
+    config: Config,
     *,
     world_size: int,
     batch_size: int,
@@ -91,16 +91,18 @@ def mesh_problems(
         problems.append(
             f"mesh.chunk: {sizes.chunk} ranks need at least as many tokens: data.sequence_length is {sequence_length}"
         )
+    if sizes.chunk > 1 and not config.chunk_axis:
+        problems.append(f"mesh.chunk: the sequence of a {config.model_type} model cannot be cut: it must be 1")
     problems += tensor_problems(sizes.tensor, config)
     problems += pipeline_problems(sizes.pipeline, virtual_stages, accumulation_steps, config)
     return problems
 
 
-def tensor_problems(size: int, config: MegalodonConfig) -> list[str]:
+def tensor_problems(size: int, config: Config) -> list[str]:
     """Which sizes of the model the tensor axis does not divide."""
-    named = {
-        name: getattr(config, name) for name in ("num_heads", "norm_num_groups", "model_dim", "ffn_hidden_dim")
-    } | {"vocab_size": config.vocab_size}
+    if size > 1 and not config.tensor_fields:
+        return [f"mesh.tensor: a {config.model_type} model cannot be cut by heads and channels: it must be 1"]
+    named = {name: getattr(config, name) for name in (*config.tensor_fields, "vocab_size")}
     if config.output_size is not None:
         named["output_size"] = config.output_size
     return [
@@ -108,7 +110,7 @@ def tensor_problems(size: int, config: MegalodonConfig) -> list[str]:
     ]
 
 
-def pipeline_problems(size: int, virtual_stages: int, accumulation_steps: int, config: MegalodonConfig) -> list[str]:
+def pipeline_problems(size: int, virtual_stages: int, accumulation_steps: int, config: Config) -> list[str]:
     """Why the layers cannot be cut into stages, or a step into as many micro-batches as the stages need."""
     problems = []
     if virtual_stages < 1:

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalodon.model.modeling import MegalodonForCausalLM
-from megalodon.model.state import MegalodonState
+from megalodon.models import CausalLM, State
 from megalodon.parallel.block import Axes, parallelize_blocks
 from megalodon.parallel.mesh import Mesh
 from megalodon.parallel.pipeline import Pipeline, PipelinedStage
@@ -19,7 +18,7 @@ from megalodon.parallel.spans import default_borders
 from megalodon.parallel.stage import Rows, Stage, stage_layers
 from megalodon.parallel.tensor import distribute_parameters, local
 
-States = list[MegalodonState | None]
+States = list[State | None]
 
 
 class ParallelModel(nn.Module):
@@ -39,7 +38,7 @@ class ParallelModel(nn.Module):
 
     def __init__(
         self,
-        model: MegalodonForCausalLM,
+        model: CausalLM,
         mesh: Mesh,
         device: torch.device,
         precision: str = "float32",
@@ -198,5 +197,5 @@ class ParallelModel(nn.Module):
                 joined.append(None)
                 continue
             layers = [layer for state in states for layer in state.layers]
-            joined.append(MegalodonState(layers, states[-1].final, states[-1].position, states[-1].dimensions))
+            joined.append(type(states[-1])(layers, states[-1].final, states[-1].position, states[-1].dimensions))
         return joined

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
-from megalodon.model.state import MegalodonState
+from megalodon.models import State
 from megalodon.parallel.collectives import Group
 from megalodon.parallel.stage import Rows, Stage
 
@@ -36,7 +36,7 @@ class PipelinedStage(Stage):
     def begin(self, rows: Sequence[Rows], divisor: float) -> None:
         """Take the micro-batches of a step."""
         self.rows, self.divisor = rows, divisor
-        self.states: list[MegalodonState | None] = [None] * len(rows)
+        self.states: list[State | None] = [None] * len(rows)
 
 
 class Pipeline:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megalodon.model.config import MegalodonConfig
+from megalodon.models import Config
 from megalodon.parallel.hardware import Hardware
 from megalodon.parallel.memory import Memory, stage_memory
 from megalodon.parallel.mesh import MeshSizes, mesh_problems
@@ -38,7 +38,7 @@ class Job:
         precision: "bfloat16" or "float32". streamed: rows carry their memory from step to step.
     """
 
-    config: MegalodonConfig
+    config: Config
     devices: int
     context: int
     batch_size: int
@@ -68,12 +68,11 @@ class Plan:
         return self.compute + self.idle + sum(self.exposed.values())
 
 
-def model_flops(config: MegalodonConfig, context: int) -> float:
+def model_flops(config: Config, context: int) -> float:
     """Floating-point operations of a token's training, as `training_flops_per_token` counts them."""
     table, head = end_parameters(config)
     parameters = config.num_layers * sum(block_parameters(config)) + (table if config.share_emb else 0) + head
-    reach = min(config.chunk_size, context) / 2
-    return 6.0 * (parameters + config.num_layers * reach * (config.z_dim + config.value_dim))
+    return 6.0 * (parameters + config.sequence_multiply_adds(context))
 
 
 def default_rows(devices: int, context: int) -> int:

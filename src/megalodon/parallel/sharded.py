@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from megalodon.files import save_tensors
-from megalodon.model.config import MegalodonConfig
+from megalodon.models import Config, architecture
 
 SHARDS = "shards"
 """The folder of a checkpoint in which `torch.distributed.checkpoint` keeps its files."""
@@ -28,6 +28,13 @@ BYTES_AT_ONCE = 1 << 30
 def is_sharded(checkpoint: Path) -> bool:
     """Whether a checkpoint folder was written by a run on a mesh."""
     return (checkpoint / SHARDS).is_dir()
+
+
+def sharded_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of a run on a mesh that a folder is, or whose `model` folder it is; None where it is neither."""
+    if is_sharded(folder):
+        return folder
+    return folder.parent if folder.name == "model" and is_sharded(folder.parent) else None
 
 
 def weight_shapes(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -57,9 +64,7 @@ def read_weights(checkpoint: Path, names: list[str]) -> dict[str, Tensor]:
     return {name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}
 
 
-def write_whole_model(
-    checkpoint: Path, folder: Path, config: MegalodonConfig, dtype: torch.dtype | None = None
-) -> None:
+def write_whole_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dtype | None = None) -> None:
     """Write config.json and safetensors that `from_pretrained` loads into an existing folder.
 
     No more than `BYTES_AT_ONCE` of weights, or one parameter, are in memory at a time.
@@ -69,7 +74,7 @@ def write_whole_model(
     """
     shapes = weight_shapes(checkpoint)
     config = copy.deepcopy(config)
-    config.architectures = ["MegalodonForCausalLM"]
+    config.architectures = [architecture(config.model_type).causal_lm.__name__]
     config.dtype = dtype or shapes["model.embed_tokens.weight"][1]
     config.save_pretrained(folder)
     files = list(_files(shapes))

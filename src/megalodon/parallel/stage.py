@@ -15,13 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megalodon import ops
-from megalodon.model.config import MegalodonConfig
-from megalodon.model.loss import LOGITS_AT_ONCE, sum_in_slices, summed_loss
-from megalodon.model.modeling import MegalodonForCausalLM
-from megalodon.model.state import Dimensions, MegalodonState
-from megalodon.model.timestep_norm import Moments
+from megalodon.models import CausalLM, Config, State
+from megalodon.models.loss import LOGITS_AT_ONCE, sum_in_slices, summed_loss
 from megalodon.ops.layout import Layout, layout_of
+from megalodon.ops.segments import Segments
 from megalodon.parallel import tensor
 from megalodon.parallel.block import Axes
 from megalodon.parallel.collectives import gather_last
@@ -42,7 +39,7 @@ class Rows:
     input_ids: Tensor
     labels: Tensor
     segment_ids: Tensor | None
-    state: MegalodonState | None
+    state: State | None
     use_cache: bool
 
 
@@ -57,15 +54,14 @@ class Stage(nn.Module):
         precision: "float32", or "bfloat16" for autocast.
     """
 
-    def __init__(
-        self, model: MegalodonForCausalLM, layers: range, axes: Axes, chunk_rank: int, precision: str = "float32"
-    ) -> None:
+    def __init__(self, model: CausalLM, layers: range, axes: Axes, chunk_rank: int, precision: str = "float32") -> None:
         super().__init__()
         whole = model.model
-        self.config: MegalodonConfig = model.config
+        self.config: Config = model.config
         self.axes, self.chunk_rank, self.precision = axes, chunk_rank, precision
         self.first_memory = 0  # where in the rank's states this stage's layers begin
         self.is_first, self.is_last = layers.start == 0, layers.stop == len(whole.layers)
+        self.kind = type(whole)
         self.embedding_scale, self.vocab_size = whole.embedding_scale, model.vocab_size
         self.model: Any = nn.Module()
         if self.is_first:
@@ -75,7 +71,7 @@ class Stage(nn.Module):
             self.model.final_norm = whole.final_norm
             self.lm_head = model.lm_head
 
-    def forward(self, x: Tensor | None, rows: Rows) -> tuple[Tensor, MegalodonState | None]:
+    def forward(self, x: Tensor | None, rows: Rows) -> tuple[Tensor, State | None]:
         """Run the stage on this rank's span.
 
         Args:
@@ -88,16 +84,16 @@ class Stage(nn.Module):
         with torch.autocast(rows.input_ids.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             return self._forward(x, rows)
 
-    def _forward(self, x: Tensor | None, rows: Rows) -> tuple[Tensor, MegalodonState | None]:
+    def _forward(self, x: Tensor | None, rows: Rows) -> tuple[Tensor, State | None]:
         layout, own = self._layout(rows)
         if self.is_first:
             x = self._embed(rows.input_ids[:, own])
         assert x is not None
-        turns = ops.rotations(layout.chunk_positions, self.config.head_dim, self.config.rope_base)
+        arguments = self.kind.layer_arguments(self.config, layout)
         after = []
         for place, block in enumerate(self.model.layers.values(), self.first_memory):
             memory = None if rows.state is None else rows.state.layers[place]
-            x, memory = block(x, memory, turns, layout, rows.use_cache)
+            x, memory = block(x, memory, *arguments, layout, rows.use_cache)
             after.append(memory)
         final = None
         if self.is_last:
@@ -109,14 +105,18 @@ class Stage(nn.Module):
         """The layout of this rank's span, and the span."""
         batch, length = rows.input_ids.shape
         positions = np.zeros(batch, dtype=np.int64) if rows.state is None else rows.state.position.numpy()
-        size, device = self.config.chunk_size, rows.input_ids.device
+        size: Any = getattr(self.config, "chunk_size", None)
+        device = rows.input_ids.device
         if self.axes.chunk is None:
             layout = layout_of(
                 batch, length, device, segment_ids=rows.segment_ids, positions=positions, chunk_size=size
             )
+            bos = self.kind.segment_starts(self.config, rows.input_ids)
+            if bos is not None:
+                layout.segments = Segments(bos, layout, None if rows.state is None else rows.state.bos_places)
             return layout, slice(None)
         borders = default_borders(length, self.axes.chunk.size())
-        spans = Spans(borders, self.chunk_rank, rows.segment_ids, positions, size)
+        spans = Spans(borders, self.chunk_rank, rows.segment_ids, positions, size, self.config.chunks_before)
         return SpanLayout(spans, rows.segment_ids, device), spans.own
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -137,14 +137,11 @@ class Stage(nn.Module):
         rows = LOGITS_AT_ONCE * group.size() // self.vocab_size
         return sum_in_slices(loss_of, gather_last(x, group), targets, rows)
 
-    def _state(self, layers: Sequence, final: Moments | None, layout: Layout) -> MegalodonState:
-        if final is None:  # a state has a final norm; that of an earlier stage means nothing
-            final = Moments(*(torch.zeros_like(x) for x in layers[0].moments))
-        if isinstance(layout, SpanLayout):
-            position = torch.from_numpy(layout.spans.end.position)
-        else:
-            position = torch.from_numpy(layout.end_positions)
-        return MegalodonState(layers, final, position, Dimensions.of(self.config))
+    def _state(self, layers: Sequence[Any], final: Any, layout: Layout) -> State:
+        """The state after the rows; an earlier stage's has no final norm's memory."""
+        end = layout.spans.end.position if isinstance(layout, SpanLayout) else layout.end_positions
+        kind = self.kind.state_class
+        return kind(layers, final, torch.from_numpy(end), kind.dimensions_class.of(self.config))
 
 
 def stage_layers(num_layers: int, stages: int) -> list[range]:

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from megalodon.model.norms import LayerNorm, RMSNorm
+from megalodon.models.layers.norms import LayerNorm, RMSNorm
 from megalodon.parallel.collectives import Exchange, Group, scatter_last
 
 SECOND_DIMENSION = ("attention.o_proj.weight", "feed_forward.down_proj.weight", "qk_weight", "qk_bias")

@@ -5,9 +5,17 @@ A ring all-gather or reduce-scatter of n ranks sends (n - 1) / n of the whole fr
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import json
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
-from megalodon.model.config import MegalodonConfig
+import torch
+from torch import nn
+
+from megalodon.models import Config, build_model
 from megalodon.parallel.mesh import MeshSizes
 
 
@@ -40,25 +48,54 @@ class Traffic:
     count: float = 0.0
 
 
-def block_parameters(config: MegalodonConfig) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Counted:
+    """Parameters of a model, by what becomes of them.
+
+    Attributes:
+        linear: of a block, in the matrices and biases of linear layers. other: of a block, elsewhere.
+        table: of the embedding. end: of the final norm and the head (without the head where it is the embedding).
+    """
+
+    linear: int
+    other: int
+    table: int
+    end: int
+
+
+@cache
+def _counted(kind: Any, fields: str) -> Counted:
+    """Of a model of one layer that has shapes and no values."""
+    with torch.device("meta"):
+        model = build_model(kind(**{**json.loads(fields), "num_layers": 1}))
+    (block,) = model.model.layers
+    layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    linear = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    whole = sum(parameter.numel() for parameter in block.parameters())
+    table = model.model.embed_tokens.weight.numel()
+    norm = sum(parameter.numel() for parameter in model.model.final_norm.parameters())
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    return Counted(linear, whole - linear, table, norm + (0 if tied else model.lm_head.weight.numel()))
+
+
+def counted(config: Config) -> Counted:
+    """The parameters of a model of this config."""
+    names = [field.name for field in dataclasses.fields(config) if field.name in inspect.get_annotations(type(config))]
+    kind: Any = type(config)
+    return _counted(kind, json.dumps({name: getattr(config, name) for name in names}))
+
+
+def block_parameters(config: Config) -> tuple[int, int]:
     """Parameters of a block: (in the matrices and biases of linear layers, elsewhere)."""
-    dim, z, value, hidden = config.model_dim, config.z_dim, config.value_dim, config.ffn_hidden_dim
-    linear = (
-        dim * (z + 2 * value + dim) + z + 2 * value + dim + value * dim + (3 if config.swiglu else 2) * dim * hidden
-    )
-    other = 2 * dim + 2 * config.norm_num_groups * (config.norm_prior_count > 0) + 4 * z
-    other += dim * (4 * config.cema_ndim + 2) + 3 * dim * config.norm_affine + dim * config.rescale_nffn
-    return linear, other
+    return counted(config).linear, counted(config).other
 
 
-def end_parameters(config: MegalodonConfig) -> tuple[int, int]:
+def end_parameters(config: Config) -> tuple[int, int]:
     """Parameters of the embedding, and of the final norm with the head (counted in the first where they are tied)."""
-    table, out = config.vocab_size * config.model_dim, (config.output_size or config.vocab_size) * config.model_dim
-    norm = 2 * config.model_dim + 2 * config.norm_num_groups * (config.norm_prior_count > 0)
-    return table, norm + (0 if config.share_emb else out)
+    return counted(config).table, counted(config).end
 
 
-def stage_parameters(config: MegalodonConfig, layers: int, first: bool, last: bool) -> tuple[int, int]:
+def stage_parameters(config: Config, layers: int, first: bool, last: bool) -> tuple[int, int]:
     """Parameters of a stage: (in its blocks, in the embedding, final norm and head that it has)."""
     table, end = end_parameters(config)
     copy = table if config.share_emb and last and not first else 0  # a pipeline's two ends each have the one matrix
@@ -66,7 +103,7 @@ def stage_parameters(config: MegalodonConfig, layers: int, first: bool, last: bo
 
 
 def weights_traffic(
-    config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool
+    config: Config, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool
 ) -> dict[str, Traffic]:
     """FSDP2: weights gathered for each pass of a micro-batch (in a pipeline once a step), gradients scattered once,
     shards summed over copies."""
@@ -86,9 +123,7 @@ def weights_traffic(
     return {"shard": shard, "replicate": replicate}
 
 
-def tensor_traffic(
-    config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool
-) -> Traffic:
+def tensor_traffic(config: Config, sizes: MeshSizes, step: Step, layers: int, first: bool, last: bool) -> Traffic:
     """Vectors gathered before projections and scattered after; two numbers a token for norms; the split loss."""
     ranks = sizes.tensor
     if ranks == 1:
@@ -104,21 +139,19 @@ def tensor_traffic(
     return Traffic(sent * step.parts, step.parts * (7 * layers * passes + 2 * first + 4 * last))
 
 
-def chunk_traffic(config: MegalodonConfig, sizes: MeshSizes, step: Step, layers: int, last: bool) -> Traffic:
+def chunk_traffic(config: Config, sizes: MeshSizes, step: Step, layers: int, last: bool) -> Traffic:
     """The summaries of two memories a layer, whatever the length; none for attention where spans are whole chunks."""
     ranks = sizes.chunk
     if ranks == 1:
         return Traffic()
     passes = 3 if step.checkpointing else 2
     norm = step.rows * 2 * config.norm_num_groups / sizes.tensor * 8
-    cema = step.rows * config.model_dim / sizes.tensor * config.cema_ndim * 8
-    sent = (ranks - 1) * (layers * passes * (norm + cema) + last * 2 * norm)
+    summary = step.rows * config.span_summary_bytes() / sizes.tensor
+    sent = (ranks - 1) * (layers * passes * summary + last * 2 * norm)
     return Traffic(sent * step.parts, step.parts * (2 * layers * passes + 2 * last))
 
 
-def pipeline_traffic(
-    config: MegalodonConfig, sizes: MeshSizes, step: Step, first: bool = False, last: bool = False
-) -> Traffic:
+def pipeline_traffic(config: Config, sizes: MeshSizes, step: Step, first: bool = False, last: bool = False) -> Traffic:
     """The residual stream, in float32, to the next stage and its gradients to the one before, of a rank with one stage;
     and between the ends the gradient of a matrix that both have."""
     if sizes.pipeline == 1:

@@ -11,17 +11,20 @@ from pathlib import Path
 from anyio import to_thread
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, JSONResponse, Response
 
 import megalodon
 from megalodon.inference.context_store import ContextStore
 from megalodon.inference.engine import Engine
-from megalodon.serving import completions, contexts, errors
+from megalodon.serving import bodies, completions, contexts, errors, response_api, tokens
+from megalodon.serving.asking import Asking
 from megalodon.serving.auth import ApiKeys
 from megalodon.serving.calls import Service
 from megalodon.serving.chat import ChatTemplate
-from megalodon.serving.gate import Gate
+from megalodon.serving.gate import Drain, Gate
 from megalodon.serving.metrics import Metrics
+from megalodon.serving.room import Room
 from megalodon.serving.settings import Settings
 
 PAGE = Path(__file__).with_name("static") / "index.html"
@@ -31,6 +34,9 @@ _log = logging.getLogger(__name__)
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """An ASGI application. It starts the engine when it starts, and closes it when it ends.
+
+    `app.state.drain.begun = True` has it refuse new requests with 503, `app.state.drain.running` counts those that it
+    still answers.
 
     Raises:
         OSError: if the place for contexts cannot be used, or the key file is missing.
@@ -54,12 +60,24 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     pages = {} if settings.docs else {"docs_url": None, "redoc_url": None}
     app = FastAPI(title="megalodon", version=megalodon.__version__, lifespan=lifespan, **pages)  # type: ignore[arg-type]
-    app.state.ready = False
+    app.state.ready, app.state.drain = False, Drain()
     errors.install(app)
-    app.include_router(completions.router(service, store, template))
-    app.include_router(contexts.router(service, store))
+    asking = Asking(service, store, Room(store, settings.max_contexts))
+    app.include_router(completions.router(asking, template))
+    app.include_router(response_api.router(asking, template))
+    app.include_router(tokens.router(asking, template))
+    app.include_router(contexts.router(service, store, asking.room))
     _add_operations(app, engine, metrics)
-    app.add_middleware(Gate, keys=keys, settings=settings, metrics=metrics)  # type: ignore[arg-type]
+    bodies.describe_in(app)
+    gate = {"keys": keys, "settings": settings, "metrics": metrics, "drain": app.state.drain}
+    app.add_middleware(Gate, **gate)  # type: ignore[arg-type]
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
+            allow_headers=["*"],
+        )
     return app
 
 
@@ -72,7 +90,7 @@ def _add_operations(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     @app.get("/ready")
     async def ready() -> Response:
         """Whether requests are welcome."""
-        ok = app.state.ready and engine.alive
+        ok = app.state.ready and engine.alive and not app.state.drain.begun
         return JSONResponse({"status": "ready" if ok else "not ready"}, 200 if ok else 503)
 
     @app.get("/metrics", response_class=Response)

@@ -12,6 +12,7 @@ from starlette.requests import Request as HttpRequest
 
 from megalodon.inference.engine import Engine
 from megalodon.inference.feed import TokenFeed
+from megalodon.inference.hidden import Watch
 from megalodon.inference.request import Delta, Done, Event, Failed, Generation, Request
 from megalodon.inference.snapshot import Snapshot
 from megalodon.serving.errors import ApiError, from_failure
@@ -73,11 +74,12 @@ class Service:
         start: Snapshot | None = None,
         keep: bool = False,
         seconds: float | None = None,
+        watch: Watch | None = None,
     ) -> Call:
         """Give the engine a request; see `Call`. Must be called in the event loop."""
         call = Call(self.metrics)
         limit = self.settings.max_prompt_tokens
-        request = Request(owner, start, feed, generation, call.listen, keep, limit, seconds)
+        request = Request(owner, start, feed, generation, call.listen, keep, limit, seconds, watch)
         call.request = request
         self.engine.submit(request)
         return call

@@ -11,18 +11,20 @@ from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from megalodon.inference.context_store import ContextStore
 from megalodon.inference.request import Progress
+from megalodon.serving import bodies
+from megalodon.serving.asking import load
 from megalodon.serving.calls import Service
-from megalodon.serving.completions import check_room, load
 from megalodon.serving.errors import ERRORS, ApiError
 from megalodon.serving.generating import describe
 from megalodon.serving.responses import HoldingResponse
+from megalodon.serving.room import Room
 from megalodon.serving.schemas import ContextChange, ContextText, Name, NewContext, Seconds
-from megalodon.serving.uploads import Uploads, save_body
+from megalodon.serving.uploads import Upload, Uploads, save_body
 
 FOLLOWED = 1024
 """Uploads whose progress is remembered."""
@@ -30,12 +32,22 @@ BLOCK = 1 << 20
 ProgressKey = Annotated[str, Query(pattern="^[0-9A-Za-z-]{8,64}$", description="under which to ask for progress")]
 ContextName = Annotated[Name, Query(description="of the new context")]
 ExpiresIn = Annotated[Seconds, Query(description="seconds until the context is removed")]
-TEXT_OR_JSON = {
+FORM = {
+    "type": "object",
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "name": {"type": "string"},
+        "expires_in": {"type": "number"},
+    },
+    "required": ["file"],
+}
+UPLOAD = bodies.described(ContextText) | {
     "requestBody": {
         "required": True,
         "content": {
             "text/plain": {"schema": {"type": "string"}},
-            "application/json": {"schema": ContextText.model_json_schema()},
+            **bodies.described(ContextText)["requestBody"]["content"],
+            "multipart/form-data": {"schema": FORM},
         },
     }
 }
@@ -66,16 +78,26 @@ class Followed:
         return self._known.get((owner, key), (Progress(0, 0, 0, 0), 0))
 
 
-def router(service: Service, store: ContextStore) -> APIRouter:
+def only_known(http: Request) -> None:
+    """Raise ApiError 400 for a query key that the endpoint does not know, or one that is there twice."""
+    known = {field.alias for field in http.scope["route"].dependant.query_params}
+    for key in http.query_params:
+        if key not in known:
+            raise ApiError(400, f"{key[:80]}: there is no such query key here", "unknown_field", key)
+        if len(http.query_params.getlist(key)) > 1:
+            raise ApiError(400, f"{key}: the query has it twice", "invalid_value", key)
+
+
+def router(service: Service, store: ContextStore, room: Room) -> APIRouter:
     """The endpoints."""
-    routes = APIRouter(prefix="/v1/contexts", responses=ERRORS)
-    uploads, followed, most = Uploads(service), Followed(), service.settings.max_contexts
+    routes = APIRouter(prefix="/v1/contexts", responses=ERRORS, dependencies=[Depends(only_known)])
+    uploads, followed = Uploads(service), Followed()
 
     def expiry(seconds: float | None) -> float | None:
         seconds = service.settings.context_seconds if seconds is None else seconds
         return None if seconds is None else time.time() + seconds
 
-    @routes.post("", status_code=201, openapi_extra=TEXT_OR_JSON)
+    @routes.post("", status_code=201, openapi_extra=UPLOAD)
     async def create(
         http: Request,
         name: ContextName | None = None,
@@ -84,12 +106,16 @@ def router(service: Service, store: ContextStore) -> APIRouter:
     ) -> dict[str, Any]:
         """Read a text of any length into a new context."""
         owner = http.state.owner
-        await to_thread.run_sync(check_room, store, owner, most)
         with service.admitted(owner):
-            snapshot, fields = await uploads.read(http, None, partial(followed.note, owner, progress))
-        if fields is not None:
-            name, expires_in = fields.name or name, fields.expires_in or expires_in
-        return describe(await to_thread.run_sync(store.create, owner, snapshot, name, expiry(expires_in)))
+            with await to_thread.run_sync(room.reserve, owner, name):
+                upload = await uploads.begin(http)
+            early = upload.fields().name or name
+            with await to_thread.run_sync(room.reserve, owner, early) as place:
+                snapshot = await uploads.read(http, upload, None, partial(followed.note, owner, progress))
+                fields = upload.fields()
+                named, until = fields.name or name, expiry(fields.expires_in or expires_in)
+                making = partial(store.create, owner, snapshot, named, until)
+                return describe(await to_thread.run_sync(place.fill, making))
 
     @routes.get("")
     async def list_contexts(
@@ -112,11 +138,13 @@ def router(service: Service, store: ContextStore) -> APIRouter:
     ) -> dict[str, Any]:
         """Make a context of an exported file."""
         owner = http.state.owner
-        await to_thread.run_sync(check_room, store, owner, most)
-        with service.admitted(owner), store.temporary() as path:
+        with ExitStack() as held:
+            held.enter_context(service.admitted(owner))
+            place = held.enter_context(await to_thread.run_sync(room.reserve, owner, name))
+            path = held.enter_context(store.temporary())
             await save_body(http, path)
-            record = await to_thread.run_sync(store.import_file, owner, path, name, expiry(expires_in))
-        return describe(record)
+            making = partial(store.import_file, owner, path, name, expiry(expires_in))
+            return describe(await to_thread.run_sync(place.fill, making))
 
     # before /progress/{key}, so that a context named `progress` can be exported
     @routes.get(
@@ -153,9 +181,10 @@ def router(service: Service, store: ContextStore) -> APIRouter:
         """A context, by id or name."""
         return describe(await to_thread.run_sync(store.get, http.state.owner, context))
 
-    @routes.patch("/{context}")
-    async def change(context: str, body: ContextChange, http: Request) -> dict[str, Any]:
+    @routes.patch("/{context}", openapi_extra=bodies.described(ContextChange))
+    async def change(context: str, http: Request) -> dict[str, Any]:
         """Give a context another name or expiry; null takes it away."""
+        body = await bodies.read(http, ContextChange)
         changes: dict[str, Any] = {}
         if "name" in body.model_fields_set:
             changes["name"] = body.name
@@ -170,24 +199,31 @@ def router(service: Service, store: ContextStore) -> APIRouter:
         await to_thread.run_sync(store.delete, http.state.owner, record.id)
         return {"id": record.id, "object": "context.deleted", "deleted": True}
 
-    @routes.post("/{context}/extend", openapi_extra=TEXT_OR_JSON)
+    @routes.post("/{context}/extend", openapi_extra=UPLOAD)
     async def extend(context: str, http: Request, progress: ProgressKey | None = None) -> dict[str, Any]:
         """Read more text into a context."""
         owner = http.state.owner
         with service.admitted(owner):
             record, start = await to_thread.run_sync(load, store, owner, context)
-            snapshot, fields = await uploads.read(http, start, partial(followed.note, owner, progress))
-        if fields is not None and (fields.name or fields.expires_in):
-            raise ApiError(400, "name and expires_in: change them with PATCH", "invalid_value", "name")
+            upload = await uploads.begin(http)
+            _check_no_changes(upload)
+            snapshot = await uploads.read(http, upload, start, partial(followed.note, owner, progress))
+            _check_no_changes(upload)
         return describe(await to_thread.run_sync(store.extend, owner, record.id, snapshot, record))
 
-    @routes.post("/{context}/fork", status_code=201)
-    async def fork(context: str, body: NewContext, http: Request) -> dict[str, Any]:
+    @routes.post("/{context}/fork", status_code=201, openapi_extra=bodies.described(NewContext))
+    async def fork(context: str, http: Request) -> dict[str, Any]:
         """A second context that stands where this one does."""
-        owner = http.state.owner
-        await to_thread.run_sync(check_room, store, owner, most)
-        record, snapshot = await to_thread.run_sync(load, store, owner, context)
-        made = await to_thread.run_sync(store.create, owner, snapshot, body.name, expiry(body.expires_in), record.id)
-        return describe(made)
+        owner, body = http.state.owner, await bodies.read(http, NewContext, optional=True)
+        with await to_thread.run_sync(room.reserve, owner, body.name) as place:
+            record, snapshot = await to_thread.run_sync(load, store, owner, context)
+            making = partial(store.create, owner, snapshot, body.name, expiry(body.expires_in), record.id)
+            return describe(await to_thread.run_sync(place.fill, making))
 
     return routes
+
+
+def _check_no_changes(upload: Upload) -> None:
+    fields = upload.fields()
+    if fields.name or fields.expires_in:
+        raise ApiError(400, "name and expires_in: change them with PATCH", "invalid_value", "name")

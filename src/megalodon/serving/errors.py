@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from megalodon.inference.context_store import ChangedError, NameTakenError, NoContextError
+from megalodon.inference.context_store import ChangedError, NameTakenError, NoContextError, is_read_only
 from megalodon.inference.request import Failed, Failure, QueueFullError, StoppingError
 
 _log = logging.getLogger(__name__)
@@ -120,6 +120,8 @@ def from_exception(error: Exception) -> ApiError | None:
             return ApiError(400, str(error), "invalid_value")
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return ApiError(507, "the server's disk is full: delete contexts, or ask the operator", "disk_full")
+        case OSError() if is_read_only(error):
+            return ApiError(507, "the server's contexts can be read but not changed: ask the operator", "read_only")
     return None
 
 
@@ -137,7 +139,8 @@ def invalid_value(errors: Sequence[Any]) -> ApiError:
     error = max(errors, key=lambda error: len(error["loc"]))
     parts = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
     param = ".".join(part for part in parts if FIELD.fullmatch(part) and part not in UNION_MEMBERS) or None
-    return ApiError(400, f"{param or 'body'}: {error['msg']}", "invalid_value", param)
+    said = str(error["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"{param or 'body'}: {said}", "invalid_value", param)
 
 
 def install(app: FastAPI) -> None:

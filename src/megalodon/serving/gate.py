@@ -1,8 +1,9 @@
-"""What every request passes on its way to an endpoint and back: key, size and pace of the body, counting, defects."""
+"""What every request passes on its way in and out: host, key, the body's size and pace, counting, defects."""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -13,12 +14,25 @@ from megalodon.serving.errors import ApiError, answer_for, body_timeout
 from megalodon.serving.metrics import Metrics
 from megalodon.serving.settings import Settings
 
+OPEN = frozenset(("/", "/health", "/ready", "/metrics", "/docs", "/redoc", "/openapi.json"))
+"""Paths that need no key."""
+ALIVE = frozenset(("/health", "/ready", "/metrics"))
+"""Paths that are answered whatever the host and while the server ends."""
+
+
+class Drain:
+    """Whether the server is ending, and how many requests it still answers."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.running = 0
+
 
 class Gate:
     """ASGI middleware. `scope["state"]["owner"]` is the owner of what the request may touch."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, settings: Settings, metrics: Metrics) -> None:
-        self._app, self._keys, self._settings, self._metrics = app, keys, settings, metrics
+    def __init__(self, app: ASGIApp, keys: ApiKeys, settings: Settings, metrics: Metrics, drain: Drain) -> None:
+        self._app, self._keys, self._settings, self._metrics, self._drain = app, keys, settings, metrics, drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -34,17 +48,24 @@ class Gate:
                 self._metrics.requests.labels(route, str(message["status"])).inc()
             await send(message)
 
+        self._drain.running += 1
         try:
             await self._pass(scope, receive, counted)
         except Exception as error:
             if begun:  # half an answer is out: all that can be done is to cut the connection
                 raise
             await answer_for(error, f"{scope['method']} {scope['path']}").response()(scope, receive, counted)
+        finally:
+            self._drain.running -= 1
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        if scope["path"].startswith("/v1"):
-            _refuse_other_sites(headers)
+        if scope["path"] not in ALIVE:
+            self._check_host(scope, headers)
+            if self._drain.begun:
+                raise ApiError(503, "the server is stopping", "stopping", retry_after=5)
+        if scope["path"] not in OPEN:
+            self._refuse_other_sites(headers)
             scope.setdefault("state", {})["owner"] = self._keys.owner(headers.get("authorization"))
         limit = self._limit(scope, headers)
         announced = headers.get("content-length", "0")
@@ -53,7 +74,8 @@ class Gate:
         await self._app(scope, self._bounded(receive, limit), send)
 
     def _limit(self, scope: Scope, headers: Headers) -> int:
-        json = headers.get("content-type", "").startswith("application/json")
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
         upload = scope["path"].startswith("/v1/contexts") and not json
         return self._settings.max_upload if upload else self._settings.max_body
 
@@ -80,15 +102,47 @@ class Gate:
 
         return bounded
 
+    def _check_host(self, scope: Scope, headers: Headers) -> None:
+        """Raise ApiError 403 for a host that is not ours: a page whose name was made to lead here after it was loaded
+        (DNS rebinding) has its own name there."""
+        allowed, host = self._settings.allowed_hosts, _name_of(headers.get("host", ""))
+        address = (scope.get("server") or ("", 0))[0]
+        if allowed:
+            good = "*" in allowed or any(host == one.lower() for one in allowed)
+        else:
+            good = self._keys.required or not is_loopback(address) or is_loopback(host)
+        if not good:
+            self._metrics.refused.labels("host").inc()
+            message = f"the host {host[:80]!r} is not served here: the operator can allow it with --allowed-host"
+            raise ApiError(403, message, "host_not_allowed")
 
-def _refuse_other_sites(headers: Headers) -> None:
-    """Raise ApiError 403 for what another site's page sends from a visitor's browser, keys or not."""
-    origin = headers.get("origin")
-    if origin is None:
-        return
+    def _refuse_other_sites(self, headers: Headers) -> None:
+        """Raise ApiError 403 for what another site's page sends from a visitor's browser, keys or not."""
+        origin = headers.get("origin")
+        if origin is None or origin in self._settings.allowed_origins or "*" in self._settings.allowed_origins:
+            return
+        try:
+            own = urlsplit(origin).netloc == headers.get("host")
+        except ValueError:  # such as http://[
+            own = False
+        if not own:
+            message = f"requests from pages of {origin[:80]} are not accepted"
+            raise ApiError(403, f"{message}: the operator can allow them with --allowed-origin", "cross_origin")
+
+
+def _name_of(host: str) -> str:
+    """A Host header without its port, in small letters."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host.partition("]")[0][1:]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a name or address is this machine's own."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
     try:
-        own = urlsplit(origin).netloc == headers.get("host")
-    except ValueError:  # such as http://[
-        own = False
-    if not own:
-        raise ApiError(403, f"requests from pages of {origin[:80]} are not accepted", "cross_origin")
+        return ipaddress.ip_address(name.partition("%")[0]).is_loopback
+    except ValueError:
+        return False

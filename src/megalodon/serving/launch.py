@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 import uvicorn
@@ -48,6 +52,31 @@ class EngineOptions:
         return Engine(model, tokenizer, self.slots, self.queue, self.piece, made, self.share_prefixes)
 
 
+class EndingServer(uvicorn.Server):
+    """A server that, when it is told to stop, goes on answering: what runs is finished, what is new gets a 503, until
+    nothing runs or `seconds` are over. Told again, it stops at once."""
+
+    def __init__(self, config: uvicorn.Config, drain: Any, seconds: float) -> None:
+        """`drain`: the application's, with `begun` and `running`."""
+        super().__init__(config)
+        self._drain, self._seconds, self._end = drain, seconds, float("inf")
+        self._told: int = signal.SIGTERM
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        if self._drain.begun or sig not in (signal.SIGTERM, signal.SIGINT):
+            super().handle_exit(sig, frame)
+            return
+        self._told, self._drain.begun, self._end = sig, True, time.monotonic() + self._seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop now; asked ten times a second."""
+        if self._drain.begun and not self.should_exit and (not self._drain.running or time.monotonic() > self._end):
+            self.config.timeout_graceful_shutdown = 1  # whoever still runs has had the time
+            super().handle_exit(self._told, None)
+        return await super().on_tick(counter)
+
+
 def serve_here(options: EngineOptions, settings: Settings, host: str, port: int) -> None:
     """Serve in this process until SIGTERM or Ctrl-C; running requests then have `drain_seconds` to finish.
 
@@ -72,4 +101,4 @@ def serve_here(options: EngineOptions, settings: Settings, host: str, port: int)
         h11_max_incomplete_event_size=2**16,
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    EndingServer(config, app.state.drain, settings.drain_seconds).run(sockets=[listening])

@@ -32,10 +32,12 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from megalodon.serving.app import create_app
 from megalodon.serving.errors import ApiError, body_timeout
-from megalodon.serving.launch import EngineOptions
+from megalodon.serving.gate import ALIVE, Drain
+from megalodon.serving.launch import EndingServer, EngineOptions
 from megalodon.serving.settings import Settings
 
 APP = "megalodon"
@@ -111,6 +113,22 @@ class Front:
         self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), limits=limits)
         methods = ["GET", "POST", "PATCH", "DELETE", "PUT", "HEAD", "OPTIONS"]
         self.app = Starlette(routes=[Route("/{path:path}", self.pass_on, methods=methods)])
+        self.drain = Drain()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, which refuses new requests while it ends."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        self.drain.running += 1
+        try:
+            if self.drain.begun and scope["path"] not in ALIVE:
+                stopping = ApiError(503, "the server is stopping", "stopping", retry_after=5)
+                await stopping.response()(scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
+        finally:
+            self.drain.running -= 1
 
     async def pass_on(self, request: Request) -> Response:
         """Send a request to its replica, again if that dies before it answers."""
@@ -227,12 +245,10 @@ def serve_replicas(options: EngineOptions, settings: Settings, replicas: int, ho
     address = listening.getsockname()
     print(f"megalodon: {settings.model_name} at http://{host}:{address[1]}/ on {replicas} replicas", flush=True)
     front = Front(handle, settings.body_seconds)
-    config = uvicorn.Config(
-        front.app, log_level="warning", timeout_graceful_shutdown=max(1, round(settings.drain_seconds))
-    )
+    config = uvicorn.Config(front, log_level="warning", timeout_graceful_shutdown=max(1, round(settings.drain_seconds)))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn passes the signal on once it has ended itself
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        EndingServer(config, front.drain, settings.drain_seconds).run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing may interrupt the end of the replicas
         serve.shutdown()

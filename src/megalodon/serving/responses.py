@@ -1,12 +1,18 @@
-"""Answers that are sent as they are made, and let go of what they hold however they end."""
+"""Answers that are sent as they are made and let go of what they hold however they end; large ones in steps."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Iterable, Mapping
+import json
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from typing import Any
 
-from starlette.responses import StreamingResponse
+from anyio import to_thread
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+BLOCK = 1 << 16
+_STEPS = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class HoldingResponse(StreamingResponse):
@@ -25,3 +31,24 @@ class HoldingResponse(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._held:
             await super().__call__(scope, receive, send)
+
+
+def json_steps(value: Any) -> Iterator[bytes]:
+    """A value as JSON in blocks. Other threads run between them, as they do not while `json.dumps` runs."""
+    block: list[str] = []
+    size = 0
+    for part in _STEPS.iterencode(value):
+        block.append(part)
+        size += len(part)
+        if size >= BLOCK:
+            yield "".join(block).encode()
+            block, size = [], 0
+    yield "".join(block).encode()
+
+
+async def json_answer(value: Any, large: bool) -> Response:
+    """A JSON answer; a `large` one, of many thousand numbers, is written beside the event loop."""
+    if not large:
+        return JSONResponse(value)
+    written = await to_thread.run_sync(lambda: b"".join(json_steps(value)))
+    return Response(written, media_type="application/json")

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-import numpy as np
 from anyio import CapacityLimiter, from_thread, to_thread
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from megalodon.data.reading import read_text
-from megalodon.data.tokenizer import Tokenizer
 from megalodon.inference.feed import TokenFeed
 from megalodon.inference.request import Done, Progress
 from megalodon.inference.snapshot import Snapshot
+from megalodon.serving import bodies, prompts
 from megalodon.serving.calls import UPLOADS, Call, Service
 from megalodon.serving.errors import ApiError, invalid_value
-from megalodon.serving.schemas import ContextText
+from megalodon.serving.multipart import Form
+from megalodon.serving.schemas import ContextText, NewContext
+
+MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+"""Byte order marks of what is not taken. That of UTF-8 is no part of a text."""
 
 
 class Body:
@@ -47,6 +50,33 @@ class Body:
         return b""
 
 
+@dataclass
+class Upload:
+    """A text that is about to arrive, or has as JSON.
+
+    Attributes:
+        text: a JSON body's; None for one that streams.
+        body: the bytes of one that streams.
+    """
+
+    text: ContextText | None
+    body: Body
+    form: Form | None = None
+
+    def fields(self) -> NewContext:
+        """What the JSON body, or the form so far, says of the context.
+
+        Raises:
+            ApiError: 400 for a name or time that is none.
+        """
+        if self.text is not None:
+            return NewContext(name=self.text.name, expires_in=self.text.expires_in)
+        try:
+            return NewContext.model_validate({} if self.form is None else self.form.fields)
+        except ValidationError as error:
+            raise invalid_value(error.errors(include_url=False, include_context=False, include_input=False)) from None
+
+
 class Uploads:
     """Reads bodies into contexts."""
 
@@ -54,36 +84,54 @@ class Uploads:
         self._service = service
         self._limiter = CapacityLimiter(UPLOADS)
 
-    async def read(
-        self, http: Request, start: Snapshot | None, note: Callable[[Progress, int], None]
-    ) -> tuple[Snapshot, ContextText | None]:
-        """The sequence after `start` and the body: the snapshot, and the JSON object if the body was one.
-
-        `note` is told how far it is, and how many bytes have been received.
+    async def begin(self, http: Request) -> Upload:
+        """What is known of an upload before its text is read.
 
         Raises:
-            ApiError: if the body is not what it should be, or the engine refuses it.
+            ApiError: if the body is not what its media type says.
         """
-        service, fields, body = self._service, None, Body(http.stream())
-        if http.headers.get("content-type", "").startswith("application/json"):
-            fields = await _fields(http)
-            feed = TokenFeed(await to_thread.run_sync(_encode, service.engine.tokenizer, fields.text))
-        else:
+        kind = bodies.media_type(http)
+        if bodies.is_json(kind):
+            return Upload(await bodies.read(http, ContextText), Body(_nothing()))
+        if kind != "multipart/form-data":
+            return Upload(None, Body(http.stream()))
+        form = Form(http.headers["content-type"], http.stream())
+        file = form.file()
+        try:
+            first = await anext(file, b"")
+        except ClientDisconnect:
+            raise ApiError(499, "the client has gone", "cancelled") from None
+        return Upload(None, Body(_joined(first, file)), form)
+
+    async def read(
+        self, http: Request, upload: Upload, start: Snapshot | None, note: Callable[[Progress, int], None]
+    ) -> Snapshot:
+        """The sequence after `start` and the text. `note` is told how far it is, and how many bytes have been received.
+
+        Raises:
+            ApiError: if the text is not what it should be, or the engine refuses it.
+        """
+        service, body, text = self._service, upload.body, upload.text
+        owner, seconds = http.state.owner, service.settings.upload_seconds
+        passing: asyncio.Task[None] | None = None
+        if text is None:
             feed = TokenFeed()
-        seconds = service.settings.upload_seconds
-        owner, streamed = http.state.owner, fields is None
+        else:
+            prompts.check(text.text, service.engine.tokenizer, service.settings.max_prompt_tokens, "text")  # type: ignore[arg-type]
+            feed, passing = await prompts.feed(text.text, service.engine.tokenizer)  # type: ignore[arg-type]
         with (
-            service.uploading(owner) if streamed else nullcontext(),
+            service.uploading(owner) if text is None else nullcontext(),
             service.call(owner, feed, None, start, keep=True, seconds=seconds) as call,
         ):
-            passing = None if fields is not None else asyncio.create_task(self._pass_on(body, feed, call))
+            if text is None:
+                passing = asyncio.create_task(self._pass_on(body, feed, call))
             try:
                 async for event in call.events():
                     if isinstance(event, Progress):
                         note(event, body.received)
                     elif isinstance(event, Done):
                         assert event.snapshot is not None
-                        return event.snapshot, fields
+                        return event.snapshot
             except ApiError as error:
                 if passing is not None and passing.done() and (cause := passing.exception()) is not None:
                     raise cause from None  # the engine only saw a text that was given up
@@ -99,7 +147,7 @@ class Uploads:
         tokenizer = self._service.engine.tokenizer
 
         def work() -> None:
-            for ids in tokenizer.encode_stream(read_text(cast(BinaryIO, body), "the body")):
+            for ids in tokenizer.encode_stream(_text(body)):
                 if not feed.put(ids):
                     return
             feed.close()
@@ -125,14 +173,38 @@ async def save_body(http: Request, path: Path) -> None:
         raise ApiError(499, "the client has gone", "cancelled") from None
 
 
-async def _fields(http: Request) -> ContextText:
-    try:
-        return ContextText.model_validate(json.loads(await http.body()))
-    except ValidationError as error:
-        raise invalid_value(error.errors()) from None
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}", "invalid_json") from None
+def _text(body: Body) -> Iterator[str]:
+    """The body's text without a byte order mark."""
+    first = body.read()
+    while 0 < len(first) < 3 and (more := body.read()):
+        first += more
+    for mark, name in MARKS.items():
+        if first.startswith(mark):
+            raise ValueError(
+                f"the body is {name} by its byte order mark: send UTF-8, as iconv -f utf-16 -t utf-8 makes it"
+            )
+    begun = _Begun(first, body)
+    for place, piece in enumerate(read_text(cast(BinaryIO, begun), "the body")):
+        yield piece.removeprefix("\ufeff") if place == 0 else piece
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    return tokenizer.encode(text)
+class _Begun:
+    """A body whose first part has been read."""
+
+    def __init__(self, first: bytes, body: Body) -> None:
+        self._first, self._body = first, body
+
+    def read(self, size: int = -1) -> bytes:
+        first, self._first = self._first, b""
+        return first or self._body.read(size)
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    if False:
+        yield b""
+
+
+async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for part in rest:
+        yield part

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from functools import cache
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, create_model, field_validator
 
 from megalodon.training.checkpoint import ResumeMode
-from megalodon.training.data_section import DataSection
+from megalodon.training.data_section import DataSection, data_problems
 from megalodon.training.mesh_section import MeshSection
-from megalodon.training.model_section import ModelSection, model_problems
+from megalodon.training.model_section import DEFAULT_ARCHITECTURE, ModelSection, model_problems, model_section
 from megalodon.training.optimizer import OptimizerConfig, optimizer_problems
-from megalodon.training.schedule import ScheduleConfig, schedule_problems
+from megalodon.training.schedule import ScheduleConfig, length_change, schedule_problems
 from megalodon.training.section import CHANGEABLE, Section, changeable
+from megalodon.training.trackers import TrackingSection
 
 
 class RunConfig(Section):
@@ -81,12 +85,23 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
+    tracking: TrackingSection = TrackingSection()
+
+
+@cache
+def train_config(architecture: str) -> type[TrainConfig]:
+    """The config of runs that train a model of this architecture: it knows the fields of its `model` section."""
+    if architecture == DEFAULT_ARCHITECTURE:
+        return TrainConfig
+    section = model_section(architecture)
+    return create_model("TrainConfig", __base__=TrainConfig, model=(section, section()))
 
 
 def contradictions(config: TrainConfig) -> list[str]:
     """What is wrong with the values taken together, one sentence each, naming the key; empty when all is well."""
     problems = [
         *model_problems(config.model),
+        *data_problems(config.data),
         *optimizer_problems(config.optimizer),
         *schedule_problems(config.schedule, config.run.steps),
     ]
@@ -106,22 +121,55 @@ def contradictions(config: TrainConfig) -> list[str]:
     return problems
 
 
-def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """What a resumed run must not change but does: `optimizer.learning_rate: 0.001 before, 0.002 now`, by key."""
-    found = _differences(old, new, ())
-    if new.schedule.kind == "constant":  # the length of the run then has no part in any step
-        found = [difference for difference in found if not difference.startswith("run.steps:")]
-    return found
+# Where a corpus lies is no matter: a checkpoint knows the text itself, and notices another one.
+PLACES = re.compile(r"data\.(mixture\.[\w.-]+\.)?(corpus|held_out\.corpus)\.(source|data_files)")
 
 
-def _differences(old: BaseModel, new: BaseModel, path: tuple[str, ...]) -> list[str]:
-    found = []
+def common_settings(config: TrainConfig) -> dict[str, Any]:
+    """What is the same on all ranks of a run, by dotted key; the places of its files may not be."""
+
+    def flat(values: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, dict) and value:
+                yield from flat(value, (*path, name))
+            else:
+                yield ".".join((*path, name)), value
+
+    own = flat(config.model_dump(mode="json"), ())
+    return {key: value for key, value in own if not PLACES.fullmatch(key) and key != "data.cache_folder"}
+
+
+def differences(old: TrainConfig, new: TrainConfig, step: int) -> tuple[list[str], str | None]:
+    """What a run resumed after `step` must not change but does: `optimizer.learning_rate: 0.001 before, 0.002 now`, by
+    key; and what there is to say of a change that it may make, or None."""
+    if old.model.architecture != new.model.architecture:
+        return [f"model.architecture: {old.model.architecture} before, {new.model.architecture} now"], None
+    found = {
+        key: f"{key}: {before!r} before, {now!r} now"
+        for key, before, now in _differences(old, new, ())
+        if not PLACES.fullmatch(key)
+    }
+    note = None
+    if "run.steps" in found:
+        refused, note = length_change(new.schedule, new.optimizer.learning_rate, old.run.steps, new.run.steps, step)
+        if refused is None:
+            del found["run.steps"]
+        else:
+            found["run.steps"] = f"{found['run.steps']}: {refused}"
+    return list(found.values()), note
+
+
+def _differences(old: BaseModel, new: BaseModel, path: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, before, now) of every field that differs and may not change."""
     for name, field in type(old).model_fields.items():
         before, now = getattr(old, name), getattr(new, name)
-        if isinstance(before, BaseModel) and type(before) is type(now):
-            found += _differences(before, now, (*path, name))
+        inside = (*path, name)
+        if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+            for key in before:
+                yield from _differences(before[key], now[key], (*inside, key))
+        elif isinstance(before, BaseModel) and type(before) is type(now):
+            yield from _differences(before, now, inside)
         elif before != now and not (
             isinstance(field.json_schema_extra, dict) and CHANGEABLE in field.json_schema_extra
         ):
-            found.append(f"{'.'.join((*path, name))}: {before!r} before, {now!r} now")
-    return found
+            yield ".".join(inside), before, now

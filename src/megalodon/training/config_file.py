@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megalodon.training.config import TrainConfig, contradictions
+from megalodon.training.config import TrainConfig, contradictions, train_config
+from megalodon.training.model_section import architecture_of
 from megalodon.training.wording import describe_errors, one_message
 
 
@@ -82,9 +83,13 @@ def check_config(values: dict[str, Any], where: str) -> TrainConfig:
         ValueError: naming `where` and every problem at once.
     """
     try:
-        config = TrainConfig.model_validate(values)
+        kind = train_config(architecture_of(values.get("model")))
+    except ValueError as error:
+        raise ValueError(f"{where}: model.{error}") from None
+    try:
+        config = kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(one_message(where, describe_errors(error, TrainConfig))) from None
+        raise ValueError(one_message(where, describe_errors(error, kind))) from None
     problems = contradictions(config)
     if problems:
         raise ValueError(one_message(where, problems))

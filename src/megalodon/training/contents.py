@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from megalodon import MegalodonForCausalLM, MegalodonState
 from megalodon.data import Tokenizer
-from megalodon.files import load_tensors, save_json, save_tensors
+from megalodon.files import disk_errors, load_tensors, save_json, save_tensors
 from megalodon.inference.loading import quiet_transformers
+from megalodon.models import CausalLM
 from megalodon.training.checkpoint import CheckpointError
 from megalodon.training.config import TrainConfig
 from megalodon.training.config_file import config_text
@@ -46,6 +46,8 @@ class TrainingState:
         seconds: time spent in steps, over all the processes that had a part in the run.
         record: the last step's metrics if they are not yet written, because a signal came before its evaluation ended.
         best_loss, best_step: lowest held-out loss that has a checkpoint, and its step.
+        documents: how many were begun; a document of every epoch counts anew.
+        held_out: what identifies the held-out documents, by source.
         loader: the loader's position, as its `state_dict` gives it.
         threads: PyTorch's threads, on which the last bits of a float depend.
         states: what streamed rows carry.
@@ -57,19 +59,22 @@ class TrainingState:
     record: dict[str, Any] | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    documents: int = 0
+    held_out: dict[str, Any] = field(default_factory=dict)
     loader: dict[str, Any] = field(default_factory=dict)
     threads: int = field(default_factory=torch.get_num_threads)
     states: States = field(default_factory=list)
 
 
-def save_model(folder: Path, model: MegalodonForCausalLM, tokenizer: Tokenizer) -> None:
+def save_model(folder: Path, model: CausalLM, tokenizer: Tokenizer) -> None:
     """The model and its tokenizer as one folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
-    with quiet_transformers():
+    with quiet_transformers(), disk_errors(folder):
         model.save_pretrained(folder, max_shard_size="10000GB")  # one file, which `load_weights` reads back
-    tokenizer.save(folder)
+    with disk_errors(folder):
+        tokenizer.save(folder)
 
 
-def load_weights(folder: Path, model: MegalodonForCausalLM) -> None:
+def load_weights(folder: Path, model: CausalLM) -> None:
     """Put the weights of a folder of `save_model` into the model.
 
     Raises:
@@ -94,7 +99,7 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, states:
 def write_contents(
     folder: Path,
     config: TrainConfig,
-    model: MegalodonForCausalLM,
+    model: CausalLM,
     optimizer: torch.optim.Optimizer,
     tokenizer: Tokenizer,
     state: TrainingState,
@@ -115,7 +120,7 @@ def write_contents(
     (folder / "config.yaml").write_text(config_text(config), encoding="utf-8")
 
 
-def read_contents(folder: Path, model: MegalodonForCausalLM, optimizer: torch.optim.Optimizer) -> TrainingState:
+def read_contents(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer) -> TrainingState:
     """Put a checkpoint's weights, optimiser and generators in place, and return the rest.
 
     Raises:
@@ -130,10 +135,10 @@ def read_contents(folder: Path, model: MegalodonForCausalLM, optimizer: torch.op
     return state
 
 
-def _read_carried(path: Path, model: MegalodonForCausalLM) -> States:
+def _read_carried(path: Path, model: CausalLM) -> States:
     parts: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_tensors(path).items():
         index, _, name = key.partition("/")
         parts.setdefault(int(index), {})[name] = tensor
-    states = (MegalodonState.from_state_dict(parts[index], model.config) for index in sorted(parts))
+    states = (model.model.state_class.from_state_dict(parts[index], model.config) for index in sorted(parts))
     return [state.to(model.device) for state in states]

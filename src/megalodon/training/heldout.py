@@ -1,9 +1,13 @@
-"""The loss on held-out documents, in nats per token and, where tokens map to bytes, in bits per byte."""
+"""The loss on held-out documents, in nats per token and, where the bytes of tokens are known, in bits per byte.
+
+Both are those that `megalodon evaluate perplexity` gives for the same texts: the ids that end documents are not text,
+and a document's first token has nothing to be predicted from.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +28,17 @@ class HeldOutLoss:
     def __str__(self) -> str:
         compressed = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
         return f"loss {self.loss:.4f}{compressed}"
+
+
+def combined(measured: Mapping[str, HeldOutLoss], weights: Mapping[str, float]) -> HeldOutLoss:
+    """The loss on a mixture: the mean of its sources' losses, by their weights."""
+    total = sum(weights[name] for name in measured)
+    bits = [(weights[name], each.bits_per_byte) for name, each in measured.items() if each.bits_per_byte is not None]
+    return HeldOutLoss(
+        sum(weights[name] * each.loss for name, each in measured.items()) / total,
+        sum(weight * value for weight, value in bits) / total if len(bits) == len(measured) else None,
+        sum(each.num_targets for each in measured.values()),
+    )
 
 
 @torch.no_grad()

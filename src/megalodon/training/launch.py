@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import errno
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
 
-from megalodon import MegalodonConfig, MegalodonForCausalLM
-from megalodon.data import (
-    Batch,
-    DocumentSet,
-    Loader,
-    TokenizeProgress,
-    Tokenizer,
-    held_out_batches,
-    load_tokenizer,
-    prepare_documents,
-)
-from megalodon.files import write_text
+from megalodon.data import Tokenizer, load_tokenizer, same_tokens
+from megalodon.files import is_full, write_text
 from megalodon.inference import choose_device
-from megalodon.inference.loading import model_folder
+from megalodon.inference.loading import has_tokenizer, model_folder
+from megalodon.models import CausalLM, Config
 from megalodon.parallel.sharded import is_sharded
-from megalodon.training.checkpoint import CheckpointError, choose_checkpoint, list_checkpoints
+from megalodon.training.checkpoint import CheckpointError, checkpoint_step, choose_checkpoint, list_checkpoints
 from megalodon.training.config import TrainConfig, differences
 from megalodon.training.config_file import config_text, load_config
+from megalodon.training.corpora import Texts, build_loader, held_out_rows, held_out_sets, prepare
 from megalodon.training.interrupt import StopRequest
-from megalodon.training.model_section import build_model, count_parameters, resolve_model, resolved_section
+from megalodon.training.model_section import count_parameters, make_model, resolve_model, resolved_section
 from megalodon.training.optimizer import build_optimizer
 from megalodon.training.processes import under_torchrun
-from megalodon.training.progress import SECONDS_BETWEEN_LINES, Display, make_display
-from megalodon.training.records import Records
+from megalodon.training.progress import Display, make_display
+from megalodon.training.records import records_of
 from megalodon.training.run_folder import RunFolder
 from megalodon.training.snapshot import seed_everything
 from megalodon.training.throughput import MATRIX_SIZE, measure_peak_flops, training_flops_per_token
+from megalodon.training.trackers import require_libraries
 from megalodon.training.trainer import Parts, Trainer
 
 
@@ -47,7 +36,7 @@ class Resolved:
     """A config with nothing left open, and what was needed to know."""
 
     config: TrainConfig
-    model_config: MegalodonConfig
+    model_config: Config
     tokenizer: Tokenizer
 
 
@@ -65,12 +54,27 @@ def resolve(config: TrainConfig, name: str) -> Resolved:
         spec = "bytes" if config.model.init_from is None else str(model_folder(Path(config.model.init_from)))
     tokenizer = load_tokenizer(spec)
     model_config = resolve_model(config.model, tokenizer)
+    require_libraries(config.tracking)
+    if config.model.init_from is not None:
+        _require_own_tokenizer(tokenizer, config.model.init_from)
     changes = {
         "model": resolved_section(config.model, model_config),
         "tokenizer": spec,
         "run": config.run.model_copy(update={"folder": config.run.folder or f"runs/{name}"}),
     }
     return Resolved(config.model_copy(update=changes), model_config, tokenizer)
+
+
+def _require_own_tokenizer(tokenizer: Tokenizer, init_from: str) -> None:
+    """Refuse a tokenizer by which the weights would take ids for other tokens than those they were trained on."""
+    folder = model_folder(Path(init_from))
+    if not has_tokenizer(folder):
+        return
+    if (told := same_tokens(tokenizer, load_tokenizer(folder))) is not None:
+        raise ValueError(
+            f"tokenizer: {tokenizer.name!r} is another than that of model.init_from ({folder}): {told}. Leave "
+            "tokenizer out to train on with the model's own, or leave init_from out to train from the start"
+        )
 
 
 def train(resolved: Resolved, display: Display | None = None) -> StopRequest:
@@ -99,10 +103,10 @@ def train(resolved: Resolved, display: Display | None = None) -> StopRequest:
     device = choose_device(None if config.run.device == "auto" else config.run.device)
     lock = folder.open()
     try:
-        checkpoint = find_checkpoint(config, folder)
-        documents = prepare(config, resolved.tokenizer, display)
-        parts = build_parts(resolved, documents, device)
-        trainer = Trainer(config, folder, parts, display, partial(Records, folder))
+        checkpoint = find_checkpoint(config, folder, display.say)
+        texts = prepare(config, resolved.tokenizer, display)
+        parts = build_parts(resolved, texts, device)
+        trainer = Trainer(config, folder, parts, display, records_of(config, folder))
         display.say(introduction(resolved, parts, folder))
         if checkpoint is not None:
             trainer.restore(checkpoint)
@@ -112,7 +116,7 @@ def train(resolved: Resolved, display: Display | None = None) -> StopRequest:
             trainer.train(stop)
         return stop
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if is_full(error):
             raise _full_disk(error, folder) from error
         raise
     finally:
@@ -133,8 +137,10 @@ def _full_disk(error: OSError, folder: RunFolder) -> OSError:
     return OSError(error.errno, f"{error.strerror}; {advice}", str(error.filename or folder.path))
 
 
-def find_checkpoint(config: TrainConfig, folder: RunFolder) -> Path | None:
-    """The checkpoint to go on from, of this config; None to start.
+def find_checkpoint(
+    config: TrainConfig, folder: RunFolder, say: Callable[[str], None] = lambda text: None
+) -> Path | None:
+    """The checkpoint to go on from, of this config; None to start. `say` is told of a change that has consequences.
 
     Raises:
         CheckpointError: if it is damaged, or made with a config that differs in what matters.
@@ -148,7 +154,10 @@ def find_checkpoint(config: TrainConfig, folder: RunFolder) -> Path | None:
     checkpoint = choose_checkpoint(folder.checkpoints, config.run.resume)
     if checkpoint is None:
         return None
-    changed = differences(load_config(checkpoint / "config.yaml"), config)
+    step = checkpoint_step(checkpoint)
+    changed, note = differences(load_config(checkpoint / "config.yaml"), config, step)
+    if note is not None:
+        say(note)
     if changed:
         listed = "".join(f"\n  {change}" for change in changed)
         raise CheckpointError(
@@ -158,49 +167,16 @@ def find_checkpoint(config: TrainConfig, folder: RunFolder) -> Path | None:
     return checkpoint
 
 
-def prepare(config: TrainConfig, tokenizer: Tokenizer, display: Display) -> tuple[DocumentSet, DocumentSet]:
-    """Training and held-out documents."""
-    data = config.data
-    training, held_out = prepare_documents(
-        data.corpus,
-        data.held_out,
-        tokenizer,
-        data.sequence_length,
-        config.run.seed,
-        data.cache_folder,
-        progress=_tokenizing(display),
-    )
-    display.say(
-        f"text: {len(training):,} documents with {training.num_tokens:,} tokens to train on, "
-        f"{len(held_out):,} with {held_out.num_tokens:,} held out"
-    )
-    return training, held_out
-
-
-def _tokenizing(display: Display) -> Callable[[TokenizeProgress], None]:
-    """Shows every few seconds how far the tokenizer has come, the first time that a corpus is read."""
-    last = time.monotonic()
-
-    def show(done: TokenizeProgress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            of = "" if done.total_bytes is None else f" of {done.total_bytes / 1e6:,.0f}"
-            display.say(f"tokenizing: {done.bytes / 1e6:,.0f}{of} MB, {done.documents:,} documents")
-
-    return show
-
-
 def build_parts(
     resolved: Resolved,
-    documents: tuple[DocumentSet, DocumentSet],
+    texts: Texts,
     device: torch.device,
 ) -> Parts:
     """Loader, model and optimiser of a config, seeded."""
     config, data = resolved.config, resolved.config.data
-    loader = build_loader(config, documents[0], 0, 1)
+    loader = build_loader(config, texts.training, 0, 1)
     seed_everything(config.run.seed)
-    model = build_model(config.model, resolved.model_config)
+    model = make_model(config.model, resolved.model_config)
     model.to(device)  # type: ignore[arg-type]  # Transformers wraps it, and mypy loses its first argument
     if config.run.gradient_checkpointing:
         checkpoint_activations(model)
@@ -212,59 +188,23 @@ def build_parts(
         optimizer=build_optimizer(model, config.optimizer),
         tokenizer=resolved.tokenizer,
         loader=loader,
-        heldout=held_out(config, documents[1], 0, 1),
+        heldout=held_out_sets(config, texts, 0, 1, held_out_rows(config, texts)),
         flops_per_token=training_flops_per_token(model, resolved.model_config, data.sequence_length),
         peak_flops=measure_peak_flops(device, dtype),
         device=device,
     )
 
 
-def build_loader(config: TrainConfig, documents: DocumentSet, rank: int, world_size: int) -> Loader:
-    """The loader of a data rank."""
-    data = config.data
-    return Loader(
-        documents,
-        mode=data.mode,
-        batch_size=data.batch_size,
-        sequence_length=data.sequence_length,
-        seed=config.run.seed,
-        isolate=data.isolate,
-        shuffle=data.shuffle,
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-def checkpoint_activations(model: MegalodonForCausalLM) -> None:
+def checkpoint_activations(model: CausalLM) -> None:
     """Have every block computed twice, to save memory."""
     # Transformers renames the method in 5.x and drops the old name in 6.
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
-def compile_blocks(model: MegalodonForCausalLM) -> None:
+def compile_blocks(model: CausalLM) -> None:
     """Compile each block: one graph where the kernels run on plain batches, else what stands between its operators."""
     for block in model.model.layers:
         block.compile()
-
-
-def held_out(config: TrainConfig, documents: DocumentSet, rank: int, world_size: int) -> Callable[[], Iterator[Batch]]:
-    """Gives the held-out batches anew at each call: `evaluation.max_tokens` of them, rounded up to whole batches."""
-    data = config.data
-    limit = config.evaluation.max_tokens
-    batches = None if limit is None else -(-limit // (data.batch_size * data.sequence_length))
-
-    def read() -> Iterator[Batch]:
-        everything = held_out_batches(
-            documents,
-            batch_size=data.batch_size,
-            sequence_length=data.sequence_length,
-            isolate=data.isolate,
-            rank=rank,
-            world_size=world_size,
-        )
-        return islice(everything, batches)
-
-    return read
 
 
 def introduction(resolved: Resolved, parts: Parts, folder: RunFolder) -> str:

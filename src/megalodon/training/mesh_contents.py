@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.optim import Optimizer
 
-from megalodon.model.state import Dimensions, LayerState, MegalodonState, OpenChunk
-from megalodon.model.timestep_norm import Moments
+from megalodon.models import State
 from megalodon.parallel import ParallelModel
 from megalodon.parallel.sharded import MODEL
 from megalodon.training.snapshot import optimizer_tensors
@@ -48,8 +47,12 @@ def start_optimizer(optimizer: Optimizer) -> None:
 
 def open_width(model: ParallelModel, states: States) -> int:
     """Places that the open chunks of all ranks need; 0 where nothing is carried."""
-    own = [int(state.open_tokens.max()) for state in states if state is not None]
-    width = torch.tensor(max(own, default=0))
+    kind, own = _state_class(model), 0
+    for state in states:
+        if state is not None:
+            shapes = kind.shapes(state.dimensions)
+            own = max(own, *(x.shape[1] for name, x in state.state_dict().items() if -1 in shapes[name]), 0)
+    width = torch.tensor(own)
     dist.all_reduce(width, dist.ReduceOp.MAX)
     return int(width)
 
@@ -64,72 +67,67 @@ def carried_tensors(model: ParallelModel, states: States, width: int) -> dict[st
     carried = [state for state in states if state is not None]
     if not carried:
         return {}
-    state = MegalodonState.concatenate(carried)
-    tensors = {"position": _cut(model, state.position, None)}
-    for place, index in enumerate(model.layers):
-        layer = state.layers[place]
-        tensors |= {
-            f"layers.{index}.norm.mean": _cut(model, layer.moments.mean, 1),
-            f"layers.{index}.norm.var": _cut(model, layer.moments.var, 1),
-            f"layers.{index}.cema": _cut(model, torch.view_as_real(layer.cema), 1),
-            f"layers.{index}.keys": _cut(model, _to_width(layer.chunk.keys, width), 2),
-            f"layers.{index}.values": _cut(model, _to_width(layer.chunk.values, width), 2),
-        }
-    if model.has_last:
-        tensors["final_norm.mean"] = _cut(model, state.final.mean, 1)
-        tensors["final_norm.var"] = _cut(model, state.final.var, 1)
-    return {CARRIED + name: tensor for name, tensor in tensors.items()}
+    state = State.concatenate(carried)
+    shapes, tensors = state.shapes(state.dimensions), {"position": state.position}
+    parts = [(f"layers.{index}.", state.layers[place]) for place, index in enumerate(model.layers)]
+    if model.has_last and state.final is not None:
+        parts.append(("final_norm.", state.final))
+    for prefix, memory in parts:
+        for name, tensor in memory.tensors(state.position, state.dimensions).items():
+            tensors[prefix + name] = _to_width(tensor, width) if -1 in shapes[prefix + name] else tensor
+    return {CARRIED + name: _cut(model, tensor, _cut_dimension(model, name)) for name, tensor in tensors.items()}
 
 
-def empty_states(model: ParallelModel, rows: int, parts: int, width: int, dtype: torch.dtype) -> States:
-    """States of this rank's `rows` rows, to read a checkpoint's into.
+def empty_tensors(model: ParallelModel, rows: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Zeros of the shapes of `carried_tensors`, to read a checkpoint's into.
 
     Args:
-        dtype: of keys and values.
+        rows: this rank's. dtype: of keys and values.
     """
-    config, device, ranks = model.config, model.device, model.mesh.sizes.tensor
-    batch, heads, groups = rows // parts, config.num_heads // ranks, config.norm_num_groups // ranks
-    wide = torch.float32 if device.type == "mps" else torch.float64
-
-    def moments() -> Moments:
-        return Moments(*(torch.zeros(batch, groups, dtype=wide, device=device) for _ in range(2)))
-
-    def layer() -> LayerState:
-        h = torch.zeros(batch, config.model_dim // ranks, config.cema_ndim, dtype=torch.complex64, device=device)
-        keys = torch.zeros(batch, width, heads, config.head_dim, dtype=dtype, device=device)
-        chunk = OpenChunk(keys, keys.new_zeros(batch, width, heads, config.value_head_dim))
-        return LayerState(moments(), h, chunk)
-
-    return [
-        MegalodonState(
-            [layer() for _ in model.layers], moments(), torch.zeros(batch, dtype=torch.int64), Dimensions.of(config)
-        )
-        for _ in range(parts)
-    ]
+    kind, device, ranks = _state_class(model), model.device, model.mesh.sizes.tensor
+    statistics = torch.float32 if device.type == "mps" else torch.float64
+    tensors = {}
+    for name, shape in kind.shapes(kind.dimensions_class.of(model.config)).items():
+        if not _is_own(model, name):
+            continue
+        cut = _cut_dimension(model, name)
+        sizes = [rows if s is None else width if s < 0 else s // ranks if i == cut else s for i, s in enumerate(shape)]
+        where = "cpu" if name == "position" else device
+        own = torch.zeros(sizes, dtype=kind.tensor_dtype(name, dtype, statistics), device=where)
+        tensors[CARRIED + name] = _cut(model, own, cut)
+    return tensors
 
 
 def states_of(model: ParallelModel, tensors: Mapping[str, Any], parts: int) -> States:
     """The inverse of `carried_tensors`: one state for each of `parts` equal parts of this rank's rows."""
+    kind = _state_class(model)
+    sizes = kind.dimensions_class.of(model.config)
 
-    def own(name: str) -> Tensor:
-        tensor = tensors[CARRIED + name]
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    def own(prefix: str) -> dict[str, Tensor]:
+        named = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        return {name: x.to_local() if isinstance(x, DTensor) else x for name, x in named.items()}
 
-    layers = [
-        LayerState(
-            Moments(own(f"layers.{index}.norm.mean"), own(f"layers.{index}.norm.var")),
-            torch.view_as_complex(own(f"layers.{index}.cema").contiguous()),
-            OpenChunk(own(f"layers.{index}.keys"), own(f"layers.{index}.values")),
-        )
-        for index in model.layers
-    ]
-    if model.has_last:
-        final = Moments(own("final_norm.mean"), own("final_norm.var"))
-    else:
-        final = Moments(*(torch.zeros_like(x) for x in layers[0].moments))
-    whole = MegalodonState(layers, final, own("position").cpu(), Dimensions.of(model.config))
+    layers = [kind.layer_from(own(f"{CARRIED}layers.{index}."), sizes, index) for index in model.layers]
+    final = kind.final_from(own(f"{CARRIED}final_norm."), sizes) if model.has_last else None
+    whole = kind(layers, final, own(CARRIED)["position"].cpu(), sizes)
     size = whole.batch_size // parts
     return [whole[slice(first, first + size)] for first in range(0, whole.batch_size, size)]
+
+
+def _state_class(model: ParallelModel) -> type[State]:
+    kind: type[State] = model.stages[0].kind.state_class
+    return kind
+
+
+def _is_own(model: ParallelModel, name: str) -> bool:
+    """Whether a tensor of a whole state is this rank's: of one of its layers, or of its final norm."""
+    if name.startswith("layers."):
+        return int(name.split(".")[1]) in model.layers
+    return name == "position" or model.has_last
+
+
+def _cut_dimension(model: ParallelModel, name: str) -> int | None:
+    return _state_class(model).cut_dimensions.get(name.rsplit(".", 1)[-1])
 
 
 def _to_width(x: Tensor, width: int) -> Tensor:

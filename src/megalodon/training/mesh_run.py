@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,18 @@ from megalodon.inference.loading import model_folder
 from megalodon.parallel import Mesh, ParallelModel, mesh_problems
 from megalodon.parallel.initial import empty_model, initial_parameters, stored_parameters
 from megalodon.parallel.pipeline import CAN_MEASURE
+from megalodon.parallel.sharded import read_weights, sharded_checkpoint, weight_shapes
 from megalodon.training import launch
 from megalodon.training.checkpoint import CheckpointError
+from megalodon.training.config import TrainConfig, common_settings
 from megalodon.training.config_file import config_text
+from megalodon.training.corpora import Texts, another_rank, build_loader, held_out_sets, prepare
 from megalodon.training.interrupt import StopRequest
 from megalodon.training.mesh_trainer import AgreedStop, MeshTrainer, on_rank_0
 from megalodon.training.optimizer import build_optimizer
 from megalodon.training.processes import Processes, QuietExit, versions
 from megalodon.training.progress import Display, LineDisplay, make_display
-from megalodon.training.records import Records
+from megalodon.training.records import records_of
 from megalodon.training.run_folder import RunFolder
 from megalodon.training.snapshot import seed_everything
 from megalodon.training.throughput import measure_peak_flops, training_flops_per_token
@@ -76,7 +78,7 @@ def train_on_mesh(resolved: launch.Resolved, display: Display | None = None) -> 
     try:
         with processes.watched():
             processes.require_same("versions", versions())
-            processes.require_same("config", config_text(config))
+            _require_same_config(processes, config)
             processes.together(lambda: _check(resolved, processes.world_size))
             if display is None or processes.rank:
                 display = Silent(config.run.steps) if processes.rank else make_display(config.run.steps)
@@ -122,13 +124,16 @@ def _run(resolved: launch.Resolved, processes: Processes, device: torch.device, 
     folder = RunFolder(Path(str(config.run.folder)).expanduser())
     lock = processes.together(lambda: folder.open() if processes.rank == 0 else None)
     try:
-        checkpoint = processes.together(lambda: launch.find_checkpoint(config, folder) if processes.rank == 0 else None)
+        checkpoint = processes.together(
+            lambda: launch.find_checkpoint(config, folder, display.say) if processes.rank == 0 else None
+        )
         checkpoint = _from_rank_0(checkpoint)
-        documents = processes.together(lambda: launch.prepare(config, resolved.tokenizer, display))
-        parts, model = _build(resolved, documents, device, processes)
+        texts = processes.together(lambda: prepare(config, resolved.tokenizer, display))
+        _require_same_texts(processes, texts)
+        parts, model = _build(resolved, texts, device, processes)
         if checkpoint is None:
             processes.together(lambda: _fill(model, resolved))
-        records: Any = partial(Records, folder) if processes.rank == 0 else lambda step: NoRecords()
+        records: Any = records_of(config, folder) if processes.rank == 0 else lambda step: NoRecords()
         trainer = MeshTrainer(processes, model, config, folder, parts, display, records)
         display.say(f"mesh: {config.mesh.sizes}, {processes.world_size} processes")
         display.say(launch.introduction(resolved, parts, folder))
@@ -143,6 +148,31 @@ def _run(resolved: launch.Resolved, processes: Processes, device: torch.device, 
     finally:
         if lock is not None:
             lock.release()
+
+
+def _require_same_config(processes: Processes, config: TrainConfig) -> None:
+    """Refuse a rank with other settings than rank 0; where its files lie is its own affair."""
+    settings: list[Any] = [None] * processes.world_size
+    torch.distributed.all_gather_object(settings, common_settings(config))
+    error = None
+    for rank, own in enumerate(settings):
+        other = [key for key in settings[0].keys() | own.keys() if settings[0].get(key) != own.get(key)]
+        if error is None and other:
+            key = min(other)
+            first, here = (values.get(key) for values in (settings[0], own))
+            error = ValueError(f"config: {key} is {first!r} on rank 0 and {here!r} on rank {rank}")
+    processes.agree(error if processes.rank == 0 else None)
+
+
+def _require_same_texts(processes: Processes, texts: Texts) -> None:
+    """Refuse, before the first step, a rank that has other text than rank 0, such as a copy that was cut short."""
+    summaries: list[Any] = [None] * processes.world_size
+    torch.distributed.all_gather_object(summaries, texts.summary())
+    error = None
+    for rank, summary in enumerate(summaries):
+        if error is None and (told := another_rank(summaries[0], summary)) is not None:
+            error = ValueError(f"rank {rank}: {told}. Give all ranks the same files")
+    processes.agree(error if processes.rank == 0 else None)
 
 
 def _from_rank_0(value: Path | None) -> Path | None:
@@ -161,12 +191,12 @@ def _common(stop: AgreedStop) -> StopRequest:
 
 
 def _build(
-    resolved: launch.Resolved, documents: tuple, device: torch.device, processes: Processes
+    resolved: launch.Resolved, texts: Texts, device: torch.device, processes: Processes
 ) -> tuple[Parts, ParallelModel]:
     config, data = resolved.config, resolved.config.data
     mesh = Mesh(config.mesh.sizes, device.type, config.mesh.timeout_seconds)
     rank, world_size = mesh.data_rank, mesh.sizes.data
-    loader = processes.together(lambda: launch.build_loader(config, documents[0], rank, world_size))
+    loader = processes.together(lambda: build_loader(config, texts.training, rank, world_size))
     whole = empty_model(resolved.model_config)
     flops = training_flops_per_token(whole, resolved.model_config, data.sequence_length)
     if config.run.gradient_checkpointing:
@@ -178,7 +208,7 @@ def _build(
         optimizer=build_optimizer(model, config.optimizer),
         tokenizer=resolved.tokenizer,
         loader=loader,
-        heldout=launch.held_out(config, documents[1], rank, world_size),
+        heldout=held_out_sets(config, texts, rank, world_size, data.batch_size),
         flops_per_token=flops,
         peak_flops=measure_peak_flops(device, dtype) * mesh.sizes.world_size,
         device=device,
@@ -192,8 +222,13 @@ def _fill(model: ParallelModel, resolved: launch.Resolved) -> None:
     seed_everything(resolved.config.run.seed)
     if section.init_from is None:
         model.fill(initial_parameters(resolved.model_config))
+        return
+    folder = model_folder(Path(section.init_from))
+    if (checkpoint := sharded_checkpoint(folder.resolve())) is not None:
+        names = weight_shapes(checkpoint)
+        model.fill((name, read_weights(checkpoint, [name])[name].float()) for name in names)
     else:
-        model.fill(stored_parameters(model_folder(Path(section.init_from))))
+        model.fill(stored_parameters(folder))
 
 
 __all__ = ["CheckpointError", "QuietExit", "train_on_mesh"]

@@ -26,11 +26,12 @@ from megalodon.parallel.sharded import SHARDS, is_sharded, weight_shapes, write_
 from megalodon.training.checkpoint import MARGIN, CheckpointError, checkpoint_name, write_manifest
 from megalodon.training.config_file import config_text
 from megalodon.training.contents import TrainingState
+from megalodon.training.corpora import HeldOut
 from megalodon.training.heldout import HeldOutLoss
 from megalodon.training.interrupt import StopRequest
 from megalodon.training.mesh_contents import (
     carried_tensors,
-    empty_states,
+    empty_tensors,
     model_tensors,
     open_width,
     optimizer_entries,
@@ -59,6 +60,7 @@ class MeshTrainer(Trainer):
         super().__init__(*arguments)
         self.processes, self.model = processes, model
         self.stop: AgreedStop | None = None
+        self._begun = 0  # documents that begin in the rows of the present step, on all ranks
         self._saving_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=processes.seconds))
         self._pending: Future | None = None
         self._publisher = ThreadPoolExecutor(1)
@@ -107,9 +109,14 @@ class MeshTrainer(Trainer):
         """The number of targets of all rows. Also spreads a request to stop."""
         assert self.stop is not None
         mine = batch.num_tokens if self.model.mesh.counts else 0
-        targets, stops = self.processes.sum(mine, self.stop.signal is not None)
+        begun = batch.num_documents if self.model.mesh.counts else 0
+        targets, documents, stops = self.processes.sum(mine, begun, self.stop.signal is not None)
+        self._begun = int(documents)
         self.stop.agreed = stops > 0
         return int(targets)
+
+    def _documents(self, batch: Batch) -> int:
+        return self._begun
 
     def _rows(self, batch: Batch, states: list) -> list[Rows]:
         parts = split_batch(batch.to(self.parts.device), self.config.run.accumulation_steps)
@@ -126,12 +133,12 @@ class MeshTrainer(Trainer):
 
     # --- measuring ------------------------------------------------------------------------------------------
 
-    def _measure(self, stop: StopRequest) -> HeldOutLoss | None:
+    def _measure(self, held: HeldOut, stop: StopRequest) -> HeldOutLoss | None:
         self.model.eval()
         states: list = [None] * self.config.run.accumulation_steps
         nats, targets, bytes_, unknown = 0.0, 0, 0, False
         try:
-            for batch in self.parts.heldout():
+            for batch in held.read():
                 loss, states = self.model.losses(self._rows(batch, states))
                 nats += float(loss)
                 if self.model.mesh.counts:
@@ -225,12 +232,13 @@ class MeshTrainer(Trainer):
         width, steps = plain.pop("carried_width"), self.config.run.accumulation_steps
         state = TrainingState(**plain)
         self.processes.together(lambda: self.parts.loader.load_state_dict(state.loader))
+        self.processes.together(lambda: self._require_held_out(state))
         start_optimizer(self.parts.optimizer)
+        tensors = self._tensors(0)
         if width is not None:
             rows = self.config.data.batch_size // self.model.mesh.sizes.data
             dtype = torch.bfloat16 if self.config.run.precision == "bfloat16" else torch.float32
-            self.state.states = empty_states(self.model, rows, steps, width, dtype)
-        tensors = self._tensors(width or 0)
+            tensors |= empty_tensors(self.model, rows, width, dtype)
         distributed_checkpoint.load(tensors, storage_reader=FileSystemReader(checkpoint / SHARDS))
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():

@@ -30,8 +30,9 @@ class JsonLines:
 
         Raises:
             OSError: naming the file, if the disk is full or refuses; resuming removes what may be half a line.
+            ValueError: for a number that is not finite, which is no JSON.
         """
-        line = json.dumps(record).encode() + b"\n"
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             written = self._file.write(line)
         except OSError as error:
@@ -57,6 +58,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return records
+
+
+def last_step(path: Path) -> int:
+    """The last step that a JSON-lines file has a record of; -1 where there is none."""
+    return max((record["step"] for record in read_lines(path)), default=-1) if path.exists() else -1
 
 
 class MetricsLog:

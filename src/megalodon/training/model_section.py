@@ -1,10 +1,10 @@
-"""The `model` section of a training config: a preset, fields of `MegalodonConfig`, or a folder to fine-tune."""
+"""The `model` section of a training config: a preset, fields of the architecture's config, or a folder to fine-tune."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +12,77 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, create_model
 
-from megalodon import PRESETS, MegalodonConfig, MegalodonForCausalLM
 from megalodon.data import Tokenizer, check_vocabulary
 from megalodon.inference.loading import load_model, model_folder
+from megalodon.models import ARCHITECTURES, CausalLM, Config, all_presets, architecture, build_model, load_config
 from megalodon.training.section import Section
 from megalodon.training.wording import nearest
 
-# What a fine-tuned model may have otherwise than the one it starts from: the parameters keep their shapes and meaning.
-FREE_IN_FINE_TUNING = (
-    "chunk_size",
-    "rope_base",
-    "dropout",
-    "hidden_dropout",
-    "attention_dropout",
-    "attention_dropout_mode",
-)
+DEFAULT_ARCHITECTURE = next(iter(ARCHITECTURES))
 # Follow from the tokenizer, and are no affair of a training config.
-NOT_IN_CONFIG = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
+NOT_IN_CONFIG = ("use_cache", "pad_token_id", "eos_token_id")
 
 
 class _Origin(Section):
+    architecture: str = Field(default=DEFAULT_ARCHITECTURE, description=", ".join(ARCHITECTURES))
     preset: str | None = Field(default=None, description="a published size, by name")
     init_from: str | None = Field(default=None, description="a model folder whose weights training starts from")
 
 
-def _architecture_fields() -> dict[str, Any]:
-    """Name -> (type, default) of the fields that `MegalodonConfig` itself declares."""
-    types = inspect.get_annotations(MegalodonConfig, eval_str=True)
-    fields = (field for field in dataclasses.fields(MegalodonConfig) if field.name in types)
+def _architecture_fields(kind: type[Config]) -> dict[str, Any]:
+    """Name -> (type, default) of the fields that a config class itself declares."""
+    types = inspect.get_annotations(kind, eval_str=True)
+    fields = (field for field in dataclasses.fields(kind) if field.name in types)
     return {field.name: (types[field.name], field.default) for field in fields if field.name not in NOT_IN_CONFIG}
 
 
-ModelSection: Any = create_model("ModelSection", __base__=_Origin, **_architecture_fields())
-"""Sections are built from `MegalodonConfig`, so that they know its fields, types and defaults, and check them alike."""
+@cache
+def model_section(name: str) -> Any:
+    """The section of an architecture, built from its config class: so it knows its fields, types and defaults, and
+    checks them alike.
+
+    Raises:
+        ValueError: there is no such architecture.
+    """
+    fields = _architecture_fields(architecture(name).config)
+    origin = (str, Field(default=name, description=_Origin.model_fields["architecture"].description))
+    return create_model("ModelSection", __base__=_Origin, architecture=origin, **fields)
+
+
+ModelSection: Any = model_section(DEFAULT_ARCHITECTURE)
+
+
+def architecture_of(values: Any) -> str:
+    """The architecture that a `model` section asks for: by its name, its preset, or the model it starts from.
+
+    Args:
+        values: the section's plain values, unchecked.
+
+    Raises:
+        ValueError: it names none that there is, or contradicts itself.
+    """
+    values = values if isinstance(values, dict) else {}
+    named, preset, start = (values.get(key) for key in ("architecture", "preset", "init_from"))
+    implied = None
+    if isinstance(preset, str) and preset in all_presets():
+        implied = all_presets()[preset].model_type
+    elif isinstance(start, str):
+        try:
+            implied = load_config(model_folder(Path(start))).model_type
+        except FileNotFoundError as error:
+            raise ValueError(f"init_from: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"init_from: {error}") from None
+    if named is None:
+        return implied or DEFAULT_ARCHITECTURE
+    try:
+        architecture(named)
+    except ValueError as error:
+        raise ValueError(f"architecture: {error}") from None
+    if implied not in (None, named):
+        source = "preset" if isinstance(preset, str) else "init_from"
+        raise ValueError(f"architecture: {named} contradicts {source}, which is of {implied}")
+    return str(named)
 
 
 def given_fields(section: Any) -> dict[str, Any]:
@@ -52,17 +90,21 @@ def given_fields(section: Any) -> dict[str, Any]:
     return {name: getattr(section, name) for name in sorted(section.model_fields_set - set(_Origin.model_fields))}
 
 
+def _config_class(section: Any) -> type[Config]:
+    return architecture(section.architecture).config
+
+
 def model_problems(section: Any) -> list[str]:
     """What is wrong with the section, one sentence each, known before the tokenizer is; empty when all is well."""
     if section.preset is not None and section.init_from is not None:
         return ["model.preset: contradicts model.init_from, whose model has its own sizes; give one of them"]
-    if section.preset is not None and section.preset not in PRESETS:
-        return [f"model.preset: no preset {section.preset!r}; {nearest(section.preset, PRESETS)}"]
+    if section.preset is not None and section.preset not in all_presets():
+        return [f"model.preset: no preset {section.preset!r}; {nearest(section.preset, all_presets())}"]
     try:
         if section.init_from is not None:
             _config_to_fine_tune(section)
         else:
-            MegalodonConfig(**{**PRESETS.get(section.preset or "", {}), **given_fields(section)})
+            _config_class(section)(**_fields_of(section))
     except StrictDataclassError as error:  # Transformers' wrapping of what `validate_architecture` raised
         return [f"model.{error.__cause__ or error}"]
     except (ValueError, OSError) as error:
@@ -70,7 +112,13 @@ def model_problems(section: Any) -> list[str]:
     return []
 
 
-def resolve_model(section: Any, tokenizer: Tokenizer) -> MegalodonConfig:
+def _fields_of(section: Any) -> dict[str, Any]:
+    """The section's fields over those of its preset."""
+    preset = _config_class(section).presets.get(section.preset or "", {})
+    return {**preset, **given_fields(section)}
+
+
+def resolve_model(section: Any, tokenizer: Tokenizer) -> Config:
     """The model's config: the section's fields over its preset or `init_from`, the vocabulary as the tokenizer's.
 
     Raises:
@@ -79,23 +127,22 @@ def resolve_model(section: Any, tokenizer: Tokenizer) -> MegalodonConfig:
     if section.init_from is not None:
         config = _config_to_fine_tune(section)
     else:
-        fields = {**PRESETS.get(section.preset or "", {}), "vocab_size": tokenizer.vocab_size, **given_fields(section)}
-        config = MegalodonConfig(**fields, eos_token_id=tokenizer.eos_token_id)
-    check_vocabulary(tokenizer, min(config.vocab_size, config.output_size or config.vocab_size))
+        fields = {**_fields_of(section), "vocab_size": section.vocab_size, "eos_token_id": tokenizer.eos_token_id}
+        if "vocab_size" not in section.model_fields_set:
+            fields["vocab_size"] = tokenizer.vocab_size
+        config = _config_class(section)(**fields)
+    check_vocabulary(tokenizer, min(config.vocab_size, config.num_outputs))
     return config
 
 
-def _config_to_fine_tune(section: Any) -> MegalodonConfig:
+def _config_to_fine_tune(section: Any) -> Config:
     try:
         folder = model_folder(Path(section.init_from))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"init_from: {error}") from None
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != MegalodonConfig.model_type:
-        raise ValueError(f"init_from: {folder} holds a model of type {kind!r}, not {MegalodonConfig.model_type!r}")
-    config = MegalodonConfig.from_pretrained(folder)
+    config = load_config(folder)
     for name, value in given_fields(section).items():
-        if name in FREE_IN_FINE_TUNING:
+        if name in config.free_in_fine_tuning:
             setattr(config, name, value)
         elif value != getattr(config, name):
             raise ValueError(f"{name}: {value} contradicts the model of init_from, which has {getattr(config, name)}")
@@ -103,21 +150,23 @@ def _config_to_fine_tune(section: Any) -> MegalodonConfig:
     return config
 
 
-def resolved_section(section: Any, config: MegalodonConfig) -> Any:
+def resolved_section(section: Any, config: Config) -> Any:
     """The section with every field spelled out."""
-    fields = {name: getattr(config, name) for name in _architecture_fields()}
-    return ModelSection(preset=section.preset, init_from=section.init_from, **fields)
+    fields = {name: getattr(config, name) for name in _architecture_fields(type(config))}
+    return model_section(config.model_type)(
+        architecture=config.model_type, preset=section.preset, init_from=section.init_from, **fields
+    )
 
 
-def build_model(section: Any, config: MegalodonConfig) -> MegalodonForCausalLM:
+def make_model(section: Any, config: Config) -> CausalLM:
     """The model in float32, new from the global generator, or with the weights of `init_from`."""
-    model = MegalodonForCausalLM(config)
+    model = build_model(config)
     if section.init_from is not None:
         model.load_state_dict(load_model(Path(section.init_from), "cpu", torch.float32).state_dict())
     return model
 
 
-def count_parameters(config: MegalodonConfig) -> int:
+def count_parameters(config: Config) -> int:
     """Trainable parameters of a model of this config, without making their values."""
     with torch.device("meta"):
-        return MegalodonForCausalLM(config).num_parameters(only_trainable=True)
+        return build_model(config).num_parameters(only_trainable=True)

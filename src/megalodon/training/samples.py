@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from megalodon import MegalodonForCausalLM
 from megalodon.data import Tokenizer
 from megalodon.inference import Sampling, Session, generate_text
+from megalodon.models import CausalLM
 from megalodon.training.config import SamplingConfig
 
 
-def sample_text(model: MegalodonForCausalLM, tokenizer: Tokenizer, config: SamplingConfig) -> str:
+def sample_text(model: CausalLM, tokenizer: Tokenizer, config: SamplingConfig) -> str:
     """What the model goes on with after the prompt.
 
     Always from the same seed, so that samples differ by what was learnt; the global generators are not touched. The

@@ -75,3 +75,32 @@ def schedule_problems(config: ScheduleConfig, total_steps: int) -> list[str]:
     if config.cycles != 1.0 and config.kind != "cosine":
         problems.append(f"schedule.cycles: belongs to kind cosine, not to {config.kind}; remove it")
     return problems
+
+
+def length_change(
+    config: ScheduleConfig, peak: float, before: int, now: int, step: int
+) -> tuple[str | None, str | None]:
+    """What it means to go on after `step` with another length of the run: (why not, None), or (None, what to say).
+
+    A constant rate does not depend on the length. One that is flat until its tail goes on too; one that falls all the
+    way had other rates in the steps that were made.
+    """
+    if now < step:
+        return f"the run has made {step} steps already", None
+    if config.kind == "constant":
+        return None, None
+    then, next_rate = (peak * learning_rate_ratio(step, total, config) for total in (before, now))
+    if config.kind == "warmup-stable-decay":
+        tail = max(config.warmup_steps, now - decay_length(now, config))
+        told = f"run.steps: {before} before, {now} now; the rate falls from step {tail} on"
+        if step > (begun := max(config.warmup_steps, before - decay_length(before, config))):
+            told += (
+                f". It had begun to fall at step {begun}: it was to be {then:.3g} here and is {next_rate:.3g}; go on "
+                f"from a checkpoint of step {begun} or before to have it never fall in between"
+            )
+        return None, told
+    return (
+        f"with schedule.kind {config.kind} the rate follows the length of the run. Here it was to be {then:.3g} and "
+        f"would jump to {next_rate:.3g}, and the {step} steps made so far would have had other rates. Leave run.steps "
+        "as it is, or train the weights on in a new run; with constant and warmup-stable-decay a run may grow"
+    ), None

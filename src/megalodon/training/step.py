@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalodon import MegalodonState
 from megalodon.data import Batch
+from megalodon.models import State
 from megalodon.training.optimizer import clip_gradients
 
 IGNORED = -100  # the label of a position without a target, as in Transformers
 
-States = list[MegalodonState | None]
+States = list[State | None]
 """What each part of a step's batch carries to the next step; None before the first, and where nothing is carried."""
 
 
@@ -67,16 +67,14 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     return [part(begin) for begin in range(0, size * parts, size)] if parts > 1 else [batch]
 
 
-def next_state(state: MegalodonState | None, continues: Tensor | None) -> MegalodonState | None:
+def next_state(state: State | None, continues: Tensor | None) -> State | None:
     """The state to read a part of a batch with: rows that begin something new start afresh."""
     if state is None or continues is None:
         return None
     return state.reset(~continues)
 
 
-def forward_loss(
-    model: nn.Module, part: Batch, state: MegalodonState | None, divisor: int
-) -> tuple[Tensor, MegalodonState | None]:
+def forward_loss(model: nn.Module, part: Batch, state: State | None, divisor: int) -> tuple[Tensor, State | None]:
     """The summed loss of a part's targets over `divisor` (scalar), and the state after it where rows read on."""
     output = model(
         part.input_ids,

@@ -7,28 +7,26 @@ import time
 import torch
 from torch import nn
 
-from megalodon import MegalodonConfig
+from megalodon.models import Config
 
 MATRIX_SIZE = 1024
 SECONDS = 0.3
 
 
-def training_flops_per_token(model: nn.Module, config: MegalodonConfig, length: int) -> float:
+def training_flops_per_token(model: nn.Module, config: Config, length: int) -> float:
     """Floating-point operations that one token of a training step needs, forward and backward.
 
     6 per parameter that multiplies activations (so a look-up in an untied embedding counts none), and 6 per
-    multiply-add of the chunk's scores and weighted values, of which a causal chunk needs half. Recomputation is not
+    multiply-add of attention's scores and weighted values, of which a causal window needs half. Recomputation is not
     counted.
 
     Args:
-        length: tokens in a row of the batch; attention reaches no further than this or a chunk.
+        length: tokens in a row of the batch; attention reaches no further than this.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if not config.share_emb:
         parameters -= config.vocab_size * config.model_dim
-    reach = min(config.chunk_size, length) / 2
-    attention = config.num_layers * reach * (config.z_dim + config.value_dim)
-    return 6.0 * (parameters + attention)
+    return 6.0 * (parameters + config.sequence_multiply_adds(length))
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:

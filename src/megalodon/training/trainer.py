@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megalodon import MegalodonForCausalLM
-from megalodon.data import Batch, Loader, Tokenizer
+from megalodon.data import Batch, Loader, Mixture, Tokenizer
 from megalodon.files import write_folder
-from megalodon.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
+from megalodon.models import CausalLM
+from megalodon.training.checkpoint import CheckpointError, list_checkpoints, prune_checkpoints, save_checkpoint
 from megalodon.training.config import TrainConfig
 from megalodon.training.contents import TrainingState, checkpoint_bytes, read_contents, save_model, write_contents
-from megalodon.training.heldout import HeldOutLoss, measure_heldout
+from megalodon.training.corpora import HeldOut, another_held_out
+from megalodon.training.heldout import HeldOutLoss, combined, measure_heldout
 from megalodon.training.interrupt import StopRequest
 from megalodon.training.optimizer import set_learning_rate
 from megalodon.training.progress import Display, StepClock, StepReport
@@ -36,15 +38,15 @@ class Parts:
     """What a trainer works with; made by `launch.py`, or by a caller that shards them first.
 
     Attributes:
-        heldout: gives the held-out batches anew each time; called only where evaluation is on.
+        heldout: the held-out documents of each source, by its name; read only where evaluation is on.
         flops_per_token: of a training step; peak_flops: per second, of this machine.
     """
 
-    model: MegalodonForCausalLM
+    model: CausalLM
     optimizer: torch.optim.Optimizer
     tokenizer: Tokenizer
     loader: Loader
-    heldout: Callable[[], Iterable[Batch]]
+    heldout: dict[str, HeldOut]
     flops_per_token: float
     peak_flops: float
     device: torch.device
@@ -79,6 +81,7 @@ class Trainer:
         """
         state = read_contents(checkpoint, self.parts.model, self.parts.optimizer)
         self.parts.loader.load_state_dict(state.loader)
+        self._require_held_out(state)
         if state.threads != torch.get_num_threads():
             self.display.say(
                 f"note: the checkpoint was made with {state.threads} threads, there are {torch.get_num_threads()} now: "
@@ -88,6 +91,12 @@ class Trainer:
         self.state = state
         self._recorded_step = state.step if state.record is None else state.step - 1
         self._saved_step = state.step if state.record is None else None
+
+    def _require_held_out(self, state: TrainingState) -> None:
+        """Refuse to go on with other held-out documents than the checkpoint's losses are of."""
+        now = {name: Mixture.of(held.documents).identity() for name, held in self.parts.heldout.items()}
+        if state.held_out and (told := another_held_out(state.held_out, now)) is not None:
+            raise CheckpointError(told)
 
     def train(self, stop: StopRequest) -> bool:
         """Run to the last step, or until `stop`. True if the last step was reached and the model written.
@@ -135,9 +144,14 @@ class Trainer:
         state.step += 1
         tokens = config.data.batch_size * config.data.sequence_length
         state.tokens += tokens
+        state.documents += self._documents(batch)
         state.seconds += seconds
         state.states = result.states
         state.record = self._record(result, learning_rate, tokens, self._clock.tick(seconds))
+
+    def _documents(self, batch: Batch) -> int:
+        """How many documents begin in the rows of a step."""
+        return batch.num_documents
 
     def _next_batch(self) -> Batch:
         return next(self.parts.loader)
@@ -154,18 +168,18 @@ class Trainer:
             precision=self.config.run.precision,
         )
 
-    def _measure(self, stop: StopRequest) -> HeldOutLoss | None:
-        """The held-out loss, or None if a signal came first."""
+    def _measure(self, held: HeldOut, stop: StopRequest) -> HeldOutLoss | None:
+        """The loss on the held-out documents of a source, or None if a signal came first."""
         return measure_heldout(
             self.parts.model,
-            self.parts.heldout(),
+            held.read(),
             device=self.parts.device,
             precision=self.config.run.precision,
             stop=lambda: bool(stop),
         )
 
     def _record(self, result: StepResult, learning_rate: float, tokens: int, seconds: float) -> dict[str, Any]:
-        state = self.state
+        state, loader = self.state, self.parts.loader
         speed = tokens / seconds
         utilisation = speed * self.parts.flops_per_token / self.parts.peak_flops
         left = (self.config.run.steps - state.step) * seconds
@@ -176,6 +190,9 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "learning_rate": learning_rate,
             "tokens": state.tokens,
+            "epoch": round(loader.epoch, 6),
+            **({f"epoch/{name}": round(epoch, 6) for name, epoch in loader.epochs.items()} if self._mixed else {}),
+            "documents": state.documents,
             "seconds": round(state.seconds, 3),
             "tokens_per_second": round(speed, 1),
             "flop_utilisation": round(utilisation, 4),
@@ -190,13 +207,13 @@ class Trainer:
         if record is None:
             return
         if self._due(self.config.evaluation.every):
-            measured = self._measure(stop)
-            if measured is None:
-                return
-            record["heldout_loss"] = measured.loss
-            if measured.bits_per_byte is not None:
-                record["heldout_bits_per_byte"] = measured.bits_per_byte
-            self.display.say(f"step {self.state.step}: held-out {measured}")
+            measured: dict[str, HeldOutLoss] = {}
+            for name, held in self.parts.heldout.items():
+                one = self._measure(held, stop)
+                if one is None:
+                    return
+                measured[name] = one
+            self._take_in(record, measured)
         if self.state.step and self._due(self.config.sampling.every):
             prompt = self.config.sampling.prompt
             text = sample_text(self.parts.model, self.parts.tokenizer, self.config.sampling)
@@ -207,6 +224,25 @@ class Trainer:
             self.records.metrics(record)
         self._heldout_loss = record.get("heldout_loss")
         self.state.record = None
+
+    @property
+    def _mixed(self) -> bool:
+        return "" not in self.parts.heldout
+
+    def _take_in(self, record: dict[str, Any], measured: dict[str, HeldOutLoss]) -> None:
+        """Put held-out losses into a record: that of the mixture as a whole, and those of its sources."""
+        weights = {name: held.weight for name, held in self.parts.heldout.items()}
+        named = {"": combined(measured, weights), **{f"/{name}": one for name, one in measured.items() if name}}
+        for suffix, one in named.items():
+            if not math.isfinite(one.loss):
+                raise DivergedError(
+                    f"stopped at step {self.state.step}: the held-out loss{suffix.replace('/', ' of ')} is {one.loss}, "
+                    f"so the weights are damaged; {self._way_back()}"
+                )
+            record[f"heldout_loss{suffix}"] = one.loss
+            if one.bits_per_byte is not None:
+                record[f"heldout_bits_per_byte{suffix}"] = one.bits_per_byte
+            self.display.say(f"step {self.state.step}: held-out {f'{suffix[1:]} ' * bool(suffix)}{one}")
 
     def _save(self) -> None:
         """Save the present step, unless it is saved; then prune, and draw the plot."""
@@ -229,6 +265,7 @@ class Trainer:
         state = self.state
         self.records.sync()
         state.loader = self.parts.loader.state_dict()
+        state.held_out = {name: Mixture.of(held.documents).identity() for name, held in self.parts.heldout.items()}
         state.threads = torch.get_num_threads()
         if self._heldout_loss is not None and (state.best_loss is None or self._heldout_loss < state.best_loss):
             state.best_loss, state.best_step = self._heldout_loss, state.step
@@ -244,10 +281,12 @@ class Trainer:
         write_folder(self.folder.model, lambda folder: save_model(folder, self.parts.model, self.parts.tokenizer))
 
     def _divergence(self, error: NonFiniteError, batch: Batch) -> str:
-        good = list_checkpoints(self.folder.checkpoints)
-        back = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
         origins = "\n".join(f"  {origin}" for origin in batch.origins)
         return (
             f"stopped at step {self.state.step + 1}: {error}. Nothing was changed by this step or saved after it; "
-            f"{back}. The batch was\n{origins}"
+            f"{self._way_back()}. The batch was\n{origins}"
         )
+
+    def _way_back(self) -> str:
+        good = list_checkpoints(self.folder.checkpoints)
+        return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"

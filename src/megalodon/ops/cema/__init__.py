@@ -10,6 +10,7 @@ from megalodon.ops.cema.blocked import KeptTables
 from megalodon.ops.compiling import one_break_at_most
 from megalodon.ops.complex import resolved
 from megalodon.ops.layout import Layout, layout_of
+from megalodon.ops.segments import Segments
 
 
 def _triton(
@@ -37,10 +38,11 @@ def cema(
     segment_ids: Tensor | None = None,
     backend: str | None = None,
     *,
+    bos_mask: Tensor | None = None,
     layout: Layout | None = None,
     kept: KeptTables | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Complex exponential moving average along time.
+    """Complex exponential moving average along time. (Gecko's is this one with omega = 1.)
 
     For each channel d and component j, `h_t = q h_{t-1} + p x_t` and `y_t = Re(sum_j gamma_j h_{t,j}) + omega x_t`.
     Computed in float32 (float64 for float64 input) whatever the dtype of `x`, under autocast too.
@@ -49,12 +51,14 @@ def cema(
         x: [B, L, D], any floating dtype.
         p: real [D, N]; input weights.
         q: complex [D, N]; decay and phase, |q| < 1.
-        gamma: complex [D, N]; output weights, 1/sqrt(N) included.
+        gamma: complex [D, N]; output weights: with 1/sqrt(N) in Megalodon, as stored in Gecko.
         omega: real [D]; weight of the residual `omega x`. [D, 1] is accepted.
         initial_state: complex [B, D, N]; the state before the first token. None: zero.
         segment_ids: int [B, L]; a change along L starts a document with a zero state. The row's first document
             continues `initial_state`.
         backend: "reference", "blocked" or "triton"; None chooses (see `megalodon.ops.backend`).
+        bos_mask: bool [B, L]; True where a token starts a segment, with a zero state: the row's `initial_state` is
+            forgotten too.
         layout: the batch's layout, in place of `segment_ids`, where it is already known. Tokens beyond its `lengths`
             give zero and leave the state alone.
         kept: where "blocked" finds its tables again, without gradients; the others do without.
@@ -67,7 +71,7 @@ def cema(
     """
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}: it must be a floating-point [B, L, D]")
-    check_devices(x.device, p=p, q=q, gamma=gamma, omega=omega, initial_state=initial_state)
+    check_devices(x.device, p=p, q=q, gamma=gamma, omega=omega, initial_state=initial_state, bos_mask=bos_mask)
     batch, length, dim = x.shape
     real = full_precision(x.dtype)
     omega = None if omega is None else omega.reshape(-1).to(real)
@@ -91,5 +95,8 @@ def cema(
     wide = complex_of(real)
     q, gamma = resolved(q.to(wide)), resolved(gamma.to(wide))
     state = None if initial_state is None else resolved(initial_state.to(wide))
+    if bos_mask is not None:
+        segments = Segments(bos_mask, layout)
+        layout, state = segments.by_segment, segments.forgotten(state)
     keeping = {"kept": kept} if run is blocked.cema else {}
     return run(x, p.to(real), q, gamma, omega, state, layout, **keeping)

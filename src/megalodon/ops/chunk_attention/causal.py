@@ -111,7 +111,7 @@ class _CausalAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def _weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
+def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
     """`weights [N, H, 1, K] @ v [N, H, K, e]`.
 
     On a CPU, a product in float32 reads v with one thread for each row and head. Where those are few, keys are cut into
@@ -161,7 +161,7 @@ def causal_attention(
         exact = full if q.device.type == "cpu" else wide  # there, a row of scores is quickest in float32
         scores = torch.matmul(q.to(exact), k[:, :, : offset + 1].to(exact).transpose(2, 3))
         weights = torch.softmax(scores, dim=-1, dtype=full)
-        out = _weighted_sum(weights.to(wide), v[:, :, : offset + 1])
+        out = weighted_sum(weights.to(wide), v[:, :, : offset + 1])
     elif dropout > 0:
         out = _with_dropout(q, k, v, offset, first, dropout, dropkey)
     else:

@@ -1,0 +1,166 @@
+"""Answers of a given form: a JSON schema, a regular expression or a list of choices, kept to token by token.
+
+The grammars are llguidance's (extra `serve`). Before each token it says which tokens the form allows; the others cannot
+be chosen. What is allowed depends on the tokens so far alone, so the promise of same bits holds as without it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalodon.data.tokenizer import Tokenizer
+
+GRAMMAR_BYTES = 1 << 18
+"""The size of a schema, expression or list of choices: larger ones take long to be made a grammar of."""
+COMPACT = {"whitespace_flexible": False}
+"""JSON without white space between its parts, which a weak model could go on with for ever."""
+
+
+class Grammar:
+    """A form for one tokenizer, known to be usable. Made by `Grammars`."""
+
+    def __init__(self, tokenizer: Any, source: str, vocab_size: int) -> None:
+        self._tokenizer, self._source, self._vocab_size = tokenizer, source, vocab_size
+
+    def follow(self) -> Follower:
+        """Something that follows one text from its beginning."""
+        return Follower(_matcher(self._tokenizer, self._source), self._vocab_size)
+
+
+class Follower:
+    """One text on its way through a grammar."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    @property
+    def complete(self) -> bool:
+        """The text has the form, and nothing can come after it."""
+        return bool(self._matcher.is_stopped())
+
+    def restrict(self, logits: Tensor) -> Tensor:
+        """Logits [V] with -inf for every token that cannot come next.
+
+        Raises:
+            ValueError: if the grammar has become too complex to follow.
+        """
+        allowed = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) > 0
+        self._check()
+        left = torch.zeros(len(logits), dtype=torch.bool)
+        left[: self._vocab_size] = torch.from_numpy(allowed[: self._vocab_size])
+        return logits.masked_fill(~left.to(logits.device), -torch.inf)
+
+    def take(self, token: int) -> None:
+        """`token` has been chosen.
+
+        Raises:
+            ValueError: as `restrict`.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ValueError(f"the form of the answer cannot be followed: {_first_line(self._matcher.get_error())}")
+
+
+class Grammars:
+    """Makes grammars for one tokenizer. Any thread but an event loop's may ask: it can take a second."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._lock = tokenizer, threading.Lock()
+        self._prepared: Any = None
+
+    def json_schema(self, schema: dict[str, Any] | bool) -> Grammar:
+        """JSON that a schema allows, without white space between its parts.
+
+        Raises:
+            ValueError: if the schema is none, is too large or too complex, or uses what cannot be kept to.
+            ImportError: without llguidance. NotImplementedError: if the tokenizer's tokens do not map to bytes.
+        """
+        library, written = _library(), _checked(json.dumps(schema))
+        return self._grammar(library.LLMatcher.grammar_from_json_schema(written, overrides=COMPACT))
+
+    def json_object(self) -> Grammar:
+        """Any JSON object. Errors as `json_schema`."""
+        return self.json_schema({"type": "object"})
+
+    def regex(self, pattern: str) -> Grammar:
+        """Text that a regular expression (Rust's syntax, `\\d` for 0 to 9) matches whole. Errors as `json_schema`."""
+        library = _library()
+        return self._grammar(
+            library.LLMatcher.grammar_from_lark(f"start: /{library.regex_to_lark(_checked(pattern))}/")
+        )
+
+    def choice(self, choices: Sequence[str]) -> Grammar:
+        """One of several strings. Errors as `json_schema`."""
+        library, written = _library(), " | ".join(json.dumps(choice) for choice in choices)
+        return self._grammar(library.LLMatcher.grammar_from_lark(f"start: {_checked(written)}"))
+
+    def lark(self, source: str) -> Grammar:
+        """A grammar in llguidance's variant of Lark. Errors as `json_schema`."""
+        return self._grammar(_library().LLMatcher.grammar_from_lark(_checked(source)))
+
+    def _grammar(self, source: str) -> Grammar:
+        tokenizer = self._for_library()
+        _matcher(tokenizer, source)
+        return Grammar(tokenizer, source, self._tokenizer.vocab_size)
+
+    def _for_library(self) -> Any:
+        with self._lock:
+            if self._prepared is None:
+                library = _library()
+                self._prepared = library.LLTokenizer(library.TokenizerWrapper(_Described(self._tokenizer)))
+        return self._prepared
+
+
+class _Described:
+    """The tokenizer as llguidance wants it described; a token that begins with 0xFF stands for no text."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.token_bytes is None or tokenizer.eos_token_id is None:
+            missing = "an end of document" if tokenizer.token_bytes is not None else "bytes for its tokens"
+            raise NotImplementedError(f"tokenizer {tokenizer.name!r} has not {missing}, which forms of answers need")
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_token_id
+        self.tokens = [spelled or b"\xff<%d>" % index for index, spelled in enumerate(tokenizer.token_bytes)]
+        self.special_token_ids = [index for index, spelled in enumerate(tokenizer.token_bytes) if not spelled]
+
+    def __call__(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).tolist()
+        return ids
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise ImportError("forms of answers need llguidance: pip install 'megalodon-lm[serve]'") from None
+    return llguidance
+
+
+def _matcher(tokenizer: Any, source: str) -> Any:
+    library = _library()
+    matcher = library.LLMatcher(tokenizer, source, log_level=0, limits=library.LLParserLimits(verbose_errors=False))
+    if matcher.is_error():
+        raise ValueError(_first_line(matcher.get_error()))
+    return matcher
+
+
+def _checked(written: str) -> str:
+    if len(written) > GRAMMAR_BYTES:
+        raise ValueError(f"it has {len(written):,} characters; {GRAMMAR_BYTES:,} is the most that is accepted")
+    return written
+
+
+def _first_line(message: str) -> str:
+    return (message.strip().splitlines() or ["it is not usable"])[0][:300]

@@ -1,0 +1,116 @@
+"""The networks: one folder an architecture, one list of them; what all share stands beside the folders.
+
+Reads like the specification, top to bottom. No word of devices, ranks or kernels. The rooms above work with any
+architecture of the list: by its config (`Config`), its language model (`CausalLM`) and its state (`State`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+
+from megalodon.models.causal_lm import CausalLM, StatefulModel
+from megalodon.models.config import Config
+from megalodon.models.gecko.config import GeckoConfig
+from megalodon.models.gecko.model import GeckoForCausalLM, GeckoModel
+from megalodon.models.gecko.state import GeckoState
+from megalodon.models.kin import KinConfig, KinForCausalLM, KinModel
+from megalodon.models.megabyte import MegabyteConfig, MegabyteForCausalLM, MegabyteModel
+from megalodon.models.megalodon.config import PRESETS, MegalodonConfig
+from megalodon.models.megalodon.model import MegalodonForCausalLM, MegalodonModel
+from megalodon.models.megalodon.state import MegalodonState
+from megalodon.models.state import State
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What makes an architecture: its config, the network without a head, and the language model."""
+
+    config: type[Config]
+    model: type[StatefulModel]
+    causal_lm: type[CausalLM]
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "megalodon": Architecture(MegalodonConfig, MegalodonModel, MegalodonForCausalLM),
+    "megalodon-kin": Architecture(KinConfig, KinModel, KinForCausalLM),
+    "gecko": Architecture(GeckoConfig, GeckoModel, GeckoForCausalLM),
+    "megalodon-megabyte": Architecture(MegabyteConfig, MegabyteModel, MegabyteForCausalLM),
+}
+"""Every architecture by its `model_type`. The first is the default where none is named."""
+
+for _name, _architecture in ARCHITECTURES.items():
+    AutoConfig.register(_name, _architecture.config)
+    AutoModel.register(_architecture.config, _architecture.model)
+    AutoModelForCausalLM.register(_architecture.config, _architecture.causal_lm)
+
+
+def architecture(name: str) -> Architecture:
+    """The architecture of this name.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
+    if name not in ARCHITECTURES:
+        near = get_close_matches(str(name), ARCHITECTURES, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(ARCHITECTURES)}"
+        raise ValueError(f"no architecture {name!r}; {hint}")
+    return ARCHITECTURES[name]
+
+
+def all_presets() -> dict[str, type[Config]]:
+    """The config class of every published size, by the size's name."""
+    return {name: kind.config for kind in ARCHITECTURES.values() for name in kind.config.presets}
+
+
+def load_config(folder: str | Path) -> Config:
+    """The config in a model folder, of whatever architecture.
+
+    Raises:
+        FileNotFoundError: there is no config.json. ValueError: its architecture is not one of ours, or it is not
+            possible.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: it is not a model folder")
+    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"{folder} holds a model of type {kind!r}: it must be one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[kind].config.from_pretrained(folder)
+
+
+def build_model(config: Config) -> CausalLM:
+    """A new language model of this config, drawn from the global generator."""
+    return architecture(config.model_type).causal_lm(config)
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "PRESETS",
+    "Architecture",
+    "CausalLM",
+    "Config",
+    "GeckoConfig",
+    "GeckoForCausalLM",
+    "GeckoModel",
+    "GeckoState",
+    "KinConfig",
+    "KinForCausalLM",
+    "KinModel",
+    "MegabyteConfig",
+    "MegabyteForCausalLM",
+    "MegabyteModel",
+    "MegalodonConfig",
+    "MegalodonForCausalLM",
+    "MegalodonModel",
+    "MegalodonState",
+    "State",
+    "StatefulModel",
+    "all_presets",
+    "architecture",
+    "build_model",
+    "load_config",
+]

@@ -1,0 +1,56 @@
+"""Softmax attention as Llama has it: grouped heads, rotary embedding on halves, all keys kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers.base import MixerParameters, Reference
+from megalodon.models.kin.mixers.keys_and_values import KeysAndValues, attend
+from megalodon.models.kin.mixers.projected import Projected
+from megalodon.ops.layout import Layout
+
+
+class Attention(Projected):
+    """`out = Wo softmax(rope(Wq x) rope(Wk x)^T / sqrt(d)) Wv x`."""
+
+    kind = "growing"
+
+    class Parameters(MixerParameters):
+        """bias: of the projections of queries, keys and values; out_bias: of the output projection."""
+
+        bias: bool = False
+        out_bias: bool = False
+
+    def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
+        super().__init__(config, layer_index, parameters, parameters.bias, parameters.out_bias)
+
+    def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeysAndValues:
+        return KeysAndValues.empty(batch, self.num_groups, self.head_dim, self.head_dim, device, dtype)
+
+    def forward(self, x: Tensor, memory: KeysAndValues | None, layout: Layout) -> tuple[Tensor, KeysAndValues]:
+        q, k, v = self.queries_keys_values(x, layout, rotated=True)
+        memory = self.empty(len(x), x.device, k.dtype) if memory is None else memory
+        out, memory = attend(q / math.sqrt(self.head_dim), k, v, memory, layout)
+        return self.o_proj(out.flatten(-2)), memory
+
+    @classmethod
+    def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:
+        """Zoology's attention: one product for queries, keys and values, with biases, no positions."""
+        dim, heads = config["d_model"], config["num_heads"]
+        fields = {"model_dim": dim, "num_heads": heads, "rope_base": None}
+        return Reference(fields, {"bias": True, "out_bias": True}, unpacked(tensors))
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zoology's `Wqkv` and `out_proj` under our names."""
+    state_dict = {f"o_proj.{kind}": tensors[f"out_proj.{kind}"] for kind in ("weight", "bias")}
+    for kind in ("weight", "bias"):
+        for name, part in zip("qkv", tensors[f"Wqkv.{kind}"].chunk(3), strict=True):
+            state_dict[f"{name}_proj.{kind}"] = part
+    return state_dict

@@ -1,0 +1,67 @@
+"""Feature maps that are trained: Hedgehog's matrix for each head, and a small network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from megalodon.ops.linear_attention import FEATURE_MAPS
+
+
+class HeadwiseMap(nn.Module):
+    """`phi(x) = activation(x W_h)`, a matrix `weight` [H, d, m] for each query head (2402.04347).
+
+    Args:
+        activation: a name of `FEATURE_MAPS`; "softmax_both" and "exp_both" give 2 m features, the others m.
+        groups: x may come with fewer heads, of which query head h uses head h // (H / G).
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, feature_dim: int, activation: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, feature_dim))
+        self.activation = FEATURE_MAPS[activation]
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Start as the identity: the first m dimensions of a head."""
+        heads, size, features = self.weight.shape
+        init.copy_(self.weight, torch.eye(size, features).expand(heads, -1, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, H or G, d] -> [B, L, H, f]."""
+        if x.shape[2] != len(self.weight):
+            x = x.repeat_interleave(len(self.weight) // x.shape[2], 2)
+        return self.activation(torch.einsum("blhd,hdm->blhm", x, self.weight.to(x.dtype)))
+
+
+def features_of(activation: str, size: int) -> int:
+    """How many features `HeadwiseMap` gives for m = size."""
+    return 2 * size if activation in ("softmax_both", "exp_both") else size
+
+
+class FeedForwardMap(nn.Module):
+    """`phi(x) = softplus(W2 gelu(W1 x))`, or with a gate `softplus(W2 (sigmoid(Wg x) * W1 x))`, one network for the
+    queries and keys of all heads (2211.04076)."""
+
+    def __init__(self, head_dim: int, hidden: int, feature_dim: int, gated: bool) -> None:
+        super().__init__()
+        self.up = nn.Linear(head_dim, hidden)
+        self.gate = nn.Linear(head_dim, hidden) if gated else None
+        self.down = nn.Linear(hidden, feature_dim)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Orthogonal matrices, which the paper's regulariser keeps them near."""
+        for linear in self.children():
+            if isinstance(linear, nn.Linear):
+                init.orthogonal_(linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., f], positive."""
+        wide, x = x.dtype, x.to(self.up.weight.dtype)
+        hidden = self.up(x)
+        hidden = F.gelu(hidden) if self.gate is None else hidden * torch.sigmoid(self.gate(x))
+        return F.softplus(self.down(hidden).to(wide))

@@ -1,0 +1,56 @@
+"""Linear attention whose features are a small trained network with a positive end (2211.04076), here causal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalodon import ops
+from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers.base import MixerParameters
+from megalodon.models.kin.mixers.feature_maps import FeedForwardMap
+from megalodon.models.kin.mixers.projected import Projected
+from megalodon.models.kin.mixers.sums import WeightedSums
+from megalodon.ops.layout import Layout
+
+
+class FeedForwardKernel(Projected):
+    """`phi(q)^T sum phi(k) v^T / phi(q)^T sum phi(k)`, phi(x) = softplus(W2 gelu(W1 x))."""
+
+    kind = "constant"
+
+    class Parameters(MixerParameters):
+        """hidden_dim: of the network; None: twice head_dim. feature_dim: its features; None: head_dim. gated: a gated
+        linear unit in place of the hidden layer. eps: added to the normaliser."""
+
+        hidden_dim: int | None = None
+        feature_dim: int | None = None
+        gated: bool = False
+        eps: float = 1e-12
+
+    def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
+        super().__init__(config, layer_index, parameters)
+        self.eps = parameters.eps
+        self.features = parameters.feature_dim or self.head_dim
+        hidden = parameters.hidden_dim or 2 * self.head_dim
+        self.feature_map = FeedForwardMap(self.head_dim, hidden, self.features, parameters.gated)
+
+    def initialise(self, std: float) -> None:
+        self.feature_map.initialise()
+
+    def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WeightedSums:
+        return WeightedSums.empty(batch, self.num_groups, self.features, self.head_dim, device, dtype)
+
+    def forward(self, x: Tensor, memory: WeightedSums | None, layout: Layout) -> tuple[Tensor, WeightedSums]:
+        q, k, v = self.queries_keys_values(x, layout, rotated=False)
+        out, state = ops.linear_attention(
+            q,
+            k,
+            v,
+            feature_map=self.feature_map,
+            normalise=True,
+            eps=self.eps,
+            initial_state=None if memory is None else memory.state(),
+            layout=layout,
+        )
+        return self.o_proj(out.flatten(-2)), WeightedSums.of(state)

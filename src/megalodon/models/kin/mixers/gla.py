@@ -1,0 +1,111 @@
+"""GLA: linear attention with a decay for each feature (2312.06635)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megalodon import ops
+from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.sums import Sums, sums_of
+from megalodon.ops.layout import Layout
+from megalodon.ops.linear_attention import FEATURE_MAPS
+
+
+class GLA(Mixer):
+    """`S_t = diag(a_t) S_{t-1} + k_t v_t^T`, `o_t = d^(-1/2) S_t^T q_t`, a = sigmoid(W2 W1 x + b)^(1/16);
+    out = Wo (rms_norm(o) * silu(Wg x))."""
+
+    kind = "constant"
+
+    class Parameters(MixerParameters):
+        """expand_k, expand_v: width of keys and values, all query heads together, in model widths. gate_rank: of the
+        decay's projection. gate_normalizer: what its logarithm is divided by. least_log_decay: clamp it from below.
+        feature_map: of queries and keys, by name. output_gate: whether to gate. norm_eps: of the norm of each head."""
+
+        expand_k: float = 0.5
+        expand_v: float = 1.0
+        gate_rank: int = 16
+        gate_normalizer: float = 16.0
+        least_log_decay: float | None = None
+        feature_map: str | None = None
+        output_gate: bool = True
+        norm_eps: float = 1e-5
+
+        def check(self, config: KinConfig) -> None:
+            for name in ("expand_k", "expand_v"):
+                width = config.model_dim * getattr(self, name)
+                if width < 1 or width % config.num_heads:
+                    raise ValueError(
+                        f"gla: {name}={getattr(self, name)} makes a width of {width:g}, not divisible by "
+                        f"num_heads={config.num_heads}"
+                    )
+            if self.feature_map is not None and self.feature_map not in FEATURE_MAPS:
+                raise ValueError(f"gla: feature_map={self.feature_map!r}: choose from {', '.join(FEATURE_MAPS)}")
+
+    def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
+        super().__init__(config, layer_index, parameters)
+        dim, heads, groups = config.model_dim, config.num_heads, config.key_value_heads
+        self.num_heads, self.num_groups, self.options = heads, groups, parameters
+        self.key_dim, self.value_dim = int(dim * parameters.expand_k) // heads, int(dim * parameters.expand_v) // heads
+        self.q_proj = nn.Linear(dim, heads * self.key_dim, bias=False)
+        self.k_proj = nn.Linear(dim, groups * self.key_dim, bias=False)
+        self.v_proj = nn.Linear(dim, groups * self.value_dim, bias=False)
+        self.decay_down = nn.Linear(dim, parameters.gate_rank, bias=False)
+        self.decay_up = nn.Linear(parameters.gate_rank, groups * self.key_dim)
+        self.g_proj = nn.Linear(dim, heads * self.value_dim, bias=False) if parameters.output_gate else None
+        self.head_norm = nn.RMSNorm(self.value_dim, parameters.norm_eps)
+        self.o_proj = nn.Linear(heads * self.value_dim, dim, bias=False)
+
+    def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> Sums:
+        return Sums(sums_of((batch, self.num_groups, self.key_dim, self.value_dim), device, dtype))
+
+    def forward(self, x: Tensor, memory: Sums | None, layout: Layout) -> tuple[Tensor, Sums]:
+        decay = F.logsigmoid(self.decay_up(self.decay_down(x)).float()) / self.options.gate_normalizer
+        if self.options.least_log_decay is not None:
+            decay = decay.clamp(min=self.options.least_log_decay)
+        out, state = ops.linear_attention(
+            self.q_proj(x).unflatten(-1, (self.num_heads, -1)),
+            self.k_proj(x).unflatten(-1, (self.num_groups, -1)),
+            self.v_proj(x).unflatten(-1, (self.num_groups, -1)),
+            feature_map=self.options.feature_map,
+            log_decay=decay.unflatten(-1, (self.num_groups, -1)),
+            initial_state=None if memory is None else memory.state(),
+            layout=layout,
+        )
+        out = self.head_norm(out * self.key_dim**-0.5).flatten(-2)
+        if self.g_proj is not None:
+            out = ops.silu_product(self.g_proj(x), out)
+        return self.o_proj(out), Sums(state.sums)
+
+    @classmethod
+    def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:
+        """Zoology's layer, and flash-linear-attention's, of which it is a copy."""
+        if config.get("use_short_conv"):
+            raise ValueError("gla: use_short_conv=True is not reproduced")
+        fields = {"model_dim": config.get("d_model", config.get("hidden_size")), "num_heads": config["num_heads"]}
+        fields["num_key_value_heads"] = config.get("num_kv_heads") or config["num_heads"]
+        rank = tensors["gk_proj.0.weight"].shape[0]
+        parameters = {
+            "expand_k": float(config.get("expand_k", 0.5)),
+            "expand_v": float(config.get("expand_v", 1.0)),
+            "gate_rank": rank,
+            "gate_normalizer": float(config.get("gate_logit_normalizer", 16)),
+            "least_log_decay": config.get("clamp_min"),
+            "feature_map": config.get("feature_map"),
+            "output_gate": bool(config.get("use_output_gate", True)),
+            "norm_eps": float(config.get("norm_eps", 1e-5)),
+        }
+        names = {"decay_down.weight": "gk_proj.0.weight", "decay_up.weight": "gk_proj.1.weight"}
+        names |= {"decay_up.bias": "gk_proj.1.bias"}
+        names |= {f"{name}_proj.weight": f"{name}_proj.weight" for name in "qkvo"}
+        if parameters["output_gate"]:
+            names["g_proj.weight"] = "g_proj.weight"
+        fused = "g_norm_swish_gate.weight"
+        names["head_norm.weight"] = fused if fused in tensors else "g_norm.weight"
+        return Reference(fields, parameters, {ours: tensors[theirs] for ours, theirs in names.items()})

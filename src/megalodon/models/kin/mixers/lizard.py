@@ -1,0 +1,85 @@
+"""Lizard: gated linear attention over everything plus softmax over a window, each under its own sum (2507.09025)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from megalodon import ops
+from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers.base import MixerParameters
+from megalodon.models.kin.mixers.feature_maps import HeadwiseMap
+from megalodon.models.kin.mixers.projected import Projected
+from megalodon.models.kin.mixers.sums import WindowedSums, sums_of
+from megalodon.ops.layout import Layout
+
+GATE_BIAS = 4.0
+"""Of the gate at the start: sigmoid(4) = 0.98, a half-life of 38 tokens. Without a bias it would be one token."""
+
+
+class Lizard(Projected):
+    """`y = phi_q(q)^T S / phi_q(q)^T z + alpha_h window(q)`, S and z decayed by g_t = sigmoid(w_g.x_t + b).
+
+    The window's softmax has `sinks` more terms in its denominator, exp of a trained number each. No rotation. The paper
+    leaves open whether heads share gate, alpha and sinks: here the gate is shared, alpha and sinks are not.
+    """
+
+    kind = "constant"
+
+    class Parameters(MixerParameters):
+        """window: W, the token itself included. sinks: m. feature_dim: columns of the maps' matrices; None: head_dim.
+        eps: added to the gated part's normaliser."""
+
+        window: int = 128
+        sinks: int = 4
+        feature_dim: int | None = None
+        eps: float = 1e-12
+
+        def check(self, config: KinConfig) -> None:
+            for name, least in (("window", 1), ("sinks", 0)):
+                if getattr(self, name) < least:
+                    raise ValueError(f"lizard: {name}={getattr(self, name)}: it must be at least {least}")
+
+    def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
+        super().__init__(config, layer_index, parameters)
+        self.window, self.eps = parameters.window, parameters.eps
+        self.feature_dim = parameters.feature_dim or self.head_dim
+        self.gate_proj = nn.Linear(config.model_dim, 1)
+        self.feature_map_q = HeadwiseMap(self.num_heads, self.head_dim, self.feature_dim, "softmax_both")
+        self.feature_map_k = HeadwiseMap(self.num_heads, self.head_dim, self.feature_dim, "softmax_both")
+        self.alpha = nn.Parameter(torch.ones(self.num_heads))
+        self.sinks = nn.Parameter(torch.zeros(self.num_heads, parameters.sinks)) if parameters.sinks else None
+
+    def initialise(self, std: float) -> None:
+        self.feature_map_q.initialise()
+        self.feature_map_k.initialise()
+        init.constant_(self.gate_proj.bias, GATE_BIAS)
+        init.ones_(self.alpha)
+        if self.sinks is not None:
+            init.zeros_(self.sinks)
+
+    def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WindowedSums:
+        heads, features, recent = self.num_heads, 2 * self.feature_dim, (batch, self.window - 1, self.num_groups)
+        return WindowedSums(
+            sums_of((batch, heads, features, self.head_dim), device, dtype),
+            sums_of((batch, heads, features), device, dtype),
+            *(torch.zeros(*recent, self.head_dim, device=device, dtype=dtype) for _ in range(2)),
+        )
+
+    def forward(self, x: Tensor, memory: WindowedSums | None, layout: Layout) -> tuple[Tensor, WindowedSums]:
+        q, k, v = self.queries_keys_values(x, layout, rotated=False)
+        out, state = ops.linear_attention(
+            q,
+            k,
+            v,
+            feature_map=(self.feature_map_q, self.feature_map_k),
+            log_decay=F.logsigmoid(self.gate_proj(x).float()).expand(-1, -1, self.num_heads),
+            normalise=True,
+            eps=self.eps,
+            window=ops.Window(self.window, self.head_dim**-0.5, self.alpha, shared=False, sinks=self.sinks),
+            initial_state=None if memory is None else memory.state(),
+            layout=layout,
+        )
+        return self.o_proj(out.flatten(-2)), WindowedSums.of(state)

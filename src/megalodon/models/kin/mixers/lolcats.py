@@ -1,0 +1,97 @@
+"""LoLCATs: softmax over a window and Hedgehog's linear attention over all that left it, under one sum (2410.10254)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from megalodon import ops
+from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers.base import MixerParameters, Reference
+from megalodon.models.kin.mixers.feature_maps import HeadwiseMap
+from megalodon.models.kin.mixers.hedgehog import distilled, distilled_fields
+from megalodon.models.kin.mixers.projected import Projected
+from megalodon.models.kin.mixers.sums import WindowedSums, sums_of
+from megalodon.ops.layout import Layout
+
+
+class LoLCATs(Projected):
+    """With A_tj = sigmoid(g_h) exp(s_tj - max_window s_t) in the window, phi_q(q_t).phi_k(k_j) before it,
+    `y_t = sum_j A_tj v_j / sum_j A_tj`.
+
+    The window slides (the authors' "sw"): so token by token equals one pass.
+    """
+
+    kind = "constant"
+
+    class Parameters(MixerParameters):
+        """window: W, the token itself included. feature_dim: columns of the maps' matrices; None: head_dim. affine:
+        weigh the linear part with 1 - sigmoid(g_h)."""
+
+        window: int = 64
+        feature_dim: int | None = None
+        affine: bool = False
+
+        def check(self, config: KinConfig) -> None:
+            if self.window < 1:
+                raise ValueError(f"lolcats: window={self.window}: it must be at least 1")
+
+    def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
+        super().__init__(config, layer_index, parameters)
+        self.window, self.affine = parameters.window, parameters.affine
+        self.feature_dim = parameters.feature_dim or self.head_dim
+        self.feature_map_q = HeadwiseMap(self.num_heads, self.head_dim, self.feature_dim, "softmax_both")
+        self.feature_map_k = HeadwiseMap(self.num_heads, self.head_dim, self.feature_dim, "softmax_both")
+        self.window_logit = nn.Parameter(torch.full((self.num_heads,), math.log(0.1 / 0.9)))
+
+    def initialise(self, std: float) -> None:
+        self.feature_map_q.initialise()
+        self.feature_map_k.initialise()
+        init.constant_(self.window_logit, math.log(0.1 / 0.9))
+
+    def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WindowedSums:
+        heads, features, recent = self.num_heads, 2 * self.feature_dim, (batch, self.window, self.num_groups)
+        return WindowedSums(
+            sums_of((batch, heads, features, self.head_dim), device, dtype),
+            sums_of((batch, heads, features), device, dtype),
+            *(torch.zeros(*recent, self.head_dim, device=device, dtype=dtype) for _ in range(2)),
+        )
+
+    def forward(self, x: Tensor, memory: WindowedSums | None, layout: Layout) -> tuple[Tensor, WindowedSums]:
+        q, k, v = self.queries_keys_values(x, layout, rotated=True)
+        out, state = self.mix(q, k, v, memory, layout)
+        return self.o_proj(out.flatten(-2)), WindowedSums.of(state)
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, memory: WindowedSums | None, layout: Layout
+    ) -> tuple[Tensor, ops.LinearState]:
+        """The output of each head [B, L, H, d], before the output projection, and the state after it."""
+        weight = torch.sigmoid(self.window_logit)
+        linear = 1 - weight if self.affine else 1.0
+        return ops.linear_attention(
+            q,
+            k,
+            v,
+            feature_map=(self.feature_map_q, self.feature_map_k),
+            normalise=True,
+            window=ops.Window(self.window, self.head_dim**-0.5, weight, linear),
+            initial_state=None if memory is None else memory.state(),
+            layout=layout,
+        )
+
+    @classmethod
+    def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:
+        """The authors' layer. Its "tk" windows are trained under another operator than the one it decodes with, and
+        are not causal for ragged lengths: the parameters are taken, the window slides."""
+        parameters = {
+            "window": config["window_size"],
+            "feature_dim": config["feature_dim"],
+            "affine": bool(config.get("affine_attention_factors", False)),
+        }
+        ours = distilled(tensors) | {"window_logit": tensors["window_factors"].flatten()}
+        return Reference(distilled_fields(config, tensors), parameters, ours)

@@ -1,0 +1,121 @@
+"""Megalodon's own token mixer: TimestepNorm, CEMA and gated attention in chunks (2404.08801)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megalodon import ops
+from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters
+from megalodon.models.layers.cema import CEMA
+from megalodon.models.layers.chunk_attention import GatedChunkAttention
+from megalodon.models.layers.norms import RMSNorm
+from megalodon.models.layers.open_chunk import OpenChunk
+from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.megalodon.config import MegalodonConfig
+from megalodon.ops.backend import accumulator_dtype, full_precision
+from megalodon.ops.layout import Layout
+
+
+@dataclass(frozen=True)
+class MegalodonMemory(Memory):
+    """mean, var: [B, groups] of the norm; average: [B, D, N, 2], CEMA's h as (re, im); keys, values: [B, n, H, d] and
+    [B, n, H, e] of the open chunk, at most a chunk of them."""
+
+    GROWING: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
+
+    mean: Tensor
+    var: Tensor
+    average: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class MegalodonMixer(Mixer):
+    """The first residual branch of a Megalodon block. The kin's block has a residual of its own for the second hop."""
+
+    kind = "constant"
+
+    class Parameters(MixerParameters):
+        """z_dim, value_dim: widths of queries and keys, and of values, all heads together; None: a quarter of the
+        model's, and twice it. heads: None: as many as divide z_dim. cema_ndim: N. chunk_size: C. norm_groups: of
+        TimestepNorm; None: as many of 32 as divide the width."""
+
+        z_dim: int | None = None
+        value_dim: int | None = None
+        heads: int | None = None
+        cema_ndim: int = 16
+        chunk_size: int = 2048
+        norm_groups: int | None = None
+
+        def check(self, config: KinConfig) -> None:
+            try:
+                sizes(config, self)
+            except ValueError as error:
+                raise ValueError(f"megalodon: {error}") from None
+
+    def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
+        super().__init__(config, layer_index, parameters)
+        own = sizes(config, parameters)
+        self.sizes, self.rope_base = own, own.rope_base
+        self.timestep_norm = TimestepNorm(own.model_dim, own.norm_num_groups, 0, own.norm_eps)
+        self.cema = CEMA(own.model_dim, own.cema_ndim)
+        self.memory_norm = RMSNorm(own.model_dim, own.norm_eps, True)
+        self.attention = GatedChunkAttention(own)
+
+    def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> MegalodonMemory:
+        own, sums = self.sizes, accumulator_dtype(device)
+        moments = (torch.zeros(batch, own.norm_num_groups, device=device, dtype=sums) for _ in range(2))
+        wide = full_precision(dtype)
+        mean, var = moments
+        return MegalodonMemory(
+            mean,
+            var,
+            torch.zeros(batch, own.model_dim, own.cema_ndim, 2, device=device, dtype=wide),
+            torch.zeros(batch, 0, own.num_heads, own.head_dim, device=device, dtype=dtype),
+            torch.zeros(batch, 0, own.num_heads, own.value_head_dim, device=device, dtype=dtype),
+        )
+
+    def forward(self, x: Tensor, memory: MegalodonMemory | None, layout: Layout) -> tuple[Tensor, MegalodonMemory]:
+        chunked = layout.with_chunks(self.sizes.chunk_size)
+        moments = h = chunk = None
+        if memory is not None:
+            moments, h = Moments(memory.mean, memory.var), torch.view_as_complex(memory.average.contiguous())
+            chunk = OpenChunk(memory.keys, memory.values)
+        n, moments = self.timestep_norm(x, moments, chunked)
+        m, h = self.cema(n, h, chunked)
+        turns = ops.rotations(chunked.chunk_positions, self.sizes.head_dim, self.rope_base)
+        out, chunk = self.attention(n, self.memory_norm(m), turns, chunk, chunked, True)
+        open_tokens = int((chunked.end_positions % self.sizes.chunk_size).max(initial=0))
+        keys, values = (kept[:, :open_tokens] for kept in chunk)
+        return out, MegalodonMemory(moments.mean, moments.var, torch.view_as_real(h), keys, values)
+
+
+def sizes(config: KinConfig, parameters: MegalodonMixer.Parameters) -> MegalodonConfig:
+    """The sizes of one layer, as Megalodon's modules take them."""
+    return MegalodonConfig(
+        **widths(config, parameters),
+        rope_base=10000.0 if config.rope_base is None else config.rope_base,
+    )
+
+
+def widths(config: KinConfig, parameters: Any) -> dict[str, Any]:
+    """The fields that Megalodon's config and its successor's share, with defaults that fit the model's width."""
+    dim, z_dim = config.model_dim, parameters.z_dim or max(config.model_dim // 4, 2)
+    fitting = [heads for heads in range(1, config.num_heads + 1) if z_dim % (2 * heads) == 0]
+    return {
+        "vocab_size": 1,
+        "num_layers": 1,
+        "model_dim": dim,
+        "z_dim": z_dim,
+        "value_dim": parameters.value_dim or 2 * dim,
+        "num_heads": parameters.heads or max(fitting, default=1),
+        "ffn_hidden_dim": 1,
+        "cema_ndim": parameters.cema_ndim,
+        "chunk_size": parameters.chunk_size,
+        "norm_num_groups": parameters.norm_groups or max(groups, default=1),
+    }

@@ -1,0 +1,59 @@
+"""Softmax attention over the last W tokens, grouped heads, rotary embedding as in `attention`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalodon import ops
+from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers.attention import unpacked
+from megalodon.models.kin.mixers.base import MixerParameters, Reference
+from megalodon.models.kin.mixers.projected import Projected
+from megalodon.models.kin.mixers.sums import WindowMemory
+from megalodon.ops.layout import Layout
+from megalodon.ops.recent import recent_after, with_recent
+
+
+class SlidingAttention(Projected):
+    """`attention` of each token over itself and the W - 1 tokens before it."""
+
+    kind = "constant"
+
+    class Parameters(MixerParameters):
+        """window: W, the token itself included. bias, out_bias: of the projections."""
+
+        window: int = 128
+        bias: bool = False
+        out_bias: bool = False
+
+        def check(self, config: KinConfig) -> None:
+            if self.window < 1:
+                raise ValueError(f"sliding_attention: window={self.window}: it must be at least 1")
+
+    def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
+        super().__init__(config, layer_index, parameters, parameters.bias, parameters.out_bias)
+        self.window = parameters.window
+
+    def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WindowMemory:
+        shape = (batch, self.window - 1, self.num_groups, self.head_dim)
+        return WindowMemory(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+
+    def forward(self, x: Tensor, memory: WindowMemory | None, layout: Layout) -> tuple[Tensor, WindowMemory]:
+        q, k, v = self.queries_keys_values(x, layout, rotated=True)
+        recent = None if memory is None else ops.RecentKeys(memory.keys, memory.values)
+        out = ops.window_attention(q / math.sqrt(self.head_dim), k, v, self.window, recent, layout=layout)
+        count, old = self.window - 1, (None, None) if recent is None else recent
+        after = (recent_after(with_recent(b, x, count), count, layout) for b, x in zip(old, (k, v), strict=True))
+        return self.o_proj(out.flatten(-2)), WindowMemory(*after)
+
+    @classmethod
+    def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:
+        """Zoology's: one head, biases, no positions, `block_size` keys beside the token's own."""
+        fields = {"model_dim": config["d_model"], "num_heads": 1, "rope_base": None}
+        parameters = {"window": config["block_size"] + 1, "bias": True, "out_bias": True}
+        return Reference(fields, parameters, unpacked(tensors))

@@ -1,0 +1,83 @@
+"""The kin model as Transformers classes: the shell with the kin's blocks, final norm and state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from megalodon.models.causal_lm import CausalLM, StatefulModel, StatefulPreTrainedModel
+from megalodon.models.kin.block import KinBlock
+from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers import Mixer
+from megalodon.models.kin.state import KinState
+from megalodon.ops.layout import Layout
+
+
+class KinPreTrainedModel(StatefulPreTrainedModel):
+    """What all kin models share."""
+
+    config_class = KinConfig
+    config: KinConfig
+    _no_split_modules = ["KinBlock"]  # noqa: RUF012
+
+    def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
+        """As for Transformers' own models: theirs alone have `_init_weights` called for modules that hold no parameter
+        themselves, as most mixers, which set those of their parts."""
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.init_std
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, 0.0, std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, 0.0, std)
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.weight is not None:
+            init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, Mixer):
+            module.initialise(std)
+        else:
+            super()._init_weights(module)
+
+
+class FinalNorm(nn.RMSNorm):
+    """An RMS norm, called as the shell calls a final norm: it remembers nothing."""
+
+    def forward(self, x: Tensor, memory: None, layout: Layout) -> tuple[Tensor, None]:  # type: ignore[override]
+        """[B, L, D] -> ([B, L, D], None)."""
+        return super().forward(x), None
+
+
+class KinModel(KinPreTrainedModel, StatefulModel):
+    """Token ids -> normalised hidden states, and the state of the sequences (`KinState`)."""
+
+    state_class = KinState
+
+    def make_block(self, layer: int) -> KinBlock:
+        return KinBlock(self.config, layer)
+
+    def make_final_norm(self) -> FinalNorm:
+        return FinalNorm(self.config.model_dim, self.config.norm_eps)
+
+    @property
+    def reads_in_pieces(self) -> bool:
+        """Only where memories are constant: a growing one would be copied for each piece."""
+        return self.config.state_kind == "constant" and not self.config.two_way
+
+    def _check(self, x: Tensor, attention_mask: Tensor | None, state: Any, segment_ids: Tensor | None) -> None:
+        super()._check(x, attention_mask, state, segment_ids)
+        if state is not None and self.config.state_kind == "none" and bool(state.position.any()):
+            raise ValueError("past_key_values: a mixer of this model cannot be read in pieces: give the whole text")
+
+
+class KinForCausalLM(KinPreTrainedModel, CausalLM):
+    """The language model: `KinModel` and a linear head without bias; logits in float32."""
+
+    model_class = KinModel

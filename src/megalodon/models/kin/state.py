@@ -1,0 +1,82 @@
+"""What the sequences of a batch remember in a kin model: one memory a layer, and how far each row has read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers import Memory, mixer_class
+from megalodon.models.state import Dimensions, State
+
+
+@dataclass(frozen=True)
+class KinDimensions(Dimensions):
+    """The sizes that a state and its model must share; `mixers` holds each layer's name and all its parameters."""
+
+    model_dim: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_base: float | None
+    mixers: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, config: KinConfig) -> Self:
+        sizes = {name: getattr(config, name) for name in cls.__dataclass_fields__ if name != "mixers"}
+        layers = map(config.mixer_of, range(config.num_layers))
+        return cls(**sizes, mixers=[{"name": name, **parameters.model_dump()} for name, parameters in layers])
+
+    def memories(self, dtype: torch.dtype = torch.float32) -> list[Memory | None]:
+        """The form of each layer's memory for activations of this dtype: of no rows and no storage."""
+        return _memories(repr(self), dtype, lambda: KinConfig(**vars(self)))
+
+
+class KinState(State):
+    """The memory of a batch of sequences.
+
+    Attributes:
+        layers: one `Memory` a layer; None where the mixer has none.
+        final: None: the final norm remembers nothing.
+        position: int64 [B], on the CPU; tokens of its current document that each row has read.
+        dimensions: the sizes of the model it belongs to.
+    """
+
+    model_type = "megalodon-kin"
+    dimensions_class = KinDimensions
+    dimensions: KinDimensions
+
+    @classmethod
+    def shapes(cls, sizes: KinDimensions) -> dict[str, tuple[int | None, ...]]:
+        shapes: dict[str, tuple[int | None, ...]] = {"position": (None,)}
+        for i, form in enumerate(sizes.memories()):
+            shapes |= {} if form is None else form.shapes(f"layers.{i}.")
+        return shapes
+
+    @classmethod
+    def layer_from(cls, tensors: Mapping[str, Tensor], sizes: KinDimensions, layer: int) -> Memory | None:
+        form = sizes.memories()[layer]
+        return None if form is None else form.with_tensors(tensors)
+
+    @classmethod
+    def final_from(cls, tensors: Mapping[str, Tensor], sizes: Any) -> None:
+        return None
+
+
+_FORMS: dict[tuple[str, torch.dtype], list[Memory | None]] = {}
+
+
+def _memories(key: str, dtype: torch.dtype, config_of: Any) -> list[Memory | None]:
+    if (key, dtype) not in _FORMS:
+        config, found = config_of(), []
+        for layer in range(config.num_layers):
+            name, parameters = config.mixer_of(layer)
+            with torch.device("meta"):
+                mixer = mixer_class(name)(config, layer, parameters)
+                found.append(mixer.empty(0, torch.device("meta"), dtype))
+        _FORMS[key, dtype] = found
+    return _FORMS[key, dtype]

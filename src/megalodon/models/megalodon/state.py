@@ -1,0 +1,81 @@
+"""Megalodon's state: its size does not depend on how much was read (SPEC: State)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalodon.models.layers.memory_block import LayerState
+from megalodon.models.layers.open_chunk import OpenChunk
+from megalodon.models.layers.timestep_norm import Moments
+from megalodon.models.state import Dimensions, State
+
+
+@dataclass(frozen=True)
+class MegalodonDimensions(Dimensions):
+    """The sizes that a state and its model must share."""
+
+    model_dim: int
+    cema_ndim: int
+    norm_num_groups: int
+    num_heads: int
+    head_dim: int
+    value_head_dim: int
+    chunk_size: int
+    rope_base: float
+    norm_prior_count: int
+
+
+class MegalodonState(State):
+    """The memory of a batch of sequences; at most a constant, least when no chunk is open.
+
+    Attributes:
+        layers: one `LayerState` a layer, its attention's memory an `OpenChunk`.
+        final: the final norm's moments.
+        position: int64 [B], on the CPU; tokens of its current document that each row has read.
+        dimensions: the sizes of the model it belongs to.
+    """
+
+    model_type = "megalodon"
+    dimensions_class = MegalodonDimensions
+    cut_dimensions = MappingProxyType({"mean": 1, "var": 1, "cema": 1, "keys": 2, "values": 2})
+    layers: tuple[LayerState, ...]
+    final: Moments
+    dimensions: MegalodonDimensions
+
+    def __init__(
+        self, layers: Sequence[LayerState], final: Any, position: Tensor, dimensions: MegalodonDimensions
+    ) -> None:
+        super().__init__([layer.resolved() for layer in layers], final, position, dimensions)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].cema.device
+
+    @classmethod
+    def shapes(cls, sizes: MegalodonDimensions) -> dict[str, tuple[int | None, ...]]:
+        moments = (None, sizes.norm_num_groups)
+        shapes: dict[str, tuple[int | None, ...]] = {
+            "position": (None,),
+            "final_norm.mean": moments,
+            "final_norm.var": moments,
+        }
+        for i in range(sizes.num_layers):
+            shapes[f"layers.{i}.norm.mean"] = shapes[f"layers.{i}.norm.var"] = moments
+            shapes[f"layers.{i}.cema"] = (None, sizes.model_dim, sizes.cema_ndim, 2)
+            shapes[f"layers.{i}.keys"] = (None, -1, sizes.num_heads, sizes.head_dim)
+            shapes[f"layers.{i}.values"] = (None, -1, sizes.num_heads, sizes.value_head_dim)
+        return shapes
+
+    @classmethod
+    def layer_from(cls, tensors: Mapping[str, Tensor], sizes: Any, layer: int) -> LayerState:
+        return LayerState.from_tensors(tensors, Moments, OpenChunk)
+
+    @classmethod
+    def final_from(cls, tensors: Mapping[str, Tensor], sizes: Any) -> Moments:
+        return Moments.from_tensors(tensors)

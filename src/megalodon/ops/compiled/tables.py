@@ -1,0 +1,143 @@
+"""How kernels are told what to work on: tables of int64 numbers, most of them addresses of float32 tensors.
+
+No Numba here: callers fill these tables before a kernel is compiled.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+FLOAT32, BFLOAT16, INT8 = 0, 1, 2
+"""Kinds of stored numbers."""
+
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+"""By dtype, of weights, keys and values."""
+
+
+class _Call(NamedTuple):
+    """Of one step. Tensors are float32 unless said otherwise; M rows, as many as tokens."""
+
+    barrier: int  # functions of the pool, see `threads.Kernel`; 0 where one thread does all
+    number: int
+    team: int
+    rows: int  # M
+    layers: int
+    model_dim: int
+    z_dim: int
+    value_dim: int
+    ffn_dim: int
+    heads: int
+    components: int
+    groups: int
+    capacity: int  # places that scores have for a row and head
+    weights: int  # int64 [layers + 1, len(Weights)]
+    memory: int  # int64 [layers + 1, len(Memory)]
+    weight_kind: int
+    key_kind: int
+    x: int  # [M, D]; changed in place
+    out: int  # [M, D]: the final hidden states
+    share: int  # float64 [M]: 1 / (tokens seen)
+    offsets: int  # int64 [M]: places taken in the open chunk
+    slots: int  # int64 [M]: the row of the memory
+    turns: int  # complex [C, d / 2]
+    eps: int  # float64 [4]: TimestepNorm, memory norm, queries and keys, feed-forward
+    scratch: int  # `scratch_size` numbers
+
+
+class _Weights(NamedTuple):
+    """Of one block, and in a last row of the final norm; 0 where there is none.
+
+    Products: weights, the scales of int8, the bias.
+    """
+
+    v: int
+    v_scale: int
+    v_bias: int
+    z: int
+    z_scale: int
+    z_bias: int
+    r: int
+    r_scale: int
+    r_bias: int
+    h: int
+    h_scale: int
+    h_bias: int
+    o: int
+    o_scale: int
+    o_bias: int
+    up: int
+    up_scale: int
+    up_bias: int
+    gate: int
+    gate_scale: int
+    gate_bias: int
+    down: int
+    down_scale: int
+    down_bias: int
+    norm_scale: int  # [D]
+    norm_bias: int
+    q: int  # complex [D, N]
+    p: int  # [D, N]
+    gamma: int  # complex [D, N]
+    omega: int  # [D]
+    memory_scale: int  # [D]
+    qk_scale: int  # [2, Z]
+    qk_bias: int
+    ffn_scale: int  # [D]
+    ffn_bias: int
+    alpha: int  # [D]
+
+
+class _Memory(NamedTuple):
+    """Of one block's sequences, by slot, and in a last row of the final norm's."""
+
+    mean_in: int  # float64 [slots, G]
+    var_in: int
+    mean_out: int
+    var_out: int
+    h_in: int  # complex [slots, D, N]
+    h_out: int
+    keys: int
+    values: int
+    key_row: int  # elements from one slot, place and head to the next
+    key_place: int
+    key_head: int
+    value_row: int
+    value_place: int
+    value_head: int
+
+
+Call = _Call(*range(len(_Call._fields)))
+"""Where each number of a call stands."""
+Weights = _Weights(*range(len(_Weights._fields)))
+"""Where each number of a block stands."""
+Memory = _Memory(*range(len(_Memory._fields)))
+"""Where each number of a block's memory stands."""
+
+
+def scratch_size(rows: int, dim: int, z_dim: int, value_dim: int, ffn_dim: int, heads: int, capacity: int) -> int:
+    """float32 numbers that a step needs to work with."""
+    return rows * (5 * dim + 2 * z_dim + 4 * value_dim + 3 * ffn_dim + heads * capacity)
+
+
+class _Product(NamedTuple):
+    """A product of a few rows with a matrix: `out = x @ w.T`."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    x: int  # [M, K]
+    rows: int
+    inputs: int
+    weight: int  # [width, K] of `kind`
+    kind: int
+    scale: int
+    bias: int
+    width: int
+    out: int
+
+
+Product = _Product(*range(len(_Product._fields)))
+"""Where each number of a product stands."""

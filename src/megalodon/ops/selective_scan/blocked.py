@@ -1,0 +1,32 @@
+"""The selective scan in blocks: `diagonal` for a decay per channel and component, `scalar` for a decay per head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalodon.ops.layout import Layout
+from megalodon.ops.selective_scan import diagonal, scalar
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, a: Tensor | None, b: Tensor, c: Tensor, initial_state: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """See `megalodon.ops.selective_scan`."""
+    if x.shape[1] == 0:
+        return x, initial_state
+    starts = None if layout.starts is None else torch.from_numpy(layout.starts).to(x.device)
+    padding = layout.padding
+    if padding is not None:
+        dt = dt.masked_fill(padding[..., None], 0)
+    if x.ndim == 3:
+        assert a is not None
+        y, state = diagonal.scan(x, dt, a, b, c, initial_state, None if starts is None else (~starts).to(x.dtype))
+    else:
+        written = x if a is None else x * dt[..., None]
+        if padding is not None:
+            written = written.masked_fill(padding[..., None, None], 0)
+        y, state = scalar.scan(written, dt if a is None else dt * a, b, c, initial_state, starts)
+    if padding is not None:
+        y = y.masked_fill(padding.reshape(*padding.shape, *[1] * (y.ndim - 2)), 0)
+    return y, state

@@ -29,6 +29,16 @@ SIZES = {
     "chunk_size": CHUNK,
     "norm_num_groups": 32,
 }
+SMALL = SIZES | {
+    "num_layers": 2,
+    "model_dim": 64,
+    "z_dim": 32,
+    "value_dim": 128,
+    "ffn_hidden_dim": 64,
+    "cema_ndim": 4,
+    "norm_num_groups": 8,
+}
+"""For what is counted in tokens, which is the same with every model of this chunk."""
 SHORT = 2_000
 SECONDS = 5.0
 MESSAGE = 500
@@ -169,7 +179,7 @@ def measure_divergent(before: Path | None, length: int, cold: bool) -> dict[str,
     with tempfile.TemporaryDirectory(prefix="divergent-") as folder:
         model = Path(folder) / "model"
         found = builds(before)
-        save_model(found[0], model, SIZES)
+        save_model(found[0], model, SMALL)
         for build in found:
             with server(build, model, "--slots", "16") as client:
                 answers[build.name] = run(client, length, build.name)
@@ -213,7 +223,7 @@ def divergent_parts(result: dict[str, Any]) -> list[str]:
     cold = f"; {equal} of {len(rows)} answers equal those of a server that keeps nothing" if "cold" in answers else ""
     return [
         "Requests to one server, one after another, in this order; 16 tokens are generated for each. Read: tokens of "
-        "the prompt whose state was not known.",
+        f"the prompt whose state was not known. A small model, in chunks of {CHUNK} tokens as larger ones are.",
         "",
         markdown_table(header, rows),
         "",

@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
@@ -35,12 +34,10 @@ from megalodon.inference.snapshot import START, Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity
 from megalodon.inference.work import Counters, Work
 from megalodon.models import CausalLM
-from megalodon.models.layers.watch import Watch
+from megalodon.models.storage import Storage
 
 PIECE = 512
 """Tokens of a text read at once. More is a little quicker, and makes others wait longer for their next token."""
-WATCHED = 4096
-"""Values of every weight that are looked at where a request begins: all, of small ones (`models.layers.watch`)."""
 LOOK_UP_SECONDS = 0.005
 """How long a step that finds nothing to do waits for a look-up before it sees whether there is something else."""
 _log = logging.getLogger(__name__)
@@ -65,6 +62,7 @@ class Engine:
         piece: int = PIECE,
         prefixes: Callable[[ModelIdentity], PrefixStore] | None = None,
         share_prefixes: bool = False,
+        context_storage: Storage = "exact",
     ) -> None:
         """
         Args:
@@ -74,6 +72,7 @@ class Engine:
             queue_length: requests that may wait; more are refused.
             piece: tokens read at once, rounded down to fit the chunk size.
             prefixes: makes the store of states for texts read before; None keeps none.
+            context_storage: how contexts are written (`megalodon.models.storage`).
             share_prefixes: let all owners use one another's; how long a text takes then tells who else has read it.
 
         Raises:
@@ -81,29 +80,20 @@ class Engine:
             RuntimeError: if this machine's matrix products depend on the batch in a way that cannot be avoided.
         """
         self.model, self.tokenizer, self.counters = model, tokenizer, Counters()
-        self.schedule = Schedule(queue_length)
+        self.schedule, self._make_prefixes = Schedule(queue_length), prefixes
+        decoder = make_decoder(model, slots)
+        block, piece = block_and_piece(model.model.dimensions.alignment, piece)
+        self.identity = ModelIdentity.of(model, tokenizer, block, piece, context_storage)
+        store = None if prefixes is None else prefixes(self.identity)
         if model.device.type == "cpu":  # there making them anew is a third of the time of a short prompt
             model.keep_tables()
-        self._parts = partial(self._make_parts, slots, piece, prefixes, share_prefixes)
-        self._parts()
+        self.decoding = Decoding(decoder, tokenizer, block, self.counters)
+        empty = empty_snapshot(unread_state(model), START)
+        self.reading = Reading(model, self.decoding, empty, piece, self.counters, self._wake, store, share_prefixes)
         self._changed = threading.Condition()
         self._dirty = self._stopping = self._abandon = self._stepping = False
         self._step_began = 0.0
         self._thread: threading.Thread | None = None
-
-    def _make_parts(
-        self, slots: int, piece: int, prefixes: Callable[[ModelIdentity], PrefixStore] | None, share_prefixes: bool
-    ) -> None:
-        """Everything that is made of the model's weights, as they are now."""
-        model = self.model
-        decoder = make_decoder(model, slots)
-        block, piece = block_and_piece(model.model.dimensions.alignment, piece)
-        self.identity = ModelIdentity.of(model, self.tokenizer, block, piece)
-        store = None if prefixes is None else prefixes(self.identity)
-        self.decoding = Decoding(decoder, self.tokenizer, block, self.counters)
-        empty = empty_snapshot(unread_state(model), START)
-        self.reading = Reading(model, self.decoding, empty, piece, self.counters, self._wake, store, share_prefixes)
-        self._watch = Watch(model, model.parameters(), WATCHED, exact=False)
 
     # --- from any thread --------------------------------------------------------------------------------------------
 
@@ -235,18 +225,23 @@ class Engine:
         while (
             work := self.schedule.next(self.decoding.free - self.reading.reserved, self.reading.has_room)
         ) is not None:
-            if not looked and not self._watch.unchanged():
+            if not looked and not self.decoder.is_current():
                 self._take_weights()
             looked = True
             self.reading.add(work)
 
     def _take_weights(self) -> None:
-        """The model has changed: begin anew with it. What is under way would be neither of the old nor of the new."""
-        for work in dict.fromkeys([*self.reading.works(), *self.decoding.works()]):
+        """The model's weights have changed: begin anew with them. What is under way would be neither of the two."""
+        for work in [*self.reading.works(), *self.decoding.works()]:
             work.fail(Failure.internal, "the model's weights were changed meanwhile: send the request again")
-        if self.prefixes is not None:
+        for part in (self.reading, self.decoding):
+            part.forget_ended()
+        self.decoding.decoder = make_decoder(self.model, self.slots)
+        self.identity = ModelIdentity.of(self.model, self.tokenizer, self.block, self.piece, self.identity.storage)
+        self.reading.empty = empty_snapshot(unread_state(self.model), START)
+        if self.prefixes is not None and self._make_prefixes is not None:
             self.prefixes.close()
-        self._parts()
+            self.prefixes = self._make_prefixes(self.identity)
 
     def _count(self, progressed: bool) -> None:
         counters = self.counters

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from megalodon.models import CausalLM, State
-from megalodon.models.layers.watch import Watch
 
 
 class StaticDecoder:
@@ -25,15 +24,16 @@ class StaticDecoder:
         """
         Args:
             model: in evaluation mode. Weights that change later count from the next step on (see
-                `models.layers.watch`; on a GPU, a write through `.data` to what was made into something else, such as
-                coefficients, leaves no trace that a step would see).
+                `models.layers.watch`; on a GPU, a write through `.data` to a moving average's coefficients leaves no
+                trace that a step would see).
             state: where the sequences stand; it is copied. Rows may stand at different positions.
             tokens: how many will be read at most. None: any number.
             compiled: torch.compile the step of a layer, which fuses what stands between products and kernels.
 
         Raises:
             ValueError: the model's architecture has no such step, it is in training mode, the state belongs to another
-                model or device, or `tokens` is less than one; or a module is not as written.
+                model or device, `tokens` is less than one, or a module is not as written, so that a step would not
+                do what it does.
         """
         if model.static_step_class is None:
             raise ValueError(
@@ -46,11 +46,10 @@ class StaticDecoder:
             raise ValueError(f"state is on {state.device}: the model is on {model.device} (use .to)")
         if tokens is not None and tokens < 1:
             raise ValueError(f"tokens={tokens}: it must be at least 1")
-        self._left, self._model = tokens, model
+        self._left = tokens
         self._graph: torch.cuda.CUDAGraph | None = None
         with torch.inference_mode():
             self._step = model.static_step_class(model, state, tokens, compiled)
-            self._watch = Watch(model, self._step.copied)
             if model.device.type == "cuda":
                 self._capture()
 
@@ -67,9 +66,11 @@ class StaticDecoder:
             if self._left == 0:
                 raise ValueError("all tokens that the decoder was made for (its argument tokens) have been read")
             self._left -= 1
-        if not self._watch.unchanged():
-            self._take_weights()
         self._step.tokens.copy_(tokens)
+        if not self._step.is_current():
+            self._step.take_weights()
+            if self._graph is not None:  # its addresses may be another model's by now
+                self._capture()
         if self._graph is None:
             self._step.advance()
         else:
@@ -83,12 +84,6 @@ class StaticDecoder:
         with torch.inference_mode():
             state: State = self._step.state
         return state
-
-    def _take_weights(self) -> None:
-        self._step.take_weights()
-        self._watch = Watch(self._model, self._step.copied)
-        if self._graph is not None:  # its addresses may be another model's by now
-            self._capture()
 
     def _capture(self) -> None:
         """Warm up on a side stream, which compiles and caches; capture."""

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, GenerationMixin
 from megalodon.models.documents import NAMES, as_positions, documents_of
 from megalodon.models.layers.head import generation_starts
 from megalodon.models.output import CACHE, the_state
-from megalodon.models.state import State
+from megalodon.models.state import NothingRead, State
 
 
 class StateGenerationMixin(GenerationMixin):
@@ -30,6 +30,20 @@ class StateGenerationMixin(GenerationMixin):
         """Transformers must not make a cache of its own: the model returns its state."""
         return False
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Transformers' continuous batching pages keys and values of attention; a state has none to page.
+
+        Raises:
+            NotImplementedError: always, with what to use instead.
+        """
+        raise NotImplementedError(
+            'generate_batch and cache_implementation="paged" need a cache of pages: this model\'s memory is a state of '
+            "constant size. For many requests at once use megalodon.inference.engine.Engine or `megalodon serve`; for "
+            "a batch of prompts, generate with padding"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
     # Transformers returns None as well, whatever its annotation says.
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: Any, batch_size: int, length: int
@@ -40,7 +54,7 @@ class StateGenerationMixin(GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: the memory is the model's state, "
                 "of constant size; leave cache_implementation out"
             )
-        state = model_kwargs.get(CACHE)
+        state = the_state(model_kwargs.get(CACHE), None, {})
         self.model.generation_starts()
         if (head := self.get_output_embeddings()) is not None:
             generation_starts(head)
@@ -49,8 +63,7 @@ class StateGenerationMixin(GenerationMixin):
         if state is not None:
             model_kwargs[CACHE] = state.repeat(copies) if copies > 1 else state
         elif generation_config.use_cache:
-            nothing = torch.zeros(batch_size * copies, 0, dtype=torch.int64, device=self.device)
-            model_kwargs[CACHE] = self.model(nothing, use_cache=True).past_key_values
+            model_kwargs[CACHE] = NothingRead()
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> None:
         """Positions that merely count on are the state's own; only a user's are passed on."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from megalodon.models.state import State
+from megalodon.models.state import NothingRead, State
 
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """The name in the installed version: that of the field of outputs, and of the argument in `generate`."""
@@ -54,4 +54,5 @@ def the_state(past_key_values: State | None, cache: State | None, others: Mappin
     for name, value in others.items():
         if isinstance(value, State):
             raise ValueError(f"{name} is a {type(value).__name__}: give it as past_key_values or cache")
-    return cache if past_key_values is None else past_key_values
+    state = cache if past_key_values is None else past_key_values
+    return None if isinstance(state, NothingRead) else state

@@ -49,6 +49,8 @@ class GeckoState(State):
     cut_dimensions = MappingProxyType(
         {"mean": 1, "var": 1, "cema": 1, "keys": 2, "values": 2, "memory": 1, "log_mass": 1}
     )
+    compressible = frozenset({"keys", "values", "memory"})
+    wide = frozenset({"memory"})
     layers: tuple[LayerState, ...]
     final: DecayedMoments
     dimensions: GeckoDimensions

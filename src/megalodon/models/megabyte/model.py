@@ -91,6 +91,7 @@ class MegabyteModel(MegabytePreTrainedModel, StatefulModel):
         use_cache: bool,
         segment_ids: Tensor | None = None,
         lengths: Tensor | None = None,
+        bos: Tensor | None = None,
         hidden: list[Tensor] | None = None,
     ) -> tuple[Tensor, MegabyteState | None]:
         """See `StatefulModel._run`; documents of one row are read as rows of their own."""

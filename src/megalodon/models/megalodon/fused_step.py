@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megalodon import ops
 from megalodon.models.layers.few_rows import weight_kind
-from megalodon.models.layers.memory_block import LayerState, MemoryBlock
-from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.layers.memory_block import LayerState
+from megalodon.models.layers.timestep_norm import Moments
 from megalodon.models.megalodon.state import MegalodonDimensions, MegalodonState
 from megalodon.ops import compiled
 from megalodon.ops.compiled import tables, threads
@@ -28,16 +28,6 @@ if TYPE_CHECKING:
 
 
 KERNEL = "step.blocks"
-
-
-def eps_of(block: MemoryBlock) -> tuple[float, float, float, float]:
-    """What a block's norms add to variances, in the kernel's order."""
-    return block.timestep_norm.eps, block.memory_norm.eps, block.attention.eps, block.feed_forward.norm.eps
-
-
-def norms_are_alike(blocks: Sequence[MemoryBlock], final: TimestepNorm) -> bool:
-    """Whether all blocks have the same `eps_of`, and the final norm theirs: the kernel knows one of each."""
-    return {eps_of(block) for block in blocks} == {(final.eps, *eps_of(blocks[0])[1:])}
 
 
 class FusedStep:
@@ -59,7 +49,8 @@ class FusedStep:
         self._write(self._weights[-1], norm_scale=final.scale, norm_bias=final.bias)
         chunk = torch.arange(sizes.chunk_size)
         self._turns = torch.view_as_real(ops.rotations(chunk, sizes.head_dim, sizes.rope_base)).contiguous()
-        self._eps = np.array(eps_of(first.block))
+        norms = (first.norm.eps, first.block.memory_norm.eps, first.attention.eps, first.block.feed_forward.norm.eps)
+        self._eps = np.array(norms)
         attention, feed_forward = first.attention, first.block.feed_forward
         self._shape = (
             sizes.model_dim,

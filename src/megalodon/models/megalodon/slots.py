@@ -29,16 +29,17 @@ from megalodon.models.layers.memory_block import LayerState
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.projection import Projection, can_pack
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
-from megalodon.models.megalodon.fused_step import (
-    KERNEL,
-    FusedStep,
-    final_row,
-    memory_row,
-    norms_are_alike,
-    sequence_row,
-)
+from megalodon.models.layers.watch import Watch
+from megalodon.models.megalodon.fused_step import KERNEL, FusedStep, final_row, memory_row, sequence_row
 from megalodon.models.megalodon.state import MegalodonDimensions, MegalodonState
-from megalodon.models.megalodon.token_step import BlockStep, NormStep, linear_layers, passed_over
+from megalodon.models.megalodon.token_step import (
+    BlockStep,
+    NormStep,
+    copied_weights,
+    has_uniform_eps,
+    linear_layers,
+    passed_over,
+)
 from megalodon.ops.backend import accumulator_dtype, matmul_dtype
 from megalodon.ops.compiled.tables import KINDS
 
@@ -115,12 +116,13 @@ class MegalodonSlots:
         positions: tokens that each slot's sequence has read.
     """
 
-    def __init__(self, model: Any, slots: int, buckets: Sequence[int]) -> None:
+    def __init__(self, model: Any, slots: int, buckets: Sequence[int], watched: int) -> None:
         """
         Args:
             model: in evaluation mode; its weights are used as they are now.
             slots: sequences that can be decoded at once; one of the buckets.
             buckets: numbers of rows to choose from.
+            watched: values of every copied weight that `is_current` looks at.
 
         Raises:
             ValueError: a module is not as written, so that a step would not do what it does.
@@ -138,6 +140,8 @@ class MegalodonSlots:
             fused = _can_fuse(model)
             packed = _can_pack(model) and not fused
             self.head = Projection(model.lm_head, packed=model.dtype if packed else None)
+            copied = copied_weights(model.model, packed) + [*model.lm_head.parameters()] * packed
+            self._watch = Watch(model, copied, watched)
             self.layers = [
                 SlotLayer(BlockStep(block, model.dtype, packed), self.slots, self.sizes, capacity, model.dtype)
                 for block in model.model.layers
@@ -147,6 +151,10 @@ class MegalodonSlots:
             chunk = torch.arange(self.sizes.chunk_size, device=model.device)
             self.turns = ops.rotations(chunk, self.sizes.head_dim, self.sizes.rope_base)
             self._fused = _Fused(self) if fused else None
+
+    def is_current(self) -> bool:
+        """Whether the model still has the weights that were copied."""
+        return self._watch.unchanged()
 
     @property
     def nbytes(self) -> int:
@@ -329,5 +337,5 @@ def _can_pack(model: Any) -> bool:
 
 def _can_fuse(model: Any) -> bool:
     layers = [*linear_layers(model.model), model.lm_head]
-    alike = norms_are_alike(list(model.model.layers), model.model.final_norm)
-    return alike and all(can_fuse(layers, model.dtype, kernel) for kernel in (KERNEL, PRODUCT))
+    plain = all(can_fuse(layers, model.dtype, kernel) for kernel in (KERNEL, PRODUCT))
+    return plain and has_uniform_eps(model.model)

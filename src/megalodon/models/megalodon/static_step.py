@@ -12,6 +12,7 @@ from megalodon import ops
 from megalodon.models.layers.memory_block import LayerState, MemoryBlock
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.layers.watch import Watch
 from megalodon.models.megalodon.state import MegalodonState
 from megalodon.models.megalodon.token_step import passed_over
 
@@ -118,19 +119,23 @@ class StaticStep:
         self._layers = [_Layer(block, memory, self._position, places) for block, memory in pairs]
         self._final = _Norm(model.model.final_norm, state.final, self._position)
         self.logits = torch.empty(len(self._position), model.vocab_size, device=model.device)
+        self._watch = self._watched()
 
-    @property
-    def copied(self) -> list[Tensor]:
-        """The weights of which something was made."""
-        norms = [self._final, *(layer.norm for layer in self._layers)]
-        modules = [*(layer.block.cema for layer in self._layers), *(norm.module for norm in norms)]
-        return [weight for module in modules for weight in module.parameters()]
+    def is_current(self) -> bool:
+        """Whether the model's weights are those that the step was made of."""
+        return self._watch.unchanged()
 
     def take_weights(self) -> None:
-        """What was made of weights, made of them as they are now, at the same addresses."""
+        """Make what was made of weights anew, at the same addresses."""
         self._final.take_weights()
         for layer in self._layers:
             layer.take_weights()
+        self._watch = self._watched()
+
+    def _watched(self) -> Watch:
+        copied = [weight for layer in self._layers for weight in layer.block.cema.parameters()]
+        norms = [self._final, *(layer.norm for layer in self._layers)]
+        return Watch(self.model, copied + [weight for norm in norms for weight in norm.module.parameters()])
 
     @property
     def changed(self) -> list[Tensor]:

@@ -37,6 +37,9 @@ from megalodon.ops.compiled.vectors import (
 COLUMNS = 4
 """Columns of a matrix that are worked on together; threads take whole ones."""
 
+IN_CACHE = 24 << 10
+"""Bytes of a matrix that fit into the nearest cache beside some rows."""
+
 
 def _make_product(kind: int) -> Any:
     """`product` for one kind of weights."""
@@ -45,24 +48,25 @@ def _make_product(kind: int) -> Any:
 
     @loops
     def product(x: Any, M: Any, K: Any, w: Any, first: Any, last: Any, out: Any, width: Any) -> Any:
-        column = first
-        while column < last:
-            at = w + column * K * size
-            if column + COLUMNS <= last:
-                row = 0
-                while row + 4 <= M:
-                    four(x + 4 * row * K, K, at, K, K, out + 4 * (row * width + column), width)
-                    row += 4
-                if row + 2 <= M:
-                    two(x + 4 * row * K, K, at, K, K, out + 4 * (row * width + column), width)
-                    row += 2
-                if row < M:
-                    one(x + 4 * row * K, K, at, K, K, out + 4 * (row * width + column), width)
-                column += COLUMNS
-            else:
-                for row in range(M):
-                    single(x + 4 * row * K, K, at, K, K, out + 4 * (row * width + column), width)
-                column += 1
+        panel = max(IN_CACHE // (size * K) // COLUMNS, 1) * COLUMNS  # columns that stay in cache while rows pass
+        whole = first + (last - first) // COLUMNS * COLUMNS
+        for begin in range(first, whole, panel):
+            end = min(begin + panel, whole)
+            row = 0
+            while row + 4 <= M:
+                for column in range(begin, end, COLUMNS):
+                    four(x + 4 * row * K, K, w + column * K * size, K, K, out + 4 * (row * width + column), width)
+                row += 4
+            if row + 2 <= M:
+                for column in range(begin, end, COLUMNS):
+                    two(x + 4 * row * K, K, w + column * K * size, K, K, out + 4 * (row * width + column), width)
+                row += 2
+            if row < M:
+                for column in range(begin, end, COLUMNS):
+                    one(x + 4 * row * K, K, w + column * K * size, K, K, out + 4 * (row * width + column), width)
+        for column in range(whole, last):
+            for row in range(M):
+                single(x + 4 * row * K, K, w + column * K * size, K, K, out + 4 * (row * width + column), width)
 
     return product
 

@@ -106,6 +106,7 @@ def sizes(config: KinConfig, parameters: MegalodonMixer.Parameters) -> Megalodon
 def widths(config: KinConfig, parameters: Any) -> dict[str, Any]:
     """The fields that Megalodon's config and its successor's share, with defaults that fit the model's width."""
     dim, z_dim = config.model_dim, parameters.z_dim or max(config.model_dim // 4, 2)
+    groups = [count for count in range(1, 33) if dim % count == 0 and count < dim]
     fitting = [heads for heads in range(1, config.num_heads + 1) if z_dim % (2 * heads) == 0]
     return {
         "vocab_size": 1,

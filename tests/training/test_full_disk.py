@@ -1,0 +1,56 @@
+"""A disk that fills up at whatever file: one line that says what to do, whole checkpoints, and the run goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_resume import train
+
+from megalodon.training import checkpoint, launch
+from megalodon.training.checkpoint import find_damage, list_checkpoints
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mounts a file system of so many KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = []
+
+    def mount(size: int):
+        options = ["-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(place)]
+        if os.geteuid() != 0 or subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount a file system")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("size", [8, 16, 150, 400, 700, 900])
+def test_the_run_folder_is_full(tiny, disk, size, monkeypatch):
+    monkeypatch.setattr(launch, "measure_peak_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(checkpoint, "require_free_space", lambda folder, needed: None)  # so that writing fails
+    tiny["run"] |= {"folder": str(disk(size) / "run"), "steps": 8}
+    with pytest.raises(OSError) as caught:
+        train(tiny)
+    assert caught.value.errno == errno.ENOSPC
+    message = str(caught.value)
+    assert "free some space and give the same command again: it goes on from" in message and "\n" not in message
+    kept = list_checkpoints(Path(tiny["run"]["folder"]) / "checkpoints")
+    assert all(find_damage(folder) is None for folder in kept)
+
+
+@pytest.mark.parametrize("size", [4, 8, 12])
+def test_the_cache_is_full(tiny, disk, size, monkeypatch):
+    monkeypatch.setattr(launch, "measure_peak_flops", lambda device, dtype: 1e9)
+    tiny["data"]["cache_folder"] = str(disk(size) / "cache")
+    with pytest.raises(OSError, match="disk full while writing the token cache; free space") as caught:
+        train(tiny)
+    assert caught.value.errno == errno.ENOSPC and "\n" not in str(caught.value)

@@ -156,7 +156,7 @@ def test_time_limit_of_a_request(narrow: Server) -> None:
     with narrow.http() as client:
         answer = client.post("/v1/completions", json={**LONG, "max_tokens": 8000, "n": 8, "stream": False})
         assert answer.status_code == 408 and answer.json()["error"]["code"] == "timeout"
-        with client.stream("POST", "/v1/completions", json=LONG) as stream:
+        with client.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 8000, "n": 8}) as stream:
             lines = [line for line in stream.iter_lines() if line]
         assert stream.status_code == 200 and '"code": "timeout"' in lines[-1]
     assert eventually(lambda: narrow.engine.idle)

@@ -77,13 +77,16 @@ def test_lm_eval(server: Server, base_url: str, tmp_path: Path) -> None:
 def test_guidellm(server: Server, tmp_path: Path) -> None:
     pytest.importorskip("guidellm")
     ByteTokenizer().save(tmp_path / "tokenizer")
-    command = [sys.executable, "-m", "guidellm", "benchmark", "run", "--target", server.url, "--model", "tiny"]
-    command += ["--profile", "synchronous", "--max-requests", "4", "--processor", str(tmp_path / "tokenizer")]
-    command += ["--data", "prompt_tokens=48,output_tokens=16", "--output-dir", str(tmp_path), "--outputs", "json"]
+    command = [sys.executable, "-m", "guidellm", "run", "--profile", "kind=synchronous", "--disable-console"]
+    command += ["--backend", f"kind=openai_http,target={server.url},model=tiny"]
+    command += ["--constraint", "kind=max_requests,count=4"]
+    command += ["--tokenizer", f"kind=huggingface_auto,model={tmp_path / 'tokenizer'}"]
+    command += ["--data", "kind=synthetic_text,prompt_tokens=48,output_tokens=16"]
+    command += ["--output", f"kind=json,path={tmp_path / 'report.json'}"]
     environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    report = json.loads(next(tmp_path.glob("*.json")).read_text())
+    report = json.loads((tmp_path / "report.json").read_text())
     requests = report["benchmarks"][0]["requests"]
     assert len(requests["successful"]) == 4 and not requests["errored"]
     assert {one["output_tokens"] for one in requests["successful"]} == {16}

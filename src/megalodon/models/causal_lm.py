@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -403,6 +404,9 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         self.lm_head = nn.Linear(config.model_dim, self.vocab_size, bias=False)
         self.post_init()
 
+    def _no_logits(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.vocab_size)
+
     def keep_tables(self) -> None:
         """Keep what operators make of coefficients alone, for whoever reads many pieces and has the memory."""
         for module in self.modules():
@@ -467,7 +471,9 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             goes_on = state is not None and bool((state.position > 0).all())
             decoding = goes_on and x.shape[1] == 1 and not self.training
-            logits = apply_head(self.lm_head, x[:, kept], decoding).float()
+            # of nothing there are no logits, and layers of other libraries need not take empty tensors
+            head = partial(apply_head, self.lm_head, decoding=decoding) if x.shape[1] else self._no_logits
+            logits = head(x[:, kept]).float()
             if shift_labels is not None:
                 total = F.cross_entropy(
                     logits.flatten(0, 1), shift_labels[:, kept].flatten().to(x.device), reduction="sum"

@@ -422,8 +422,7 @@ class State:
         if kept > 0 or max_length < -longest:
             raise ValueError(
                 f"crop({max_length}): a state that has read {longest} tokens cannot unread some of them; keep the "
-                "state from before them (states are values, which running a model leaves alone), or crop(0) to begin "
-                "afresh"
+                "state from before them (states are values, and stay as they are), or crop(0) to begin afresh"
             )
         self.__dict__.update(vars(self.reset(torch.ones(self.batch_size, dtype=torch.bool))))
 

@@ -56,5 +56,5 @@ def test_the_bytes_of_a_state(capsys: pytest.CaptureFixture[str], tmp_path: Path
 def test_no_such_model(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["info", "gecko-8b"])
-    assert exit.value.code == 1
+    assert exit.value.code == 2
     assert "'gecko-8b' is neither a model folder nor one of" in capsys.readouterr().err

@@ -27,7 +27,10 @@ def weight_kind(layers: Iterable[nn.Module]) -> int | None:
     for layer in layers:
         if not isinstance(layer, LINEAR) or not is_forwarded_as_written(layer, LINEAR):
             return None
-        if layer.weight.device.type != "cpu" or not layer.weight.is_contiguous():
+        weight = layer.weight
+        if type(weight) not in (nn.Parameter, Tensor):  # another library's, that stands for numbers elsewhere
+            return None
+        if weight.device.type != "cpu" or weight.layout is not torch.strided or not weight.is_contiguous():
             return None
         dtypes.add(layer.weight.dtype)
     return tables.KINDS.get(dtypes.pop()) if len(dtypes) == 1 else None

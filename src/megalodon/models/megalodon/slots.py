@@ -32,7 +32,14 @@ from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
 from megalodon.models.layers.watch import Watch
 from megalodon.models.megalodon.fused_step import KERNEL, FusedStep, final_row, memory_row, sequence_row
 from megalodon.models.megalodon.state import MegalodonDimensions, MegalodonState
-from megalodon.models.megalodon.token_step import BlockStep, NormStep, copied_weights, linear_layers, passed_over
+from megalodon.models.megalodon.token_step import (
+    BlockStep,
+    NormStep,
+    copied_weights,
+    has_uniform_eps,
+    linear_layers,
+    passed_over,
+)
 from megalodon.ops.backend import accumulator_dtype, matmul_dtype
 from megalodon.ops.compiled.tables import KINDS
 
@@ -330,4 +337,5 @@ def _can_pack(model: Any) -> bool:
 
 def _can_fuse(model: Any) -> bool:
     layers = [*linear_layers(model.model), model.lm_head]
-    return all(can_fuse(layers, model.dtype, kernel) for kernel in (KERNEL, PRODUCT))
+    plain = all(can_fuse(layers, model.dtype, kernel) for kernel in (KERNEL, PRODUCT))
+    return plain and has_uniform_eps(model.model)

@@ -26,7 +26,7 @@ from megalodon.training.progress import Display, make_display
 from megalodon.training.records import records_of
 from megalodon.training.run_folder import RunFolder
 from megalodon.training.snapshot import seed_everything
-from megalodon.training.throughput import MATRIX_SIZE, measure_peak_flops, training_flops_per_token
+from megalodon.training.throughput import MATRIX_SIZE, measure_peak_flops, neighbours, training_flops_per_token
 from megalodon.training.trackers import require_libraries
 from megalodon.training.trainer import Parts, Trainer
 
@@ -209,9 +209,10 @@ def compile_blocks(model: CausalLM) -> None:
 
 def introduction(resolved: Resolved, parts: Parts, folder: RunFolder) -> str:
     run = resolved.config.run
+    beside = neighbours() if parts.device.type == "cpu" else None
     return (
         f"model: {count_parameters(resolved.model_config):,} parameters on {parts.device}, {run.precision}\n"
         f"peak: {parts.peak_flops / 1e9:,.0f} GFLOP/s, measured with {run.precision} matrix products of {MATRIX_SIZE}; "
         f"a token's training takes {parts.flops_per_token / 1e9:.3g} GFLOP\n"
-        f"run: {run.steps:,} steps, kept in {folder.path}"
+        f"run: {run.steps:,} steps, kept in {folder.path}" + (f"\n{beside}" if beside else "")
     )

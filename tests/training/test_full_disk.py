@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from test_resume import train
 
+from megalodon import files
+from megalodon.cli import main
 from megalodon.training import checkpoint, launch
 from megalodon.training.checkpoint import find_damage, list_checkpoints
 
@@ -54,3 +56,24 @@ def test_the_cache_is_full(tiny, disk, size, monkeypatch):
     with pytest.raises(OSError, match="disk full while writing the token cache; free space") as caught:
         train(tiny)
     assert caught.value.errno == errno.ENOSPC and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_a_tokenizer_and_reports_are_one_line_too(tmp_path, disk, size, capsys):
+    (tmp_path / "a.txt").write_text(" ".join(f"word{i} {i * 7919}" for i in range(3000)))
+    place = disk(size)
+    with pytest.raises(SystemExit) as end:
+        main(["tokenizer", str(tmp_path / "a.txt"), str(place / "out"), "--vocab-size", "3000"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1, error
+    assert "No space left on device" in error and "free some space" in error and str(place) in error
+
+
+@pytest.mark.parametrize("name", ["write_file", "write_folder"])
+def test_the_file_is_named_where_the_system_does_not(tmp_path, name):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*thing") as caught:
+        getattr(files, name)(tmp_path / "thing", full)
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

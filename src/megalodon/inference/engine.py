@@ -33,7 +33,7 @@ from megalodon.inference.slots import BUCKETS, SlotDecoder, choose_buckets, slot
 from megalodon.inference.snapshot import START, Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity
 from megalodon.inference.work import Counters, Work
-from megalodon.models import CausalLM
+from megalodon.models import CausalLM, State
 from megalodon.models.storage import Storage
 
 PIECE = 512
@@ -290,7 +290,6 @@ def make_decoder(model: CausalLM, slots: int) -> SlotDecoder:
 
 
 @torch.inference_mode()
-def unread_state(model: CausalLM):
+def unread_state(model: CausalLM) -> State:
     """The state of a sequence that has read nothing."""
-    ids = torch.zeros(1, 0, dtype=torch.int64, device=model.device)
-    return model.model(ids, use_cache=True).past_key_values
+    return model.model.empty_state(1)

@@ -7,7 +7,9 @@ architecture, so what they need to know of one stands here as attributes and met
 # No `from __future__ import annotations` here: `strict` checks values against annotations that are types, not strings.
 import functools
 import math
-from collections.abc import Iterable
+import os
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Self, TypeVar
@@ -15,6 +17,8 @@ from typing import Any, ClassVar, Self, TypeVar
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig
+
+from megalodon.models.folder import write_loader
 
 OTHER_KEYS = frozenset(
     {
@@ -52,6 +56,10 @@ class Config(PreTrainedConfig):
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    max_position_embeddings: ClassVar[int] = 1 << 30
+    """What tools that ask for a longest text are told: texts of any length are read as one."""
+    auto_map: ClassVar[dict[str, str]] = {}
+    """Of which file of a model folder the classes are, for `trust_remote_code` (`megalodon.models.folder`)."""
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     identity_fields: ClassVar[tuple[str, ...]] = ()
     free_in_fine_tuning: ClassVar[tuple[str, ...]] = ()
@@ -70,6 +78,59 @@ class Config(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
+
+    # --- folders that others open and write ------------------------------------------------------------------------
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: a saved folder says by itself where the class is, and needs no copy of its source."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json, and beside it what `trust_remote_code=True` asks for."""
+        write_loader(save_directory)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, those with a name in Transformers by that name too, which other libraries look for."""
+        aliases = {alias: getattr(self, name) for alias, name in self.attribute_map.items()}
+        return {**super().to_dict(), **aliases}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: every field once, and where the classes are."""
+        kept = super().to_diff_dict()
+        return {
+            **{name: kept[name] for name in kept if name not in self.attribute_map},
+            "auto_map": dict(self.auto_map),
+        }
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """The config that a program wrote, with whatever else was set on it; what a person wrote must be right.
+
+        Programs say which version of Transformers they used. Anything may be set as an attribute of a config, and is
+        saved: so it comes back, with a warning that names it.
+
+        Raises:
+            ValueError: the dict says no `transformers_version`, and has a field that there is not.
+        """
+        extra: dict[str, Any] = {}
+        if "transformers_version" in config_dict:
+            extra = {name: config_dict[name] for name in config_dict if not cls.knows(name)}
+        known = {name: value for name, value in config_dict.items() if name not in extra}
+        found = super().from_dict(known, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        for name, value in extra.items():
+            setattr(config, name, value)
+            warnings.warn(
+                f"{name}={value!r} in a saved config is no field of a {cls.model_type} config: it changes nothing",
+                stacklevel=3,
+            )
+        return found
+
+    @classmethod
+    def knows(cls, name: str) -> bool:
+        """Whether a key is a field, or one that Transformers passes or saves for every model."""
+        return name in _known_names(cls) or name.startswith("_")
 
     @classmethod
     def hint(cls, name: str) -> str:
@@ -142,6 +203,23 @@ class Config(PreTrainedConfig):
         return cls(**{**cls.presets[name], **overrides})
 
 
+def _known_names(cls: type[Config]) -> set[str]:
+    names = {field.name for field in fields(cls)} | OTHER_KEYS | cls.attribute_map.keys()
+    return names | vars(GenerationConfig()).keys()
+
+
+def _without_aliases(values: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Values by the fields' own names where both are given.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    for alias, name in aliases.items():
+        if alias in values and name in values and values[alias] != values[name]:
+            raise ValueError(f"{alias}={values[alias]!r} contradicts {name}={values[name]!r}: they are one field")
+    return {name: value for name, value in values.items() if aliases.get(name) not in values}
+
+
 C = TypeVar("C", bound=Config)
 
 
@@ -153,13 +231,14 @@ def architecture_config(cls: type[C]) -> type[C]:
 
     @functools.wraps(construct)
     def __init__(self: Config, **values: Any) -> None:
-        known = {field.name for field in fields(cls)} | OTHER_KEYS | cls.attribute_map.keys()
-        known |= vars(GenerationConfig()).keys()
+        known = _known_names(cls)
+        values = _without_aliases(values, cls.attribute_map)
         for name in values.keys() - known:
             if not name.startswith("_"):
                 near = "".join(f"; did you mean {other}?" for other in get_close_matches(name, known, 1))
                 near = cls.hint(name) or near
                 raise ValueError(f"{name}={values[name]!r}: a {cls.model_type} config has no such field{near}")
+        values.pop("auto_map", None)  # the class's own, wherever the folder comes from
         try:
             construct(self, **values)
         except StrictDataclassError as error:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalodon.models.storage import Storage, check_storage, compressed, restored
+from megalodon.ops.backend import accumulator_dtype
 
 FORMAT = "megalodon-state-1"
 """What a saved state's metadata says under `format`."""
@@ -158,6 +159,28 @@ class State:
                 numbers = math.prod(1 if size is None else open_tokens if size < 0 else size for size in shape)
                 bytes_ += numbers * cls.tensor_dtype(name, activations, torch.float64).itemsize
         return bytes_
+
+    @classmethod
+    def nothing(cls, name: str) -> float:
+        """What a tensor of `state_dict` is full of, of rows that have read nothing."""
+        return 0.0
+
+    @classmethod
+    def empty(cls, config: Any, batch: int, device: torch.device, dtype: torch.dtype) -> Self:
+        """The state of `batch` rows that have read nothing, made without running the network.
+
+        Args:
+            config: the model's. dtype: of keys and values.
+        """
+        sizes = cls.dimensions_class.of(config)
+        statistics = accumulator_dtype(device)
+        tensors = {}
+        for name, shape in cls.shapes(sizes).items():
+            where = "cpu" if name == "position" else device
+            of = [batch if size is None else max(size, 0) for size in shape]
+            kind = cls.tensor_dtype(name, dtype, statistics)
+            tensors[name] = torch.full(of, cls.nothing(name), dtype=kind, device=where)
+        return cls.from_state_dict(tensors, sizes)
 
     # --- size and place -------------------------------------------------------------------------------------------
 
@@ -371,6 +394,11 @@ class State:
         """Which layers cannot tell how much they have read, as Transformers asks since 5.24: none."""
         return [False] * len(self.layers)
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take tokens away, as assisted decoding asks: what was averaged cannot be told apart."""
+        return False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read by the row that has read most."""
         return int(self.position.max()) if self.batch_size else 0
@@ -378,6 +406,26 @@ class State:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the rows by those at `beam_idx`, in place, as beam search needs."""
         self.__dict__.update(vars(self[beam_idx.cpu()]))
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first `max_length` tokens, in place, as Transformers asks of a cache; negative: drop so many.
+
+        A state does not hold the tokens that it has read: it can be left as it is, or forget all.
+
+        Raises:
+            ValueError: for any other length; the message says what to do instead.
+        """
+        longest = self.get_seq_length()
+        kept = longest + max_length if max_length < 0 else max_length
+        if kept >= longest:
+            return
+        if kept > 0 or max_length < -longest:
+            raise ValueError(
+                f"crop({max_length}): a state that has read {longest} tokens cannot unread some of them; keep the "
+                "state from before them (states are values, which running a model leaves alone), or crop(0) to begin "
+                "afresh"
+            )
+        self.__dict__.update(vars(self.reset(torch.ones(self.batch_size, dtype=torch.bool))))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """`repeat` in place."""

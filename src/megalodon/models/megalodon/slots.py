@@ -286,7 +286,7 @@ class MegalodonSlots:
             def multiply(x: Tensor, product: Projection = product) -> Tensor:
                 return torch.cat(list(product(x)), dim=1)
 
-            x = torch.randn(largest, weight.shape[1], generator=generator).to(model.device, weight.dtype)
+            x = torch.randn(largest, weight.shape[1], generator=generator).to(model.device, model.dtype)
             whole = multiply(x)
             order = torch.randperm(largest, generator=generator).to(model.device)
             if not torch.equal(multiply(x[order]), whole[order]):

@@ -56,6 +56,10 @@ class Memory:
         changed = {n: x._each(function) if isinstance(x, Memory) else function(x) for n, x, _ in self.children()}
         return self._made(changed)
 
+    def made_of(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A memory of this form, of what `function` makes of each tensor."""
+        return self._each(function)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A memory with copies of what `function` makes of each tensor."""
         return self._each(lambda x: function(x).clone())

@@ -95,5 +95,15 @@ def test_bfloat16_keeps_sums_in_float32(name: str) -> None:
     assert set(sums.values()) <= {torch.float32}
 
 
+@pytest.mark.parametrize("name", sorted(CAUSAL))
+def test_work_beside_the_parameters_is_counted(name: str) -> None:
+    config = KinConfig(mixers=name, **SIZES)
+    short, long = (config.sequence_multiply_adds(length) for length in (4096, 8192))
+    assert 0 <= short <= long
+    if name in ("attention", "megalodon"):
+        assert short > 0
+    assert KinConfig(mixers="attention", **SIZES).sequence_multiply_adds(4096) == 2 * 64 * 4096
+
+
 def test_every_kind_is_said() -> None:
     assert {mixer_class(name).kind for name in CAUSAL} == {"constant", "growing"}

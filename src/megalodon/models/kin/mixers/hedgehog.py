@@ -49,6 +49,11 @@ class Hedgehog(Projected, NormalisedLinear):
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WeightedSums:
         return WeightedSums.empty(batch, self.num_heads, self.features, self.head_dim, device, dtype)
 
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        features = features_of(parameters.activation, parameters.feature_dim or config.head_size)
+        return 2.0 * config.num_heads * features * config.head_size
+
     def maps(self) -> tuple[HeadwiseMap, HeadwiseMap]:
         return self.feature_map_q, self.feature_map_k
 

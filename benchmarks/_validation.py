@@ -91,7 +91,8 @@ class Watch:
             client.get("/health")
             while not self._over.is_set() or not self.waits:
                 began = time.perf_counter()
-                client.get("/health")
+                with suppress(httpx.HTTPError):  # a connection that was kept open may be closed after a long wait
+                    client.get("/health")
                 self.waits.append(time.perf_counter() - began)
                 time.sleep(EVERY)
 

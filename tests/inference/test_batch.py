@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine_cases import make_engine
-from megalodon.inference.batch import run_batch
+from megalodon.inference.batch import run_batch, writing
 from megalodon.inference.engine import Engine
 
 
@@ -76,5 +76,28 @@ def test_the_output_of_another_input_is_refused(engine: Engine, source: Path, tm
     (tmp_path / "out.jsonl").write_text("{}\n" * 37)
     with pytest.raises(ValueError, match="another input"):
         run_batch(engine, source, tmp_path / "out.jsonl")
+    (tmp_path / "out.jsonl").unlink()
+    run_batch(engine, source, tmp_path / "out.jsonl")
+    whole, asked = (tmp_path / "out.jsonl").read_bytes(), source.read_text()
+    for changed, seed in ((asked.replace("number 3 ", "number 4 "), 0), (asked, 1)):
+        source.write_text(changed)
+        with pytest.raises(ValueError, match=r"out\.jsonl:\d+ answers no line"):
+            run_batch(engine, source, tmp_path / "out.jsonl", seed)
+        assert (tmp_path / "out.jsonl").read_bytes() == whole
+    source.write_text(asked.rstrip() + '\n{"prompt": "one more", "max_tokens": 3}\n')
+    assert run_batch(engine, source, tmp_path / "out.jsonl") == 37, "lines may be added"
+    assert (tmp_path / "out.jsonl").read_bytes().startswith(whole)
     with pytest.raises(FileNotFoundError):
         run_batch(engine, tmp_path / "nowhere", tmp_path / "out.jsonl")
+
+
+def test_two_runs_do_not_write_one_output(engine: Engine, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+
+    def other(_: int) -> None:
+        with pytest.raises(ValueError, match="written by another run"), writing(source, target):
+            raise AssertionError("it should have been refused")
+
+    assert run_batch(engine, source, target, on_line=other) == 36
+    with writing(source, target):
+        pass

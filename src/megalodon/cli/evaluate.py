@@ -25,7 +25,7 @@ from megalodon.evaluation import TokensFile, evaluate_perplexity, plot_by_positi
 from megalodon.files import write_file, write_text
 from megalodon.inference import load_model, load_tokenizer_for
 from megalodon.inference.generation import default_piece_length
-from megalodon.inference.loading import DtypeName, torch_dtype
+from megalodon.inference.loading import RunDtype, torch_dtype
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -61,7 +61,7 @@ def perplexity(
     ] = False,
     tokenizer_name: Annotated[str | None, typer.Option("--tokenizer", help="if the model's folder holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU if not given")] = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="that of the weights if not given")] = None,
+    dtype: Annotated[RunDtype | None, typer.Option(help="that of the weights if not given; int8: for a CPU")] = None,
 ) -> None:
     """Loss and bits per byte of documents of any length, overall and by position, in constant memory."""
     wanted = {"kind": kind, "field": field, "split": split, "separator": separator, "max_documents": max_documents}

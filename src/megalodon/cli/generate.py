@@ -22,7 +22,7 @@ from megalodon.inference import (
     load_model,
     load_tokenizer_for,
 )
-from megalodon.inference.loading import DtypeName, torch_dtype
+from megalodon.inference.loading import RunDtype, torch_dtype
 from megalodon.models.storage import check_storage
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -54,7 +54,7 @@ def generate(
     ] = "exact",
     tokenizer_name: Annotated[str | None, typer.Option("--tokenizer", help="if the model's folder holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU if not given")] = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="that of the weights if not given")] = None,
+    dtype: Annotated[RunDtype | None, typer.Option(help="that of the weights if not given; int8: for a CPU")] = None,
 ) -> None:
     """Continue a text. It goes to standard output as it is made, statistics go to standard error."""
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)

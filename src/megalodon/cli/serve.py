@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megalodon.inference.loading import DtypeName
+from megalodon.inference.loading import RunDtype
 from megalodon.models.storage import check_storage
 from megalodon.serving.launch import EngineOptions, serve_here
 from megalodon.serving.settings import Settings
@@ -57,7 +57,7 @@ def serve(
     replicas: Annotated[int, typer.Option(min=1, help="with --ray: how many")] = 2,
     tokenizer: Annotated[str | None, typer.Option(help="if the model's folder holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU if not given")] = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="that of the weights if not given")] = None,
+    dtype: Annotated[RunDtype | None, typer.Option(help="that of the weights if not given; int8: for a CPU")] = None,
 ) -> None:
     """Serve a model: /v1/completions, /v1/chat/completions, /v1/contexts, and a page at /."""
     settings = Settings(

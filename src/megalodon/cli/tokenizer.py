@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from megalodon.data.corpus import CorpusKind
-
 app = typer.Typer(add_completion=False)
 
 
@@ -23,7 +21,7 @@ def tokenizer(
         int, typer.Option(help="ids at most: 256 bytes, the end of a document, the rest learned")
     ] = 32000,
     min_frequency: Annotated[int, typer.Option(help="a pair must occur this often to become a token")] = 2,
-    kind: Annotated[CorpusKind, typer.Option(help="what the source is; told by its name with auto")] = "auto",
+    kind: Annotated[str, typer.Option(help="what the source is; told by its name with auto")] = "auto",
     field: Annotated[str, typer.Option(help="the field that holds the text, where rows have fields")] = "text",
     name: Annotated[str | None, typer.Option(help="Hugging Face: the dataset's configuration")] = None,
     split: Annotated[str | None, typer.Option(help="of a dataset: such as train or train[:10%]")] = None,

@@ -67,7 +67,7 @@ def evaluate_perplexity(
     """
     check_vocabulary(tokenizer, model.config.vocab_size)
     chunk_size: int | None = getattr(model.config, "chunk_size", None)
-    piece_length = default_piece_length(model.config.chunk_size) if piece_length is None else piece_length
+    piece_length = default_piece_length(model.model.dimensions.alignment) if piece_length is None else piece_length
     for name, value in (("piece_length", piece_length), ("max_tokens", max_tokens), ("reset_every", reset_every)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")

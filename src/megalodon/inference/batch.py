@@ -2,19 +2,23 @@
 
 Each line of the input is a JSON object like the body of a completion request; each line of the output holds what came
 of the line of the same number. Lines are written whole and in order, so what the output has is done, and the rest is
-left to do.
+left to do. Each says which line it answers (`request`, a hash), so that an input or seed that has changed is noticed.
+`serving.offline` does the same for OpenAI's batch files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megalodon.inference.engine import Engine
@@ -53,6 +57,7 @@ class Line(BaseModel):
 @dataclass
 class _Answer:
     line: Line
+    request: str
     texts: dict[int, str] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     result: dict[str, Any] | None = None
@@ -69,9 +74,10 @@ class _Answer:
                     for choice, reason in sorted(self.reasons.items())
                 ]
                 counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
-                self.result = {"id": self.line.id, "choices": choices, "usage": counts}
+                self.result = {"id": self.line.id, "request": self.request, "choices": choices, "usage": counts}
             case Failed(failure, message):
-                self.result = {"id": self.line.id, "error": {"code": failure.value, "message": message}}
+                error = {"code": failure.value, "message": message}
+                self.result = {"id": self.line.id, "request": self.request, "error": error}
 
 
 def run_batch(
@@ -92,25 +98,30 @@ def run_batch(
 
     Raises:
         FileNotFoundError: if there is no `source`.
-        ValueError: for a line that is not as it should be, or an output that has more lines than the input.
+        ValueError: for a line that is not as it should be, an output of another input or seed, or one that another run
+            is writing.
     """
-    if not source.is_file():
-        raise FileNotFoundError(f"no file {source}")
-    total = sum(1 for _ in _lines(source, engine))
-    done = _written(target)
-    if done > total:
-        raise ValueError(f"{target} has {done} lines, {source} has {total}: it is the output of another input")
-    if on_line is not None:
-        on_line(done)
+    with writing(source, target):
+        total = sum(1 for _ in _lines(source, engine))
+        done = written(target, requests_of(source, seed), total, lambda answer: answer["request"])
+        if on_line is not None:
+            on_line(done)
+        return _answer(engine, source, target, seed, done, on_line)
+
+
+def _answer(
+    engine: Engine, source: Path, target: Path, seed: int, done: int, on_line: Callable[[int], None] | None
+) -> int:
     waiting: dict[int, _Answer] = {}
     finished: queue.Queue[int] = queue.Queue()
     with target.open("ab") as output:
-        lines = ((number, line) for number, line in enumerate(_lines(source, engine)) if number >= done)
+        asked = enumerate(zip(_lines(source, engine), requests_of(source, seed), strict=True))
+        lines = ((number, line, request) for number, (line, request) in asked if number >= done)
         pending = next(lines, None)
         while pending is not None or waiting:
             while pending is not None and len(waiting) < min(AHEAD * engine.slots, engine.queue_length):
-                number, line = pending
-                waiting[number] = _submit(engine, line, number, seed, finished)
+                number, line, request = pending
+                waiting[number] = _submit(engine, line, number, seed, request, finished)
                 pending = next(lines, None)
             finished.get()
             while done in waiting and (result := waiting[done].result) is not None:
@@ -123,14 +134,69 @@ def run_batch(
     return done
 
 
+@contextmanager
+def writing(source: Path, target: Path) -> Iterator[None]:
+    """Have the output for oneself.
+
+    Raises:
+        FileNotFoundError: if there is no `source`.
+        ValueError: if another run is writing `target`.
+    """
+    if not source.is_file():
+        raise FileNotFoundError(f"no file {source}")
+    lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise ValueError(f"{target} is being written by another run: wait for it, or give another output") from None
+
+
+def requests_of(source: Path, seed: int) -> Iterator[str]:
+    """What tells each line of the input from any other: a hash of its bytes, its number and the run's seed."""
+    number = 0
+    with source.open("rb") as file:
+        for raw in file:
+            if raw.strip():
+                yield hashlib.sha256(f"{number} {seed} ".encode() + raw.strip()).hexdigest()[:24]
+                number += 1
+
+
+def written(target: Path, requests: Iterable[str], total: int, request_of: Callable[[Any], str]) -> int:
+    """Whole lines in the output, each of which answers the input's line of its number; half a line is cut off.
+
+    Raises:
+        ValueError: for a line that answers another input or seed, or more lines than the input has (`total`).
+    """
+    if not target.exists():
+        return 0
+    expected, count, end = iter(requests), 0, 0
+    with target.open("rb+") as file:
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                break
+            try:
+                same = request_of(json.loads(raw)) == next(expected, None)
+            except (ValueError, KeyError, TypeError):
+                same = False
+            if not same:
+                raise ValueError(
+                    f"{target}:{count + 1} answers no line {count + 1} of this input ({total} lines, this seed): it "
+                    "is that of another input, or the input has changed; give another output"
+                )
+            count, end = count + 1, end + len(raw)
+        file.truncate(end)
+    return count
+
+
 def count_lines(source: Path) -> int:
     """Lines of the input that are not blank."""
     with source.open("rb") as file:
         return sum(bool(line.strip()) for line in file)
 
 
-def _submit(engine: Engine, line: Line, number: int, seed: int, finished: queue.Queue[int]) -> _Answer:
-    answer = _Answer(line)
+def _submit(engine: Engine, line: Line, number: int, seed: int, request: str, finished: queue.Queue[int]) -> _Answer:
+    answer = _Answer(line, request)
 
     def listen(event: Event) -> None:
         answer.note(event)
@@ -159,17 +225,3 @@ def _lines(source: Path, engine: Engine) -> Iterator[Line]:
             except ValueError as error:
                 raise ValueError(f"{source}:{number}: {error}") from None
             yield line
-
-
-def _written(target: Path) -> int:
-    """Whole lines in the output; what follows the last one is cut off."""
-    if not target.exists():
-        return 0
-    with target.open("rb+") as file:
-        count = end = 0
-        for raw in file:
-            if not raw.endswith(b"\n"):
-                break
-            count, end = count + 1, end + len(raw)
-        file.truncate(end)
-    return count

@@ -79,13 +79,13 @@ class Grammars:
         self._prepared: Any = None
 
     def json_schema(self, schema: dict[str, Any] | bool) -> Grammar:
-        """JSON that a schema allows, without white space between its parts.
+        """JSON that a schema allows, without white space between its parts; see `closed`.
 
         Raises:
             ValueError: if the schema is none, is too large or too complex, or uses what cannot be kept to.
             ImportError: without llguidance. NotImplementedError: if the tokenizer's tokens do not map to bytes.
         """
-        library, written = _library(), _checked(json.dumps(schema))
+        library, written = _library(), _checked(json.dumps(closed(schema)))
         return self._grammar(library.LLMatcher.grammar_from_json_schema(written, overrides=COMPACT))
 
     def json_object(self) -> Grammar:
@@ -96,7 +96,7 @@ class Grammars:
         """Text that a regular expression (Rust's syntax, `\\d` for 0 to 9) matches whole. Errors as `json_schema`."""
         library = _library()
         return self._grammar(
-            library.LLMatcher.grammar_from_lark(f"start: /{library.regex_to_lark(_checked(pattern))}/")
+            library.LLMatcher.grammar_from_lark(f"start: /{library.regex_to_lark(_checked(pattern), 'd')}/")
         )
 
     def choice(self, choices: Sequence[str]) -> Grammar:
@@ -138,6 +138,35 @@ class _Described:
     def __call__(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text).tolist()
         return ids
+
+
+def closed(schema: Any) -> Any:
+    """A schema whose objects have the properties that it names and no others, where it does not say what others may be.
+
+    What such a schema allows, the one that was given allows too; and a weak model does not go on inventing properties.
+    Schemas that several others complete (`allOf`, `$ref` with siblings) stay as they are.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    made = dict(schema)
+    for key in ("properties", "patternProperties", "$defs", "definitions"):
+        if isinstance(made.get(key), dict):
+            made[key] = {name: closed(one) for name, one in made[key].items()}
+    for key in ("items", "additionalProperties", "prefixItems", "anyOf", "oneOf"):
+        if key in made:
+            made[key] = [closed(one) for one in made[key]] if isinstance(made[key], list) else closed(made[key])
+    completed = {
+        "additionalProperties",
+        "unevaluatedProperties",
+        "patternProperties",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "$ref",
+    }
+    if "properties" in made and not completed & made.keys():
+        made["additionalProperties"] = False
+    return made
 
 
 def _library() -> Any:

@@ -153,7 +153,7 @@ class PrefixStore:
         found = frozenset(found)
         with self._lock:
             before: Kept | None = None
-            passed = [(position, self._kept[key]) for position, key in path if key in self._kept]
+            passed = [(position, self._kept[key]) for position, key in sorted(set(path)) if key in self._kept]
             for position, kept in passed:
                 kept.position, kept.distance, kept.since = position, end - position, self._clock
                 kept.followed = kept.followed or kept.key in found
@@ -195,7 +195,8 @@ class PrefixStore:
             kept = self._kept.get(key)
             if kept is None:
                 kept = self._kept[key] = Kept(key, position)
-                nearest = next((before for _, before in reversed(path) if before in self._kept), None)
+                shorter = (before for at, before in reversed(path) if at < position and before in self._kept)
+                nearest = next(shorter, None)
                 self._hang(kept, None if nearest is None else self._kept[nearest])
             else:
                 kept.followed = True

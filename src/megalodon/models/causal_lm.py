@@ -7,7 +7,9 @@ token, which is where its chunks are counted from.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -23,6 +25,7 @@ from megalodon.models.generation import StateGenerationMixin
 from megalodon.models.keywords import refuse_unknown
 from megalodon.models.layers.head import apply_head
 from megalodon.models.loss import summed_loss
+from megalodon.models.model_card import write_model_card
 from megalodon.models.output import LanguageModelOutput, ModelOutput, the_state
 from megalodon.models.padding import RealTokens
 from megalodon.models.state import Dimensions, State
@@ -56,6 +59,12 @@ class StatefulPreTrainedModel(PreTrainedModel):
     def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
         _refuse_float16(config.dtype, torch.get_default_dtype())
         super().__init__(config, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
+        """As Transformers' own, with a model card where the folder has none."""
+        super().save_pretrained(save_directory, *arguments, **options)
+        if options.get("is_main_process", True):
+            write_model_card(Path(save_directory), self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -246,6 +255,10 @@ class StatefulModel(StatefulPreTrainedModel):
 
         `bos` tells where segments start. `hidden` collects the input of each block and the final hidden states.
         """
+        if x.shape[1] == 0:  # layers that others have put in place of ours need not take nothing
+            if hidden is not None:
+                hidden += [x] * (len(self.layers) + 1)
+            return x, (state or self.empty_state(len(x))) if use_cache else None
         layouts = self._layouts(x, state, segment_ids, lengths, bos)
         places = [
             (*self.layer_arguments(self.config, layout), layout, use_cache or layout is not layouts[-1])
@@ -270,6 +283,10 @@ class StatefulModel(StatefulPreTrainedModel):
     def dimensions(self) -> Dimensions:
         """The sizes that a state must share with this model."""
         return self.state_class.dimensions_class.of(self.config)
+
+    def empty_state(self, batch: int) -> State:
+        """The state of rows that have read nothing; the network is not run, whatever its layers have become."""
+        return self.state_class.empty(self.config, batch, self.device, self.dtype)
 
     def new_state(self, layers: Sequence[Any], final: Any, position: Tensor) -> State:
         """A state of this model."""
@@ -374,6 +391,8 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
     model_class: ClassVar[type[StatefulModel]]
     slots_class: ClassVar[Any] = None
     """A decoder of many sequences at once, `(model, slots, buckets)`, with `choose_buckets(model, candidates)`."""
+    has_int8: ClassVar[bool] = False
+    """Whether its linear layers may be put in int8 for decoding (`layers.int8.quantize`)."""
     static_step_class: ClassVar[Any] = None
     """A step of one token whose tensors stay at their addresses, `(model, state, places, compiled)`."""
 
@@ -448,7 +467,11 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             goes_on = state is not None and bool((state.position > 0).all())
             decoding = goes_on and x.shape[1] == 1 and not self.training
-            logits = apply_head(self.lm_head, x[:, kept], decoding).float()
+            few = x[:, kept]
+            if few.numel():
+                logits = apply_head(self.lm_head, few, decoding).float()
+            else:  # layers that others have put in place of ours need not take nothing
+                logits = few.new_zeros(*few.shape[:-1], self.vocab_size, dtype=torch.float32)
             if shift_labels is not None:
                 total = F.cross_entropy(
                     logits.flatten(0, 1), shift_labels[:, kept].flatten().to(x.device), reduction="sum"

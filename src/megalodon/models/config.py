@@ -7,6 +7,7 @@ architecture, so what they need to know of one stands here as attributes and met
 # No `from __future__ import annotations` here: `strict` checks values against annotations that are types, not strings.
 import functools
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
@@ -72,6 +73,33 @@ class Config(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """The config of a dict, such as that of a saved model.
+
+        Libraries and users set attributes of their own on a config, and they are saved with it. Those of a saved config
+        are kept, with a warning that names them; in a dict that a person wrote they are an error, as in construction.
+        """
+        known = cls.known_keys()
+        others = {name: value for name, value in config_dict.items() if name not in known and not name.startswith("_")}
+        if not others or "transformers_version" not in config_dict:
+            return super().from_dict(config_dict, **options)
+        warnings.warn(
+            f"the saved config has fields that no {cls.model_type} config has, and which change nothing: "
+            f"{', '.join(sorted(others))}",
+            stacklevel=2,
+        )
+        made = super().from_dict({name: x for name, x in config_dict.items() if name not in others}, **options)
+        for name, value in others.items():
+            setattr(made[0] if isinstance(made, tuple) else made, name, value)
+        return made
+
+    @classmethod
+    def known_keys(cls) -> set[str]:
+        """What a config of this class may be given."""
+        names = {field.name for field in fields(cls)} | OTHER_KEYS | cls.attribute_map.keys()
+        return names | vars(GenerationConfig()).keys()
+
+    @classmethod
     def hint(cls, name: str) -> str:
         """What to say of a field that there is not, where more is known than the nearest name."""
         return ""
@@ -93,6 +121,11 @@ class Config(PreTrainedConfig):
     def span_summary_bytes(self) -> float:
         """Bytes of what a rank of the chunk axis tells the others of a row in a layer, whatever the row's length."""
         raise NotImplementedError
+
+    def streaming_problem(self) -> str | None:
+        """Why rows should not be streamed through this model, their states carried from step to step without end; None
+        where nothing speaks against it."""
+        return None
 
     def require_positive(self, names: Iterable[str]) -> None:
         """Raise ValueError, naming the field, unless these are at least 1."""
@@ -148,8 +181,7 @@ def architecture_config(cls: type[C]) -> type[C]:
 
     @functools.wraps(construct)
     def __init__(self: Config, **values: Any) -> None:
-        known = {field.name for field in fields(cls)} | OTHER_KEYS | cls.attribute_map.keys()
-        known |= vars(GenerationConfig()).keys()
+        known = cls.known_keys()
         for name in values.keys() - known:
             if not name.startswith("_"):
                 near = "".join(f"; did you mean {other}?" for other in get_close_matches(name, known, 1))

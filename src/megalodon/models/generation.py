@@ -13,6 +13,16 @@ from megalodon.models.layers.head import generation_starts
 from megalodon.models.output import CACHE, the_state
 from megalodon.models.state import State
 
+_NO_PAGES = (
+    "continuous batching of Transformers pages keys and values, and this model's memory is a state: use "
+    "megalodon.inference.Engine or `megalodon serve`, which batch requests as they come, or `generate` on a batch"
+)
+
+
+def _no_cache(asked: Any) -> str:
+    hint = f"; {_NO_PAGES}" if asked == "paged" else ""
+    return f"cache_implementation={asked!r}: the memory is the model's state; leave cache_implementation out{hint}"
+
 
 class StateGenerationMixin(GenerationMixin):
     """`generate` with prompts in pieces (`prefill_chunk_size`), states given by the user, beams and padding."""
@@ -25,6 +35,28 @@ class StateGenerationMixin(GenerationMixin):
 
         def get_output_embeddings(self) -> torch.nn.Module | None: ...
 
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        """Transformers' `generate`; caches of its own are refused before it begins.
+
+        Raises:
+            ValueError: a `cache_implementation` is asked for.
+        """
+        config = options.get("generation_config")
+        asked = options.get("cache_implementation") or getattr(config, "cache_implementation", None)
+        if asked is not None:
+            raise ValueError(_no_cache(asked))
+        return super().generate(*arguments, **options)
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Refused: Transformers' continuous batching pages keys and values, and here there is a state.
+
+        Raises:
+            NotImplementedError: always; the message says what to use.
+        """
+        raise NotImplementedError(_NO_PAGES)
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         """Transformers must not make a cache of its own: the model returns its state."""
@@ -36,10 +68,7 @@ class StateGenerationMixin(GenerationMixin):
     ) -> None:
         """Called once by `generate`, after repeating the prompts for beams or samples: give each copy its state."""
         if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: the memory is the model's state, "
-                "of constant size; leave cache_implementation out"
-            )
+            raise ValueError(_no_cache(generation_config.cache_implementation))
         state = model_kwargs.get(CACHE)
         self.model.generation_starts()
         if (head := self.get_output_embeddings()) is not None:
@@ -49,8 +78,7 @@ class StateGenerationMixin(GenerationMixin):
         if state is not None:
             model_kwargs[CACHE] = state.repeat(copies) if copies > 1 else state
         elif generation_config.use_cache:
-            nothing = torch.zeros(batch_size * copies, 0, dtype=torch.int64, device=self.device)
-            model_kwargs[CACHE] = self.model(nothing, use_cache=True).past_key_values
+            model_kwargs[CACHE] = self.model.empty_state(batch_size * copies)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> None:
         """Positions that merely count on are the state's own; only a user's are passed on."""

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalodon.models.storage import Storage, check_storage, compressed, restored
+from megalodon.ops.backend import accumulator_dtype
 
 FORMAT = "megalodon-state-1"
 """What a saved state's metadata says under `format`."""
@@ -158,6 +159,28 @@ class State:
                 numbers = math.prod(1 if size is None else open_tokens if size < 0 else size for size in shape)
                 bytes_ += numbers * cls.tensor_dtype(name, activations, torch.float64).itemsize
         return bytes_
+
+    @classmethod
+    def nothing(cls, name: str) -> float:
+        """What a tensor of `state_dict` is full of, of rows that have read nothing."""
+        return 0.0
+
+    @classmethod
+    def empty(cls, config: Any, batch: int, device: torch.device, dtype: torch.dtype) -> Self:
+        """The state of `batch` rows that have read nothing, made without running the network.
+
+        Args:
+            config: the model's. dtype: of keys and values.
+        """
+        sizes = cls.dimensions_class.of(config)
+        statistics = accumulator_dtype(device)
+        tensors = {}
+        for name, shape in cls.shapes(sizes).items():
+            where = "cpu" if name == "position" else device
+            of = [batch if size is None else max(size, 0) for size in shape]
+            kind = cls.tensor_dtype(name, dtype, statistics)
+            tensors[name] = torch.full(of, cls.nothing(name), dtype=kind, device=where)
+        return cls.from_state_dict(tensors, sizes)
 
     # --- size and place -------------------------------------------------------------------------------------------
 
@@ -370,6 +393,31 @@ class State:
     def is_linear(self) -> list[bool]:
         """Which layers cannot tell how much they have read, as Transformers asks since 5.24: none."""
         return [False] * len(self.layers)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take tokens away, as assisted decoding asks: what was averaged cannot be told apart."""
+        return False
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first `max_length` tokens (negative: all but so many), in place, as Transformers asks of caches.
+
+        Only nothing or everything can be taken away: a memory of constant size does not hold the tokens one by one. To
+        go back, keep the state from before: a state is a value, and running a model on it never changes it.
+
+        Raises:
+            ValueError: some but not all tokens would have to be taken away.
+        """
+        length = self.get_seq_length()
+        kept = max(length + max_length, 0) if max_length < 0 else min(max_length, length)
+        if kept == length:
+            return
+        if kept:
+            raise ValueError(
+                f"crop({max_length}) of {length} tokens: a state cannot be cut back; keep the state from before these "
+                "tokens and go on from it (a state is a value), or read the text again"
+            )
+        self.__dict__.update(vars(self.reset(torch.ones(self.batch_size, dtype=torch.bool))))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read by the row that has read most."""

@@ -12,7 +12,13 @@ from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
 from megalodon.ops.layout import Layout, layout_of, move_rows
 from megalodon.ops.linear_attention import IMPLEMENTATIONS as _LINEAR_ATTENTION
-from megalodon.ops.linear_attention import LinearState, Window, linear_attention
+from megalodon.ops.linear_attention import (
+    LinearState,
+    Window,
+    cross_linear_attention,
+    linear_attention,
+    two_way_linear_attention,
+)
 from megalodon.ops.long_convolution import IMPLEMENTATIONS as _LONG_CONVOLUTION
 from megalodon.ops.long_convolution import long_convolution
 from megalodon.ops.rotary import rotate, rotate_halves, rotations, rotations_of
@@ -29,9 +35,9 @@ from megalodon.ops.timestep_decay_norm import timestep_decay_norm
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
 from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
 from megalodon.ops.window_attention import IMPLEMENTATIONS as _WINDOW_ATTENTION
-from megalodon.ops.window_attention import RecentKeys, WindowSums, window_attention, window_sums
+from megalodon.ops.window_attention import RecentKeys, WindowSums, two_way_window_attention, window_attention, window_sums
 from megalodon.ops.working_memory import IMPLEMENTATIONS as _WORKING_MEMORY
-from megalodon.ops.working_memory import working_memory
+from megalodon.ops.working_memory import absorb, working_memory
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -45,10 +51,12 @@ __all__ = [
     "Visible",
     "Window",
     "WindowSums",
+    "absorb",
     "backends",
     "causal_attention",
     "cema",
     "chunk_attention",
+    "cross_linear_attention",
     "default_backend",
     "layout_of",
     "linear_attention",
@@ -66,6 +74,8 @@ __all__ = [
     "sparse_attention",
     "timestep_decay_norm",
     "timestep_norm",
+    "two_way_linear_attention",
+    "two_way_window_attention",
     "two_chunk_attention",
     "window_attention",
     "window_sums",

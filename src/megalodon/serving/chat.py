@@ -99,7 +99,8 @@ class ChatTemplate:
             self._own = tokenizer.transformers
         self.stops = PLAIN_STOPS if template is None and self._own is None else ()
         try:
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            as_transformers = template is not None  # which drops the newline after a block
+            environment = ImmutableSandboxedEnvironment(trim_blocks=as_transformers, lstrip_blocks=as_transformers)
             self._template = environment.from_string(template or PLAIN)
         except TemplateError as error:
             raise ValueError(f"the chat template cannot be read: {error}") from None

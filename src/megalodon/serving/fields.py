@@ -1,18 +1,15 @@
 """The policy for request fields, in one place: each is honoured, ignored because it cannot change the answer here, or
-refused because it would change what is meant. `python -m megalodon.serving.fields docs/serving.md` writes the table.
+refused because it would change what is meant. `docs/make_fields.py` writes the table of docs/serving.md.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-BEGIN, END = "<!-- fields: made by megalodon.serving.fields -->", "<!-- end of fields -->"
+BEGIN, END = "<!-- fields: made by docs/make_fields.py -->", "<!-- end of fields -->"
 POLICIES = ("honoured", "ignored", "refused")
 
 
@@ -71,15 +68,3 @@ def written_into(text: str, made: str) -> str:
         raise ValueError(f"the page must have the lines {BEGIN!r} and {END!r} once each")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}"
-
-
-def main(arguments: Sequence[str], make: Callable[[], str]) -> None:
-    """Write the table into the page that is named."""
-    page = Path(arguments[0])
-    page.write_text(written_into(page.read_text(encoding="utf-8"), make()), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    from megalodon.serving.schemas import ENDPOINTS
-
-    main(sys.argv[1:], lambda: table(ENDPOINTS))

@@ -101,7 +101,7 @@ async def _job(asking: Asking, template: ChatTemplate, owner: str, body: Respons
     if isinstance(body.input, str | LongText):
         messages: list[Message] = [Message(role="user", content=body.input)]
     else:
-        messages = list(body.input)  # type: ignore[arg-type]
+        messages = await to_thread.run_sync(_resolved, asking.store, owner, body.input)
     if body.instructions is not None:
         messages = [Message(role="system", content=body.instructions), *messages]
     written = await to_thread.run_sync(template.write, messages, Template(body.context is not None))
@@ -124,6 +124,27 @@ async def _job(asking: Asking, template: ChatTemplate, owner: str, body: Respons
         raise ApiError(400, message, "previous_response_not_found", "previous_response_id") from None
 
 
+def _resolved(store: ContextStore, owner: str, items: Any) -> list[Message]:
+    """The items as messages; answers that are only named are looked up.
+
+    Raises:
+        ApiError: 400 for one that is not kept.
+    """
+    messages: list[Message] = []
+    for place, item in enumerate(items):
+        if item.type != "item_reference":
+            messages.append(item)
+            continue
+        try:
+            record = _kept(store, owner, f"resp_{item.id.removeprefix('msg_')}")
+        except (ApiError, NoContextError):
+            param = f"input.{place}.id"
+            raise ApiError(400, f"{param}: no item {item.id[:80]!r} is kept", "item_not_found", param) from None
+        content = json.loads(record.note)["output"][0]["content"]
+        messages.append(Message(role="assistant", content="".join(part["text"] for part in content)))
+    return messages
+
+
 async def _keep(store: ContextStore, job: Job, outcome: Outcome, name: str, made: dict[str, Any]) -> None:
     if job.place is None:
         return
@@ -142,7 +163,8 @@ class Answer:
     """
 
     def __init__(self, body: ResponsesRequest, tokenizer: Tokenizer) -> None:
-        self.id, self._item = f"resp_{secrets.token_hex(12)}", f"msg_{secrets.token_hex(12)}"
+        name = secrets.token_hex(12)
+        self.id, self._item = f"resp_{name}", f"msg_{name}"  # so that the item leads to the response
         self._body, self._tokenizer, self._created = body, tokenizer, int(time.time())
 
     def envelope(self, status: str) -> dict[str, Any]:

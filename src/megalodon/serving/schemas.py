@@ -348,13 +348,24 @@ class ChatRequest(Generating, _Templated):
 
 
 class InputItem(Message):
-    """An item of `input`: a message, as a person writes it or as an answer had it."""
+    """An item of `input`: a message, as a person writes it or as an answer had it, or a kept answer by its id."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    type: Literal["message"] = "message"
-    id: Any = ignored("items are found by their place")
+    role: Literal["system", "developer", "user", "assistant"] | None = None  # type: ignore[assignment]
+    type: Literal["message", "item_reference"] = "message"
+    id: str | None = None
     status: Any = ignored("they are complete")
     phase: Any = ignored("nothing for the model")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> InputItem:
+        if self.type == "item_reference":
+            if self.id is None or self.content is not None:
+                raise ValueError("an item_reference needs the field id alone")
+        elif self.role is None:
+            raise ValueError("a message needs the field role")
+        elif self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role} needs content")
+        return self
 
 
 class ResponseTextFormat(JsonSchema):

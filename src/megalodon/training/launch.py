@@ -117,7 +117,7 @@ def train(resolved: Resolved, display: Display | None = None) -> StopRequest:
         return stop
     except OSError as error:
         if is_full(error):
-            raise _full_disk(error, folder) from error
+            raise full_disk(error, folder) from error
         raise
     finally:
         lock.release()
@@ -129,7 +129,7 @@ def has_sharded_checkpoints(folder: RunFolder) -> bool:
     return bool(found) and is_sharded(found[-1])
 
 
-def _full_disk(error: OSError, folder: RunFolder) -> OSError:
+def full_disk(error: OSError, folder: RunFolder) -> OSError:
     """The error with what is left of the run and how to go on."""
     kept = list_checkpoints(folder.checkpoints)
     place = f"from {kept[-1].name}, which is whole" if kept else "from the start"

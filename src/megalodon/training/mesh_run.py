@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megalodon.files import write_text
+from megalodon.files import is_full, write_text
 from megalodon.inference import choose_device
 from megalodon.inference.loading import model_folder
 from megalodon.parallel import Mesh, ParallelModel, mesh_problems
@@ -145,6 +145,10 @@ def _run(resolved: launch.Resolved, processes: Processes, device: torch.device, 
         with display, stop:
             trainer.train(stop)
         return _common(stop)
+    except OSError as error:
+        if is_full(error):
+            raise launch.full_disk(error, folder) from error
+        raise
     finally:
         if lock is not None:
             lock.release()

@@ -112,6 +112,16 @@ def model_problems(section: Any) -> list[str]:
     return []
 
 
+def streaming_problems(section: Any, mode: str) -> list[str]:
+    """What speaks against streaming rows through the section's model; empty where they are packed, or all is well."""
+    if mode != "streamed" or model_problems(section):
+        return []
+    fine_tuned = section.init_from is not None
+    config = _config_to_fine_tune(section) if fine_tuned else _config_class(section)(**_fields_of(section))
+    problem = config.streaming_problem()
+    return [] if problem is None else [f"data.mode: {problem}"]
+
+
 def _fields_of(section: Any) -> dict[str, Any]:
     """The section's fields over those of its preset."""
     preset = _config_class(section).presets.get(section.preset or "", {})

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol
 from uuid import uuid4
 
 from pydantic import Field
@@ -32,7 +32,7 @@ class WandbSection(Section):
     project: str = Field(min_length=1)
     entity: str | None = Field(default=None, description="a user or team; null: the user's own")
     name: str | None = Field(default=None, description="of the run; null: that of its folder")
-    mode: str = Field(default="online", pattern="^(online|offline)$", description="offline: into the folder, to sync")
+    mode: Literal["online", "offline"] = Field(default="online", description="offline: into the folder, to sync later")
 
 
 class MlflowSection(Section):
@@ -86,7 +86,7 @@ class WandbTracker:
             id=self.name,
             resume="allow",
             dir=str(folder),
-            mode=cast(Any, section.mode),
+            mode=section.mode,
             config=settings,
             settings=wandb.Settings(silent=True, console="off"),
         )

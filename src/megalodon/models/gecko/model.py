@@ -10,8 +10,10 @@ from megalodon.models.causal_lm import CausalLM, StatefulModel, StatefulPreTrain
 from megalodon.models.gecko.block import GeckoBlock, norm_over_time
 from megalodon.models.gecko.config import GeckoConfig
 from megalodon.models.gecko.state import GeckoState
+from megalodon.models.gecko.token_step import TokenStep, generation_starts
 from megalodon.models.layers.timestep_decay_norm import TimestepDecayNorm
 from megalodon.models.layers.window_attention import Turns
+from megalodon.models.state import State
 from megalodon.ops.layout import Layout
 
 
@@ -39,6 +41,13 @@ class GeckoModel(GeckoPreTrainedModel, StatefulModel):
     def layer_arguments(config: GeckoConfig, layout: Layout) -> tuple[Any, ...]:
         """The rotations of each token."""
         return (Turns.of(config, layout.chunk_positions),)
+
+    def single_token(self, x: Tensor, state: State | None) -> TokenStep | None:
+        assert state is None or isinstance(state, GeckoState)
+        return TokenStep.of(self, x, state)
+
+    def generation_starts(self) -> None:
+        generation_starts(self)
 
     @staticmethod
     def segment_starts(config: GeckoConfig, input_ids: Tensor | None) -> Tensor | None:

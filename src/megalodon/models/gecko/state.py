@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -100,6 +101,11 @@ class GeckoState(State):
         if kind in ("memory", "log_mass"):
             return torch.promote_types(activations, torch.float32)
         return super().tensor_dtype(name, activations, statistics)
+
+    @classmethod
+    def nothing(cls, name: str) -> float:
+        kind = name.rsplit(".", 1)[-1]
+        return -math.inf if kind == "log_mass" else -1 if kind.startswith("bos_") else 0
 
     @classmethod
     def layer_bytes(cls, sizes: Any, open_tokens: int = 0, activations: torch.dtype = torch.float32) -> int:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from megalodon.models.layers.few_rows import PRODUCT, FusedProduct, can_fuse
+from megalodon.models.layers.few_rows import LINEAR, PRODUCT, FusedProduct, can_fuse
+from megalodon.models.layers.int8 import Int8Linear
 from megalodon.models.layers.projection import MOST_ROWS, Projection, can_pack
 from megalodon.models.layers.watch import Prepared, is_forwarded_as_written
 from megalodon.ops.backend import full_precision
@@ -16,9 +17,10 @@ from megalodon.ops.backend import full_precision
 def _product_of(head: nn.Module) -> tuple[Callable[[Tensor], Tensor] | None, list[Tensor]]:
     """The head's product with few rows, in float32 or better, and the weights of which it has copies; None where only
     the head itself will do."""
-    if not isinstance(head, nn.Linear) or not is_forwarded_as_written(head, (nn.Linear,)):
+    if not isinstance(head, LINEAR) or not is_forwarded_as_written(head, LINEAR):
         return None, []
-    if can_fuse([head], head.weight.dtype, PRODUCT):
+    dtype = torch.float32 if isinstance(head, Int8Linear) else head.weight.dtype
+    if can_fuse([head], dtype, PRODUCT):
         return FusedProduct(head), [] if head.bias is None else [head.bias]
     wide = full_precision(head.weight.dtype)
     if not can_pack([head], wide):

@@ -63,13 +63,13 @@ def can_pack(layers: Iterable[nn.Module], dtype: torch.dtype) -> bool:
     """Whether these layers' weights are worth a second copy in `dtype`: plain layers on a CPU, not too large."""
     size = 0
     for layer in layers:
-        if type(layer) is not nn.Linear or not _is_plain(layer._parameters.get("weight")):
+        if type(layer) is not nn.Linear or not is_plain(layer._parameters.get("weight")):
             return False
         size += layer.weight.numel() * dtype.itemsize
     return size <= PACKED_AT_MOST
 
 
-def _is_plain(weight: Tensor | None) -> bool:
+def is_plain(weight: Tensor | None) -> bool:
     """Whether a weight is numbers side by side on a CPU, and not another library's tensor that stands for some."""
     return (
         type(weight) is nn.Parameter

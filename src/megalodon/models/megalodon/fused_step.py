@@ -88,7 +88,7 @@ class FusedStep:
         for name, layer in layers.items():
             if layer is not None:
                 row[getattr(Weights, name)] = self._keep(layer.weight.detach())
-                self._write(row, **{f"{name}_bias": layer.bias})
+                self._write(row, **{f"{name}_bias": layer.bias, f"{name}_scale": getattr(layer, "scale", None)})
         p, q, gamma = step.block.cema.coefficients()
         self._write(
             row,

@@ -58,4 +58,5 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, CausalLM):
 
     model_class = MegalodonModel
     slots_class = MegalodonSlots
+    has_int8 = True
     static_step_class = StaticStep

@@ -177,7 +177,7 @@ class TokenStep:
         linear = list(linear_layers(model))
         wide = full_precision(model.dtype)  # for one row, products in float32 are the quickest, bfloat16 weights or not
         packed = all(is_forwarded_as_written(layer, (nn.Linear,)) for layer in linear) and can_pack(linear, wide)
-        fused = can_fuse(linear, model.dtype, KERNEL)
+        fused = can_fuse(linear, model.dtype, KERNEL) and has_uniform_eps(model)
         self.packed = packed and not fused
         self.dtype = wide if packed or fused else model.dtype
         self.blocks = [BlockStep(block, self.dtype, self.packed) for block in blocks_of(model)]
@@ -257,6 +257,14 @@ def _products(block: MemoryBlock) -> Iterator[list[nn.Module]]:
 def blocks_of(model: StatefulModel) -> list[MemoryBlock]:
     """The model's blocks, by their type, which a ModuleList does not tell."""
     return cast(list[MemoryBlock], list(model.layers))
+
+
+def has_uniform_eps(model: StatefulModel) -> bool:
+    """Whether each kind of norm has one `eps` in all blocks, as the fused step takes it; users may change one."""
+    found = {
+        (b.timestep_norm.eps, b.memory_norm.eps, b.attention.eps, b.feed_forward.norm.eps) for b in blocks_of(model)
+    }
+    return len(found) == 1 and found.pop()[0] == cast(TimestepNorm, model.final_norm).eps
 
 
 def linear_layers(model: StatefulModel) -> Iterator[nn.Module]:

@@ -100,15 +100,15 @@ class Balance:
 
     def __init__(self) -> None:
         self._seconds: list[float | None] = [None, None]
-        self._calls, self._again, self._way = 0, TRIED_AGAIN // 8, TEAM
+        self._calls, self._again, self._way, self._tried = 0, TRIED_AGAIN // 8, TEAM, False
 
     def choose(self) -> int:
         """The way of the next call, whose time must then be told."""
         self._calls += 1
         team, alone = self._seconds
         better = ALONE if team is not None and alone is not None and alone < team else TEAM
-        self._way = better
-        if self._calls >= self._again:
+        self._way, self._tried = better, self._calls >= self._again
+        if self._tried:
             self._way = 1 - better
             known, other = self._seconds[better], self._seconds[1 - better]
             ratio = other / known if known and other else 1.0
@@ -118,4 +118,5 @@ class Balance:
     def took(self, seconds: float) -> None:
         """What the call took."""
         before = self._seconds[self._way]
-        self._seconds[self._way] = seconds if before is None else before + (seconds - before) / 4
+        fresh = before is None or (self._tried and seconds < before)  # what was known of it was old
+        self._seconds[self._way] = seconds if fresh or before is None else before + (seconds - before) / 4

@@ -8,17 +8,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megalodon.models.gecko.attention import GatedWindowAttention, Turns
 from megalodon.models.gecko.block import norm_over_time
 from megalodon.models.gecko.cema import GeckoCEMA
 from megalodon.models.gecko.config import GeckoConfig
-from megalodon.models.gecko.window import Window
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters
 from megalodon.models.kin.mixers.megalodon import widths
 from megalodon.models.layers.norms import RMSNorm
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.timestep_decay_norm import DecayedMoments
+from megalodon.models.layers.window import Window
+from megalodon.models.layers.window_attention import GatedWindowAttention, Turns
 from megalodon.ops.backend import accumulator_dtype, full_precision
 from megalodon.ops.layout import Layout
 

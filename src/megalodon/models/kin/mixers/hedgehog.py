@@ -8,19 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megalodon import ops
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import MixerParameters, Reference
 from megalodon.models.kin.mixers.feature_maps import HeadwiseMap, features_of
+from megalodon.models.kin.mixers.normalised import NormalisedLinear
 from megalodon.models.kin.mixers.projected import Projected
 from megalodon.models.kin.mixers.sums import WeightedSums
-from megalodon.ops.layout import Layout
 
 
-class Hedgehog(Projected):
+class Hedgehog(Projected, NormalisedLinear):
     """`phi(q)^T sum phi(k) v^T / phi(q)^T sum phi(k)`, phi(x) = [softmax(x W_h), softmax(-x W_h)], after rotation."""
-
-    kind = "constant"
 
     class Parameters(MixerParameters):
         """feature_dim: m, columns of W_h; None: the config's head_dim. activation: of the features, "relu" for T2R's.
@@ -44,19 +41,8 @@ class Hedgehog(Projected):
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WeightedSums:
         return WeightedSums.empty(batch, self.num_heads, self.features, self.head_dim, device, dtype)
 
-    def forward(self, x: Tensor, memory: WeightedSums | None, layout: Layout) -> tuple[Tensor, WeightedSums]:
-        q, k, v = self.queries_keys_values(x, layout, rotated=True)
-        out, state = ops.linear_attention(
-            q,
-            k,
-            v,
-            feature_map=(self.feature_map_q, self.feature_map_k),
-            normalise=True,
-            eps=self.eps,
-            initial_state=None if memory is None else memory.state(),
-            layout=layout,
-        )
-        return self.o_proj(out.flatten(-2)), WeightedSums.of(state)
+    def maps(self) -> tuple[HeadwiseMap, HeadwiseMap]:
+        return self.feature_map_q, self.feature_map_k
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

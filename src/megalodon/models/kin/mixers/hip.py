@@ -43,6 +43,7 @@ class Hip(Attention):
     """Attention over `mask_size` keys found for each block of queries, the first keys, and a window."""
 
     kind = "growing"
+    two_way_mode = False
 
     class Parameters(Attention.Parameters):
         """mask_size: keys that a search finds; query_block: queries that share a search; key_block: keys that are

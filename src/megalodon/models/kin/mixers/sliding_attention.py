@@ -20,9 +20,10 @@ from megalodon.ops.recent import recent_after, with_recent
 
 
 class SlidingAttention(Projected):
-    """`attention` of each token over itself and the W - 1 tokens before it."""
+    """`attention` of each token over itself and the W - 1 tokens before it; two-way, those after it too."""
 
     kind = "constant"
+    two_way_mode = True
 
     class Parameters(MixerParameters):
         """window: W, the token itself included. bias, out_bias: of the projections."""
@@ -43,8 +44,11 @@ class SlidingAttention(Projected):
         shape = (batch, self.window - 1, self.num_groups, self.head_dim)
         return WindowMemory(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
 
-    def forward(self, x: Tensor, memory: WindowMemory | None, layout: Layout) -> tuple[Tensor, WindowMemory]:
+    def forward(self, x: Tensor, memory: WindowMemory | None, layout: Layout) -> tuple[Tensor, WindowMemory | None]:
         q, k, v = self.queries_keys_values(x, layout, rotated=True)
+        if self.two_way:
+            out = ops.two_way_window_attention(q / math.sqrt(self.head_dim), k, v, self.window, layout=layout)
+            return self.o_proj(out.flatten(-2)), None
         recent = None if memory is None else ops.RecentKeys(memory.keys, memory.values)
         out = ops.window_attention(q / math.sqrt(self.head_dim), k, v, self.window, recent, layout=layout)
         count, old = self.window - 1, (None, None) if recent is None else recent

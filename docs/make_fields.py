@@ -1,0 +1,13 @@
+"""Writes the table of request fields in serving.md from the schemas: `python docs/make_fields.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megalodon.serving.fields import table, written_into
+from megalodon.serving.schemas import ENDPOINTS
+
+if __name__ == "__main__":
+    page = Path(__file__).with_name("serving.md")
+    page.write_text(written_into(page.read_text(encoding="utf-8"), table(ENDPOINTS)), encoding="utf-8")
+    print(f"written: {page}")

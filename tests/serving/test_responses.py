@@ -1,0 +1,148 @@
+"""`/v1/responses`, `/v1/embeddings`, `/tokenize`, `/detokenize`: by the official client and plain HTTP."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+
+import numpy as np
+import openai
+import pytest
+import torch
+from serving_cases import Server
+
+from engine_cases import make_model
+
+ASK = {"model": "tiny", "max_output_tokens": 8, "extra_body": {"seed": 3}}
+
+
+def test_a_response_and_its_stream(server: Server) -> None:
+    client = server.openai()
+    made = client.responses.create(input="Hello", instructions="Be brief.", metadata={"a": "b"}, **ASK)
+    assert made.object == "response" and made.output_text and made.metadata == {"a": "b"}
+    assert made.status == "incomplete" and made.incomplete_details.reason == "max_output_tokens"
+    assert made.usage.output_tokens == 8 and made.usage.total_tokens == made.usage.input_tokens + 8
+    chat = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
+        max_tokens=8,
+        seed=3,
+    )
+    assert made.output_text == chat.choices[0].message.content
+    events = list(client.responses.create(input="Hello", instructions="Be brief.", stream=True, **ASK))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        *("response.created", "response.in_progress", "response.output_item.added", "response.content_part.added")
+    ]
+    assert kinds[-1] == "response.incomplete" and events[-1].response.output_text == made.output_text
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == made.output_text and len(deltas) > 1
+
+
+def test_going_on_from_a_response(server: Server) -> None:
+    client = server.openai()
+    first = client.responses.create(input="My name is Ada.", **ASK)
+    second = client.responses.create(input="Who am I?", previous_response_id=first.id, **ASK)
+    assert second.previous_response_id == first.id
+    assert second.usage.input_tokens > first.usage.total_tokens, "what was said before is part of the sequence"
+    again = client.responses.create(input="Who am I?", previous_response_id=first.id, **ASK)
+    assert again.output_text == second.output_text and again.id != second.id, "a response can be gone on from twice"
+    assert client.responses.retrieve(first.id).output_text == first.output_text
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(first.id)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(input="x", previous_response_id=first.id, **ASK)
+    assert refused.value.code == "previous_response_not_found" and refused.value.param == "previous_response_id"
+    forgotten = client.responses.create(input="x", store=False, **ASK)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(forgotten.id)
+
+
+def test_what_was_answered_is_taken_back(server: Server) -> None:
+    client = server.openai()
+    items: list = [{"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}]
+    for turn in range(3):
+        made = client.responses.create(input=items, store=False, include=["message.output_text.logprobs"], **ASK)
+        assert len(made.output[0].content[0].logprobs) == 8
+        items += [*(item.model_dump() for item in made.output), {"role": "user", "content": f"And {turn}?"}]
+    assert client.responses.create(input=items, **ASK).output_text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": ""}, None),
+        ({"input": [{"role": "robot", "content": "x"}]}, "input.0.role"),
+        ({"background": True}, "background"),
+        ({"conversation": "x"}, "conversation"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"include": ["reasoning.encrypted_content"]}, "include"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
+        ({"previous_response_id": "resp_x", "context": "y"}, "previous_response_id"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+    ],
+)
+def test_responses_that_are_refused(server: Server, fields: dict, param: str | None) -> None:
+    with server.http() as client:
+        answer = client.post("/v1/responses", json={"model": "tiny", "input": "x", "max_output_tokens": 2, **fields})
+    if param is None:
+        assert answer.status_code == 200, "an empty message is a message"
+    else:
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+
+
+def test_a_failing_stream_says_why(serve: Callable[..., Server]) -> None:
+    server = serve(request_seconds=0.3, max_tokens=100_000)
+    with server.http() as client:
+        body = {"model": "tiny", "input": "x", "stream": True, "ignore_eos": True, "max_output_tokens": 90_000}
+        with client.stream("POST", "/v1/responses", json=body) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+    assert lines[-2] == "event: error" and json.loads(lines[-1][6:])["code"] == "timeout"
+
+
+def test_embeddings_are_means_of_hidden_states(server: Server) -> None:
+    client = server.openai()
+    texts = ["a", "naïve €", "long text " * 30, "x" * 16, "x" * 17]
+    found = client.embeddings.create(model="tiny", input=texts)
+    model = make_model()
+    for text, one in zip(texts, found.data, strict=True):
+        with torch.inference_mode():
+            hidden = model.model(torch.tensor([list(text.encode())])).last_hidden_state[0]
+        assert np.allclose(one.embedding, hidden.mean(0).numpy(), atol=1e-4)
+    assert found.usage.prompt_tokens == sum(len(text.encode()) for text in texts)
+    with server.http() as http:
+        body = {"model": "tiny", "input": list(texts[1].encode())}
+        plain = http.post("/v1/embeddings", json=body).json()["data"][0]["embedding"]
+        coded = http.post("/v1/embeddings", json={**body, "encoding_format": "base64"}).json()["data"][0]["embedding"]
+    alone = np.asarray(plain, np.float32)
+    assert np.array_equal(alone, np.frombuffer(base64.b64decode(coded), "<f4"))
+    assert np.array_equal(alone, np.asarray(found.data[1].embedding, np.float32)), "the same alone and among others"
+    for wrong in ({"input": ""}, {"input": []}, {"dimensions": 7}, {"input": [300]}):
+        with pytest.raises(openai.BadRequestError):
+            client.embeddings.create(**{"model": "tiny", "input": "x", **wrong})
+    many = client.embeddings.create(model="tiny", input=[f"text {i}" for i in range(300)])
+    assert [one.index for one in many.data] == list(range(300))
+
+
+def test_tokens_and_back(server: Server) -> None:
+    text = "naïve € 😀 " * 9000
+    with server.http() as client:
+        for name in ("prompt", "content"):
+            made = client.post("/tokenize", json={name: text, "return_token_strs": True}).json()
+            assert made["tokens"] == list(text.encode()) and made["count"] == len(made["token_strs"]) == len(
+                text.encode()
+            )
+        back = client.post("/detokenize", json={"tokens": made["tokens"]}).json()
+        assert back["prompt"] == back["content"] == text
+        assert client.post("/tokenize", json={"prompt": "", "model": "tiny"}).json()["tokens"] == []
+        for path, body in (
+            *(("/tokenize", {}), ("/tokenize", {"prompt": "a", "content": "b"}), ("/detokenize", {"tokens": [256]})),
+            *(("/detokenize", {"tokens": "a"}), ("/tokenize", {"prompt": "a\0"})),
+        ):
+            answer = client.post(path, json=body)
+            assert answer.status_code == 400 and answer.json()["error"]["param"], (path, body, answer.text)
+        assert client.post("/tokenize", json={"prompt": "a", "model": "other"}).status_code == 404

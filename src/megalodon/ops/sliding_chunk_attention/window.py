@@ -109,10 +109,10 @@ def _groups(
                 if before.rows.start <= first < before.rows.stop:
                     part = slice(first - before.rows.start, rows.stop - before.rows.start)
                     seen.append(Before(slice(0, rows.stop - first), before.keys[part], before.values[part]))
-            part = visible.of_rows(rows, unit)
-            if not seen and befores and part.first is not None:  # their frame has no chunk before
-                part = part._replace(first=part.first - befores[0].keys.shape[1])
-            yield rows, seen, part
+            own = visible.of_rows(rows, unit)
+            if not seen and befores and own.first is not None:  # their frame has no chunk before
+                own = own._replace(first=own.first - befores[0].keys.shape[1])
+            yield rows, seen, own
 
 
 def _side_by_side(own: Tensor, parts: list[tuple[slice, Tensor]], width: int, filling: float) -> Tensor:

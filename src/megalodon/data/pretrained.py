@@ -15,6 +15,7 @@ from tokenizers import models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megalodon.data.byte_level import spelled_bytes
+from megalodon.data.byte_transformers import byte_tokenizer_for_transformers
 from megalodon.data.cutting import CUT_CHARACTERS, Cutter
 from megalodon.data.tokenizer import (
     ByteStreamDecoder,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import tempfile
-import threading
 import time
-from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,18 @@ SIZES = {
     "chunk_size": CHUNK,
     "norm_num_groups": 32,
 }
+SMALL = SIZES | {
+    "num_layers": 2,
+    "model_dim": 64,
+    "z_dim": 32,
+    "value_dim": 128,
+    "ffn_hidden_dim": 64,
+    "cema_ndim": 4,
+    "norm_num_groups": 8,
+}
+"""For what is counted in tokens, which is the same with every model of this chunk."""
 SHORT = 2_000
-SECONDS = 5.0
+SECONDS, WARM = 5.0, 20
 MESSAGE = 500
 """Characters, which are tokens, of a message of a conversation."""
 
@@ -43,38 +54,45 @@ def text_of(length: int, seed: int) -> str:
 # --- gaps -----------------------------------------------------------------------------------------------------------
 
 
+INTERRUPT = """
+import http.client, json, socket, sys
+import numpy
+host, port, length, seconds, seed = sys.argv[1], *map(int, sys.argv[2:])
+text = numpy.random.default_rng(seed).integers(97, 123, length).astype(numpy.uint8).tobytes().decode()
+body = json.dumps({"model": "model", "prompt": text, "max_tokens": 1})
+print("ready", flush=True)
+sys.stdin.readline()
+connection = http.client.HTTPConnection(host, port, timeout=seconds)
+try:  # it hangs up after a while: a text of millions of tokens takes longer
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    connection.getresponse().read()
+except TimeoutError:
+    pass
+"""
+"""Another user, in a process of its own: what it prepares must not hold up whoever measures."""
+
+
 def worst_gap(client: httpx.Client, length: int) -> dict[str, float]:
     """Gaps between the tokens of one stream in the seconds after somebody else has sent a prompt of `length` bytes."""
     body = {"model": "model", "prompt": "begin", "max_tokens": 8000, "temperature": 0, "ignore_end": True}
+    address = [str(client.base_url.host), str(client.base_url.port), str(length), str(round(SECONDS))]
+    command = [sys.executable, "-c", INTERRUPT, *address, str(time.monotonic_ns())]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin is not None and other.stdout is not None
+    other.stdout.readline()
     times: list[float] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        with httpx.Client(base_url=client.base_url, timeout=600) as own:
-            for moment in streamed(own, body):
-                times.append(moment)
-                if over.is_set():
-                    return
-
-    def interrupt() -> None:
-        prompt = {"model": "model", "prompt": text_of(length, time.monotonic_ns()), "max_tokens": 1}
-        # it hangs up: a text of millions of tokens takes longer
-        with suppress(httpx.TimeoutException), httpx.Client(base_url=client.base_url, timeout=SECONDS) as own:
-            own.post("/v1/completions", json=prompt)
-
-    watching, interrupting = threading.Thread(target=watch), threading.Thread(target=interrupt)
-    watching.start()
-    while len(times) < 20:
-        time.sleep(0.05)
-    began = time.perf_counter()
-    interrupting.start()
-    time.sleep(SECONDS)
-    ended = time.perf_counter()
-    interrupting.join()
-    over.set()
-    watching.join()
-    since = [moment for moment in times if began <= moment <= ended]
-    gaps = [b - a for a, b in zip([began, *since], [*since, ended], strict=False)]
+    began = float("inf")
+    for moment in streamed(client, body):
+        times.append(moment)
+        if len(times) == WARM:
+            began = moment
+            other.stdin.write("go\n")
+            other.stdin.flush()
+        if moment > began + SECONDS:
+            break
+    other.wait()
+    since = times[WARM - 1 :]
+    gaps = [b - a for a, b in pairwise(since)]
     return {"worst": max(gaps), "median": statistics.median(gaps)}
 
 
@@ -169,7 +187,7 @@ def measure_divergent(before: Path | None, length: int, cold: bool) -> dict[str,
     with tempfile.TemporaryDirectory(prefix="divergent-") as folder:
         model = Path(folder) / "model"
         found = builds(before)
-        save_model(found[0], model, SIZES)
+        save_model(found[0], model, SMALL)
         for build in found:
             with server(build, model, "--slots", "16") as client:
                 answers[build.name] = run(client, length, build.name)
@@ -213,7 +231,7 @@ def divergent_parts(result: dict[str, Any]) -> list[str]:
     cold = f"; {equal} of {len(rows)} answers equal those of a server that keeps nothing" if "cold" in answers else ""
     return [
         "Requests to one server, one after another, in this order; 16 tokens are generated for each. Read: tokens of "
-        "the prompt whose state was not known.",
+        f"the prompt whose state was not known. A small model, in chunks of {CHUNK} tokens as larger ones are.",
         "",
         markdown_table(header, rows),
         "",

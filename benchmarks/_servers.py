@@ -53,7 +53,13 @@ class Build:
 
 
 def builds(before: Path | None) -> list[Build]:
-    """This checkout, and the one before if it is given."""
+    """This checkout, and the one before if it is given.
+
+    Raises:
+        FileNotFoundError: if that is no checkout.
+    """
+    if before is not None and not (before / "src" / "megalodon").is_dir():
+        raise FileNotFoundError(f"--before {before}: there is no src/megalodon; give a checkout of an earlier commit")
     found = [Build("now", HERE)]
     return found if before is None else [Build("before", before.resolve()), *found]
 

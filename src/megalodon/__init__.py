@@ -15,6 +15,7 @@ from megalodon.models import (
     MegalodonState,
 )
 from megalodon.models.kin import KinConfig, KinForCausalLM, KinModel, KinState
+from megalodon.models.megabyte import MegabyteConfig, MegabyteForCausalLM, MegabyteModel, MegabyteState
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,10 @@ __all__ = [
     "KinForCausalLM",
     "KinModel",
     "KinState",
+    "MegabyteConfig",
+    "MegabyteForCausalLM",
+    "MegabyteModel",
+    "MegabyteState",
     "MegalodonConfig",
     "MegalodonForCausalLM",
     "MegalodonModel",

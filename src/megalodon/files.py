@@ -49,9 +49,10 @@ def write_file(target: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = partial_name(target)
     try:
-        write(temporary)
-        sync_file(temporary)
-        temporary.replace(target)
+        with disk_errors(target):
+            write(temporary)
+            sync_file(temporary)
+            temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -71,9 +72,10 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """
     temporary = partial_name(target)
     try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        publish_folder(temporary, target)
+        with disk_errors(target):
+            temporary.mkdir(parents=True)
+            fill(temporary)
+            publish_folder(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -114,11 +116,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Has what libraries raise for a full or failing disk, while they write `path`, be an OSError with its number."""
+    """Has what is raised for a full or failing disk, while `path` is written, be an OSError with number and name."""
     try:
         yield
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except Exception as error:
         # The system's error is in the text only: safetensors has "(os error 28)" or "Os { code: 28, ... }" by its
         # version, tokenizers "(os error 28)" in a bare Exception, PyTorch's checkpoints "[Errno 28]".

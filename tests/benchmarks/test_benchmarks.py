@@ -356,3 +356,44 @@ def test_the_stream_script_notices_a_wrong_state() -> None:
     state.count = state.count + 1
     with pytest.raises(ValueError, match="counts 601 tokens where 600 were fed"):
         state.compare(exact)
+
+
+# Servers side by side ------------------------------------------------------------------------------------------------
+
+
+def test_changed_prompts_part_where_they_say() -> None:
+    module = load("_divergence")
+    asked = module.requests(5000)
+    document = asked["a document"][1]["prompt"]
+    for name, at in (("changed at 60 %", 3000), ("changed at 60 % again", 3000), ("changed at 99 %", 4950)):
+        path, body, distance = asked[name]
+        prompt = body["prompt"]
+        same = next(i for i, (a, b) in enumerate(zip(prompt, document, strict=True)) if a != b)
+        assert path == "/v1/completions" and same == at and distance == 5000 - at
+    assert asked["changed at 60 %"][1] != asked["changed at 60 % again"][1]
+    whole, edited = asked["a conversation"][1]["messages"], asked["its last message edited"][1]["messages"]
+    assert whole[:-1] == edited[:-1] and whole[-1] != edited[-1] and whole[-1]["role"] == "user"
+    branched = asked["branched at 60 % of it"][1]["messages"]
+    assert branched[:-1] == whole[: len(branched) - 1] and branched[-1] != whole[len(branched) - 1]
+
+
+def test_tables_of_servers_judge_by_their_aims() -> None:
+    module = load("_divergence")
+    samples = {"short": [{"worst": 0.1, "median": 0.02}] * 2, "long": [{"worst": 0.15, "median": 0.03}] * 2}
+    result = {"samples": {"now": samples}, "commits": {"now": "abc"}, "bytes": 12_000_000}
+    assert "Measured: 1.50x" in "\n".join(module.gap_parts(result))
+    answer = {"text": "a", "tokens": 1000, "read": 1000, "seconds": 1.0}
+    answers = {
+        "now": {"one": answer, "two": {**answer, "read": 700}},
+        "cold": {"one": answer, "two": answer | {"text": "b"}},
+    }
+    counted = {"answers": answers, "commits": {"now": "abc"}, "changed": {"one": 1000, "two": 100}, "chunk": 512}
+    text = "\n".join(module.divergent_parts(counted))
+    assert "1 of 2 requests; 1 of 2 answers equal" in text and "| 1,637 |" in text and "| 624 |" in text
+
+
+def test_a_build_before_must_be_one(tmp_path: Path) -> None:
+    module = load("_servers")
+    assert [build.name for build in module.builds(None)] == ["now"]
+    with pytest.raises(FileNotFoundError, match="no src/megalodon"):
+        module.builds(tmp_path)

@@ -82,3 +82,24 @@ def test_bad_input_is_one_line_that_names_it(
         assert run(*arguments) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_by_distance_token_by_token_and_what_is_noted(
+    model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (texts / "README.md").write_text("about")
+    (texts / "rows.jsonl").write_text('{"text": "one<|endoftext|>two"}\n{broken\n')
+    output, tokens = tmp_path / "out", tmp_path / "tokens.parquet"
+    assert run(model, texts, "--skip-bad-rows", "--reset-every", 64, "--tokens-file", tokens, "--output", output) == 0
+    captured = capsys.readouterr()
+    for part in ("README.md (about the corpus)", "left out 1 bad row", "spells <|endoftext|> 1 time:"):
+        assert part in captured.err
+    assert "tokens since the cut" in captured.out and "place in the chunk" in captured.out
+    report = json.loads((output / "perplexity.json").read_text())
+    assert report["settings"]["reset_every"] == 64 and report["by_distance"][-1]["to"] == 64
+    assert tokens.stat().st_size > 0
+    arguments = (model, texts / "rows.jsonl", "--skip-bad-rows", "--separator", "<|endoftext|>", "--output", output)
+    assert run(*arguments) == 0
+    report = json.loads((output / "perplexity.json").read_text())
+    assert [entry["tokens"] for entry in report["documents"]] == [2, 2]
+    assert "spells" not in capsys.readouterr().err

@@ -45,7 +45,7 @@ def test_reads_a_named_field_and_says_when_the_text_gives_fewer_ids(tmp_path, ca
         (["{folder}/none.txt", "{folder}/out"], "no such file or folder"),
         (["{folder}/a.txt", "{folder}"], "exists already"),
         (["{folder}/a.txt", "{folder}/out", "--vocab-size", "12"], "vocab_size is 12; it must be 257 or more"),
-        (["{folder}/a.txt", "{folder}/out", "--kind", "csv"], "kind"),
+        (["{folder}/a.txt", "{folder}/out", "--kind", "pdf"], "kind"),
         (["{folder}/a.txt", "{folder}/out", "--split", "train"], "split only has a meaning"),
         (["{folder}/empty.txt", "{folder}/out"], "no text to learn"),
     ],

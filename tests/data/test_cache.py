@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from megalodon.data import ByteTokenizer, Corpus, DocumentSet, TokenizedCorpus, cache_root, open_tokenized, tokenize
+from megalodon.data import (
+    ByteTokenizer,
+    Corpus,
+    DocumentSet,
+    TokenizedCorpus,
+    cache_root,
+    content,
+    open_tokenized,
+    tokenize,
+)
 from megalodon.data import cache as cache_module
 from megalodon.data.bpe import train_bpe
+from megalodon.data.pretrained import PretrainedTokenizer
 from megalodon.data.tokenized import DocumentNames, id_dtype
 
 TEXTS = {"a.txt": "first document\n", "b.txt": "", "c.txt": "zweites Dokument: äöü €\n" * 50, "d.txt": "x"}
@@ -175,3 +190,122 @@ def test_names_of_documents():
     assert list(kept) == names and kept[-1] == "last" and kept[1:3] == names[1:3] and len(kept) == 4
     with pytest.raises(IndexError):
         kept[4]
+
+
+def stands_as_before(path: Path, content: str, status: os.stat_result) -> None:
+    """Replace a file by another of its size and time."""
+    other = path.with_suffix(".new")
+    other.write_text(content)
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.replace(path)
+
+
+def test_the_cache_follows_content_and_not_time(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "SETTLED", -1e6)  # as if the files had long been there
+    config, cache = {"source": str(folder)}, tmp_path / "cache"
+    first = tokenize(config, ByteTokenizer(), cache)
+    os.utime(folder / "a.txt", (1, 1))
+    assert tokenize(config, ByteTokenizer(), cache).folder == first.folder
+    stands_as_before(folder / "a.txt", "FIRST document\n", (folder / "a.txt").stat())
+    changed = tokenize(config, ByteTokenizer(), cache)
+    assert changed.folder != first.folder and changed.fingerprint != first.fingerprint
+    assert ByteTokenizer().decode(changed.document(0)) == "FIRST document\n"
+    stands_as_before(folder / "a.txt", TEXTS["a.txt"], (folder / "a.txt").stat())
+    assert tokenize(config, ByteTokenizer(), cache).folder == first.folder
+
+
+def test_the_fingerprint_is_that_of_the_documents_wherever_they_come_from(folder, tmp_path):
+    first = tokenize({"source": str(folder)}, ByteTokenizer(), tmp_path / "cache")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    rows = [{"text": text} for text in TEXTS.values()]
+    (copy / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "gz").mkdir()
+    for name, text in TEXTS.items():
+        (tmp_path / "gz" / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    for place in (copy, tmp_path / "gz"):
+        other = tokenize({"source": str(place)}, ByteTokenizer(), tmp_path / "cache")
+        assert other.fingerprint == first.fingerprint and other.folder != first.folder
+        assert other.names[0].startswith(str(place)), "names are those of its own files"
+    assert DocumentSet.of(first).fingerprint() == DocumentSet.of(other).fingerprint()
+    one = TokenizedCorpus.from_documents(list(TEXTS.items()), ByteTokenizer())
+    assert one.document_hashes[[0, 2, 3]].tolist() == first.document_hashes.tolist()
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "auto"])
+def test_folders_of_the_same_relative_name_are_different_corpora(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for number in range(2):
+        project = tmp_path / f"project{number}"
+        (project / "data").mkdir(parents=True)
+        (project / "data" / "rows.jsonl").write_text(json.dumps({"text": f"text of project {number}"}) + "\n")
+        os.utime(project / "data" / "rows.jsonl", (1, 1))
+    for number in range(2):
+        monkeypatch.chdir(tmp_path / f"project{number}")
+        corpus = tokenize({"source": "data", "kind": kind}, ByteTokenizer(), tmp_path / "cache")
+        assert ByteTokenizer().decode(corpus.document(0)) == f"text of project {number}"
+    status = Path("data/rows.jsonl").stat()
+    stands_as_before(Path("data/rows.jsonl"), json.dumps({"text": "other text, as long"}) + "\n", status)
+    corpus = tokenize({"source": "data", "kind": kind}, ByteTokenizer(), tmp_path / "cache")
+    assert ByteTokenizer().decode(corpus.document(0)) == "other text, as long"
+
+
+def test_files_for_a_builder_are_those_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    config = {"source": str(tmp_path / "data"), "kind": "huggingface", "data_files": "a.jsonl"}
+    assert [document.text for document in Corpus(config).documents()] == ["a"]
+    before = Corpus(config).fingerprint()
+    (tmp_path / "data" / "b.jsonl").write_text("{}")
+    assert Corpus(config).fingerprint() == before
+    (tmp_path / "data" / "a.jsonl").write_text(json.dumps({"text": "c"}) + "\n")
+    assert Corpus(config).fingerprint() != before
+
+
+def test_a_dataset_on_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    commits = iter(["1" * 40, "2" * 40, None])
+
+    class Api:
+        def dataset_info(self, source, revision, timeout):
+            if (commit := next(commits)) is None:
+                raise OSError("no connection")
+            return SimpleNamespace(sha=commit)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    seen = []
+    for _ in range(3):
+        corpus = Corpus({"source": "someone/texts", "kind": "huggingface"})
+        seen.append(corpus.fingerprint(tmp_path))
+        assert corpus._hub_rows().options["revision"] in ("1" * 40, "2" * 40)
+    assert seen[0] != seen[1] == seen[2], "without a connection, the commit of the last time"
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(folder, tmp_path):
+    class Writing(ByteTokenizer):
+        def encode_pieces(self, texts, continues):
+            (folder / "a.txt").write_text("written meanwhile")
+            return super().encode_pieces(texts, continues)
+
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        tokenize({"source": str(folder)}, Writing(), tmp_path / "cache")
+
+
+def test_bytes_of_tokens_are_kept_where_ids_do_not_tell(tmp_path):
+    (tmp_path / "a.txt").write_text("cat " * 50 + "é")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=270, special_tokens=["</s>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(["cat cat"], trainer)
+    tokenizer = PretrainedTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), "front")
+    for _ in range(2):
+        corpus = tokenize({"source": str(tmp_path / "a.txt")}, tokenizer, tmp_path / "cache")
+        assert corpus.sizes.sum() == corpus.document_bytes.sum() == 202
+        assert corpus.text_sizes(slice(None)).tolist() == corpus.sizes.tolist() and corpus.sizes[-1] == 0
+        assert corpus.token_lengths[corpus.tokens].sum() == 203, "the space in front is not in the text"
+    (corpus.folder / "sizes.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"sizes\.bin is truncated"):
+        open_tokenized(corpus.folder)

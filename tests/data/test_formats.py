@@ -358,3 +358,12 @@ def test_a_field_that_no_row_has_is_refused_whatever_is_skipped(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"body": "x"}]), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="no field 'text': set field to one of body"):
         texts(source=str(tmp_path), bad_rows="skip")
+
+
+def test_a_message_lists_no_more_than_a_line_holds(tmp_path):
+    (tmp_path / "a.csv").write_text("x" * 5000 + "," + ",".join(f"c{i}" for i in range(99)) + "\n")
+    (tmp_path / "b.csv").write_text('"two\nlines",n\n')
+    for name in ("a.csv", "b.csv"):
+        with pytest.raises(ValueError, match="no field 'text': set field to one of") as caught:
+            texts(source=str(tmp_path / name))
+        assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +17,7 @@ from torch.nn import functional as F
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM
 from megalodon.data import ByteTokenizer, Document
-from megalodon.evaluation import Progress, evaluate_perplexity, perplexity
+from megalodon.evaluation import Progress, TokensFile, evaluate_perplexity, perplexity
 from megalodon.evaluation.perplexity import overlapping_pieces
 
 TEXT = "Everybody was at the ball; Natásha danced, and Prince Andrew looked on. " * 40
@@ -135,3 +138,53 @@ def test_bad_input_is_named(model: MegalodonForCausalLM) -> None:
         model.lm_head.weight[5, 0] = torch.nan
     with pytest.raises(ValueError, match="token 1 of a is not finite"):
         evaluate_perplexity(model, ByteTokenizer(), [document(TEXT)])
+
+
+def test_by_place_in_the_chunk(model: MegalodonForCausalLM) -> None:
+    report = evaluate_perplexity(model, ByteTokenizer(), [document(TEXT)], 37)
+    losses = direct_losses(model, TEXT)
+    places = np.arange(len(losses)) % 16  # of the byte that predicts
+    assert [(entry["from"], entry["to"]) for entry in report["by_chunk_place"]] == [(i, i + 1) for i in range(16)]
+    for place, entry in enumerate(report["by_chunk_place"]):
+        assert entry["tokens"] == (places == place).sum()
+        assert entry["loss"] == pytest.approx(losses[places == place].mean(), rel=1e-5)
+    assert report["by_distance"] is None
+
+
+@pytest.mark.parametrize("piece_length", [7, 64, None])
+def test_a_state_that_is_cut_remembers_nothing(model: MegalodonForCausalLM, piece_length: int | None) -> None:
+    report = evaluate_perplexity(model, ByteTokenizer(), [document(TEXT)], piece_length, reset_every=40)
+    raw = TEXT.encode()
+    ids = torch.tensor([list(raw)])
+    whole = []
+    with torch.no_grad():
+        for start in range(0, len(raw) - 1, 40):
+            piece = ids[:, start : start + 41]
+            logits = model(piece[:, :-1]).logits[0].double()
+            whole.append(F.cross_entropy(logits, piece[0, 1:], reduction="none").numpy())
+    losses = np.concatenate(whole)
+    assert report["overall"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    distances = np.arange(len(losses)) % 40
+    assert [(entry["from"], entry["to"]) for entry in report["by_distance"]] == [(0, 16), (16, 32), (32, 40)]
+    for entry in report["by_distance"]:
+        own = (distances >= entry["from"]) & (distances < entry["to"])
+        assert entry["tokens"] == own.sum() and entry["loss"] == pytest.approx(losses[own].mean(), rel=1e-5)
+    with pytest.raises(ValueError, match="reset_every is 0"):
+        evaluate_perplexity(model, ByteTokenizer(), [document(TEXT)], reset_every=0)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_a_file_has_every_token(model: MegalodonForCausalLM, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "out" / f"tokens{suffix}"
+    documents = [document(TEXT[:300], "a"), document("x", "b"), document(TEXT[300:500], "c")]
+    with TokensFile(path) as file:
+        report = evaluate_perplexity(model, ByteTokenizer(), documents, 64, on_losses=file.add)
+    table = pyarrow.parquet.read_table(path) if suffix == ".parquet" else pyarrow.csv.read_csv(path)
+    rows = table.to_pydict()
+    assert len(rows["loss"]) == report["overall"]["tokens"] and sum(rows["bytes"]) == report["overall"]["bytes"]
+    assert sum(rows["loss"]) == pytest.approx(report["overall"]["loss"] * len(rows["loss"]), rel=1e-9)
+    assert rows["document"] == [0] * rows["document"].count(0) + [2] * rows["document"].count(2)
+    assert rows["position"][:3] == [1, 2, 3]
+    assert bytes(rows["token"][:10]) == TEXT.encode()[1:11]
+    with pytest.raises(ValueError, match=r"must end in \.parquet or \.csv"):
+        TokensFile(tmp_path / "tokens.txt")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalodon.data import ByteTokenizer
-from megalodon.inference.branching import MOST_APART, message_starts, spacing
+from megalodon.inference.branching import MOST_APART, spacing
 
 
 def kept(end: int, block: int) -> list[int]:
@@ -32,19 +30,3 @@ def test_few_are_kept_and_they_are_never_very_far_apart() -> None:
     far = kept(4_000_000, 512)
     assert max(np.diff(far)) == MOST_APART and len(far) < 4_000_000 / MOST_APART + 90
     assert spacing(10**9, 3 * MOST_APART) == 3 * MOST_APART, "a block may be larger"
-
-
-def test_where_messages_begin() -> None:
-    tokenizer = ByteTokenizer()
-    contents = ["Grüße", "hello", "  hello ", "", "again"]
-    text = "".join(f"\nuser: {content}" for content in contents)
-    starts = message_starts(tokenizer, tokenizer.encode(text), contents)
-    raw = text.encode()
-    assert [raw[start : start + 3] for start in starts] == [b"Gr\xc3", b"hel", b"hel", b"aga"]
-    assert starts == sorted(starts) and message_starts(tokenizer, tokenizer.encode("other"), ["hello"]) == []
-
-
-def test_no_marks_without_the_bytes_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = ByteTokenizer()
-    monkeypatch.setattr(tokenizer, "token_bytes", None)
-    assert message_starts(tokenizer, np.array([1, 2]), ["a"]) == []

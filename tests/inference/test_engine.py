@@ -36,6 +36,14 @@ def with_cache(memory: int = 1 << 24, folder: Path | None = None, disk: int = 0,
     return make_engine(prefixes=lambda identity: PrefixStore(identity, memory, folder, disk), **options)
 
 
+def test_a_new_engine_is_not_made_anew_at_its_first_request() -> None:
+    engine = with_cache()
+    made = engine.decoder, engine.prefixes
+    assert engine.decoder.is_current()
+    run(engine, submit(engine, text_tokens(1, 20), max_tokens=2))
+    assert (engine.decoder, engine.prefixes) == made
+
+
 # --- determinism ----------------------------------------------------------------------------------------------------
 
 
@@ -516,3 +524,28 @@ def test_memory_does_not_grow_with_the_text() -> None:
         run(engine, submit(engine, text_tokens(1, n), read_only=True, keep=True)).snapshot.nbytes for n in (65, 1025)
     }
     assert len(sizes) == 1
+
+
+# --- weights that change --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["data", "fused optimiser"])
+def test_requests_are_served_by_the_weights_as_they_are(way: str) -> None:
+    model = make_model()
+    engine = with_cache(model=model)
+    text = text_tokens(3, 3 * CHUNK)
+    before = run(engine, submit(engine, text, max_tokens=12)).tokens()
+    under_way = submit(engine, text_tokens(4, 9), max_tokens=500)
+    engine.step()
+    for p in model.parameters():
+        if way == "data":
+            p.data.mul_(1.2)
+        else:
+            p.grad = torch.ones_like(p)
+    if way != "data":
+        torch.optim.AdamW(model.parameters(), 0.05, fused=True).step()
+    after = run(engine, submit(engine, text, max_tokens=12)).tokens()
+    other = make_engine(model)
+    assert after == run(other, submit(other, text, max_tokens=12)).tokens() != before
+    assert under_way.failed is not None and "weights were changed" in under_way.failed.message
+    assert run(engine, submit(engine, text, max_tokens=12)).tokens() == after

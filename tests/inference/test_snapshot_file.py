@@ -6,12 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from engine_cases import make_engine, make_model, run, submit, text_tokens
+from megalodon.inference.snapshot import Segment, Snapshot
 from megalodon.inference.snapshot_file import _checksum, load_snapshot, save_snapshot
 
 
@@ -139,3 +141,21 @@ def test_forged_files_are_refused(saved: Path) -> None:
     saved.write_bytes(whole)
     forge(saved)
     load_snapshot(saved, identity)
+
+
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_a_context_in_fewer_bytes_is_read_by_anybody_and_shared_as_no_exact_text(tmp_path: Path, storage) -> None:
+    model = make_model()
+    ids = text_tokens(1, 5).tolist()
+    state = model(torch.tensor([ids]), use_cache=True).past_key_values.detach()
+    identity = replace(make_engine().identity, block=None, piece=None)
+    tail = (Segment("read", np.array([7], dtype=np.int64)),)
+    snapshot = Snapshot(state, 5, None, False, tuple(ids), tail)
+    save_snapshot(tmp_path / "exact", snapshot, identity)
+    save_snapshot(tmp_path / "small", snapshot, replace(identity, storage=storage))
+    small = load_snapshot(tmp_path / "small", identity)
+    assert small.tokens == 6 and not small.read_only
+    mine, theirs = small.state.state_dict(), load_snapshot(tmp_path / "exact", identity).state.state_dict()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=0.1, atol=0.05)
+        assert torch.equal(mine[name], tensor) != name.endswith((".keys", ".values")), name

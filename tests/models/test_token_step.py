@@ -195,3 +195,29 @@ def test_the_head_counts_as_it_is_now(dtype: torch.dtype, taken) -> None:
         model.lm_head.weight.zero_()
     assert relative(step(model, 5, state).logits, model.lm_head.bias.float().expand(2, 1, -1)) < bound
     assert len(taken) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_bits_of_a_row_do_not_depend_on_the_others(dtype: torch.dtype, taken) -> None:
+    model = model_of(dtype)
+    tokens = torch.randint(0, 50, (9, 3), generator=torch.Generator().manual_seed(1))
+    state = read(model, 5)[[0] * 9]
+    together = model(tokens[:, :1], past_key_values=state, use_cache=True)
+    for row in (0, 3, 8):
+        alone = model(tokens[row : row + 1, :1], past_key_values=state[row], use_cache=True)
+        assert torch.equal(alone.logits[0], together.logits[row])
+        mine, theirs = alone.past_key_values.state_dict(), together.past_key_values[row].state_dict()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert taken == [9, 1, 1, 1]
+
+
+def test_a_model_that_decodes_holds_its_weights_once() -> None:
+    pytest.importorskip("numba")
+    model = model_of(torch.float32)
+    fused = TokenStep(model.model).fused
+    assert fused is not None
+    weights = {layer.weight.data_ptr() for layer in token_step.linear_layers(model.model)}
+    assert weights <= {tensor.data_ptr() for tensor in fused._alive}
+    step = TokenStep(model.model)
+    assert all(product.weight is None for block in step.blocks for product in block.products)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalodon import MegalodonConfig, MegalodonForCausalLM
+from megalodon.models import CausalLM, architecture
 from megalodon.parallel import Mesh, MeshSizes, ParallelModel, Rows
 from megalodon.parallel.sharding import whole
 
@@ -47,10 +47,12 @@ class Case:
     epsilon: float = 1e-8
     virtual_stages: int = 1
     checkpointing: bool = False
+    architecture: str = "megalodon"
 
-    def model(self) -> MegalodonForCausalLM:
+    def model(self) -> CausalLM:
         torch.manual_seed(1)
-        model = MegalodonForCausalLM(MegalodonConfig(**{**SMALL, **dict(self.changes)}))
+        kind = architecture(self.architecture)
+        model = kind.causal_lm(kind.config(**{**SMALL, **dict(self.changes)}))
         with torch.no_grad():  # initial zeros would hide mistakes
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)

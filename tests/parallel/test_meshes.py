@@ -29,8 +29,9 @@ def check(ranks, sizes: MeshSizes, case: Case) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "packed", "streamed"])
 @pytest.mark.parametrize("sizes", TWO, ids=name)
-def test_two_processes(ranks, sizes, kind):
-    check(ranks, sizes, Case(kind))
+@pytest.mark.parametrize("architecture", ["megalodon", "gecko"])
+def test_two_processes(ranks, architecture, sizes, kind):
+    check(ranks, sizes, Case(kind, architecture=architecture))
 
 
 PAIRS = [
@@ -46,6 +47,26 @@ TIED = (("share_emb", True),)
 @pytest.mark.parametrize("sizes", [*PAIRS, *FOURS], ids=name)
 def test_four_processes(ranks, sizes, kind):
     check(ranks, sizes, Case(kind, changes=DEEP))
+
+
+@pytest.mark.parametrize("sizes", [*FOURS, MeshSizes(tensor=2, chunk=2)], ids=name)
+def test_four_processes_of_the_successor(ranks, sizes):
+    """Two chunks of attention, and the working memory, over spans; heads of which one is not rotated."""
+    check(ranks, sizes, Case("streamed", changes=(*DEEP, ("num_rope_heads", 3)), architecture="gecko"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("sizes", PAIRS, ids=name)
+def test_pairs_of_the_successor(ranks, sizes, kind):
+    changes = (*DEEP, ("layernorm_num_groups", 2), ("two_hop_residual", True))
+    check(ranks, sizes, Case(kind, changes=changes, architecture="gecko"))
+
+
+@pytest.mark.parametrize("sizes", [MeshSizes(tensor=2), MeshSizes(pipeline=2)], ids=name)
+def test_segments_are_cut_at_bos_tokens_on_a_mesh_too(ranks, sizes):
+    changes = (("multi_segments", True), ("bos_token_id", 3))
+    check(ranks, sizes, Case("streamed", changes=changes, epsilon=1e-6, architecture="gecko"))
 
 
 TRIPLES = [
@@ -72,6 +93,8 @@ def test_eight_fresh_processes(fresh_ranks, kind):
     ("sizes", "case"),
     [
         (MeshSizes(chunk=2), Case("streamed", checkpointing=True, length=41)),
+        (MeshSizes(chunk=2), Case("streamed", checkpointing=True, length=41, architecture="gecko")),
+        (MeshSizes(chunk=2), Case("streamed", length=3, architecture="gecko")),
         (
             MeshSizes(tensor=2),
             Case("packed", changes=(("share_emb", True), ("norm_prior_count", 2), ("swiglu", False))),
@@ -88,6 +111,8 @@ def test_eight_fresh_processes(fresh_ranks, kind):
     ],
     ids=[
         "checkpointing",
+        "gecko-checkpointing",
+        "gecko-few-tokens",
         "tied-prior",
         "prior",
         "prior-unused-on-a-rank",

@@ -6,6 +6,8 @@ import errno
 import json
 import math
 import os
+import re
+import shutil
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from megalodon import MegalodonConfig, cli
 from megalodon.data import Loader
+from megalodon.inference import load_model
 from megalodon.parallel import ParallelModel, sharded
 from megalodon.training import launch, mesh_run, processes
 from megalodon.training.checkpoint import list_checkpoints
@@ -242,6 +245,92 @@ def test_a_checkpoint_of_another_model_is_refused(ranks, values, tmp_path):
     assert second == "QuietExit: 2"
 
 
+def own_copy(rank: int):
+    """Each rank in a folder of its own, where its copy of the text lies."""
+    before = Path.cwd()
+    os.chdir(Path(os.environ["COPIES"]) / str(rank))
+    return lambda: os.chdir(before)
+
+
+def with_copies(values: dict, tmp_path: Path, monkeypatch) -> dict:
+    """The values, with the text at a relative path and a copy of it, made at another time, for each of two ranks."""
+    for rank in range(2):
+        shutil.copytree(values["data"]["corpus"]["source"], tmp_path / "copies" / str(rank) / "texts")
+        for path in (tmp_path / "copies" / str(rank) / "texts").iterdir():
+            os.utime(path, (rank + 1, rank + 1))
+    values["data"] |= {"corpus": {"source": "texts"}, "cache_folder": "cache"}
+    return with_changes(values, shard=2)
+
+
+def train_on_copies(copies: str, values: dict) -> str:
+    os.environ["COPIES"] = copies
+    return train_with(own_copy, values)
+
+
+def test_each_rank_may_have_its_own_copy_and_resume_from_it(ranks, values, tmp_path, monkeypatch):
+    assert train(with_changes(values, folder="whole")) == "done"
+    copied = with_copies(values, tmp_path, monkeypatch)
+    copies = str(tmp_path / "copies")
+    assert ranks.launch(2, train_on_copies, copies, with_changes(copied, steps=5, shard=2)) == ["done", "done"]
+    for path in (tmp_path / "copies" / "1" / "texts").iterdir():
+        path.touch()
+    assert ranks.launch(2, train_on_copies, copies, copied) == ["done", "done"]
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    steps = [record["documents"] for record in read_lines(tmp_path / "run" / "metrics.jsonl")[1:]]
+    whole = [record["documents"] for record in read_lines(tmp_path / "whole" / "metrics.jsonl")[1:]]
+    assert steps == whole
+
+
+def test_a_copy_that_was_cut_short_is_refused_before_the_first_step(ranks, values, tmp_path, monkeypatch):
+    copied = with_copies(values, tmp_path, monkeypatch)
+    last = tmp_path / "copies" / "1" / "texts" / "3.txt"
+    whole = last.read_text()
+    last.write_text(whole[:-100])
+    first, second = ranks.launch(2, train_on_copies, str(tmp_path / "copies"), copied)
+    assert first.startswith("ValueError: rank 1: the ") and " on rank 0, " in first and " here" in first
+    assert "Give all ranks the same files" in first and second == "QuietExit: 2"
+    last.write_text(whole[:-2] + "x\n")
+    first, _ = ranks.launch(2, train_on_copies, str(tmp_path / "copies"), copied)
+    assert "than rank 0's: as many documents and tokens" in first
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_advice_of_a_mesh_checkpoint_works_as_printed(ranks, values, tmp_path):
+    """Its weights start another run, on one process and on many, and are measured as they lie."""
+    assert set(ranks.launch(2, train, with_changes(values, steps=3, shard=2))) == {"done"}
+    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    changed = with_changes(values, steps=3, shard=2)
+    changed["optimizer"] = {"learning_rate": 1e-4}
+    message, _ = ranks.launch(2, train, changed)
+    advised = re.search(r"with (model\.init_from=\S+) to keep", message)[1]
+    values["model"] = {"init_from": advised.partition("=")[2]}
+    assert train(with_changes(values, steps=4, folder="one")) == "done"
+    assert set(ranks.launch(2, train, with_changes(values, steps=4, folder="two", shard=2))) == {"done"}
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["heldout_loss"]
+    assert read_lines(tmp_path / "one" / "metrics.jsonl")[0]["heldout_loss"] == pytest.approx(last, rel=1e-5)
+    models = [load_model(folder, "cpu") for folder in (checkpoint, tmp_path / "run")]
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_a_mixture_on_a_mesh_is_that_of_one_process(ranks, values, tmp_path):
+    data = values["data"]
+    sources = {}
+    for name, numbers in (("a", (0, 1)), ("b", (2, 3))):
+        (tmp_path / name).mkdir()
+        for number in numbers:
+            shutil.copy(tmp_path / "texts" / f"{number}.txt", tmp_path / name)
+        sources[name] = {"corpus": {"source": str(tmp_path / name)}, "held_out": {"documents": 1}, "weight": len(name)}
+    values["data"] = {k: v for k, v in data.items() if k not in ("corpus", "held_out")} | {"mixture": sources}
+    assert train(with_changes(values, folder="whole")) == "done"
+    assert set(ranks.launch(2, train, with_changes(values, shard=2))) == {"done"}
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    one, other = (read_lines(tmp_path / name / "metrics.jsonl")[-1] for name in ("whole", "run"))
+    for key in ("heldout_loss/a", "heldout_bits_per_byte/b", "heldout_bits_per_byte"):
+        assert one[key] == pytest.approx(other[key], rel=1e-5)
+
+
 def failing_data(rank: int):
     before = Loader.batch_at
 
@@ -365,7 +454,7 @@ def test_a_failed_save_keeps_the_one_before(ranks, values, tmp_path):
     changed = with_changes(values, shard=2)
     first, second = ranks.launch(2, train_with, failing_disk, changed)
     assert "cannot save a checkpoint" in first
-    assert "no space left" in first
+    assert "No space left" in first
     assert second == "QuietExit: 2"
     assert [folder.name for folder in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000003"]
     assert set(ranks.launch(2, train, changed)) == {"done"}

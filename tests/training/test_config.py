@@ -137,8 +137,8 @@ def test_differences_name_what_matters(write):
         write(SMALL),
         ["optimizer.learning_rate=1e-3", "run.steps=7", "run.folder=x", "checkpoint.every=3", "data.corpus.field=body"],
     )
-    found = differences(old, new)
-    assert [difference.partition(":")[0] for difference in found] == [
+    found, note = differences(old, new, 5)
+    assert note is None and [difference.partition(":")[0] for difference in found] == [
         "data.corpus.field",
         "optimizer.learning_rate",
         "run.steps",
@@ -149,4 +149,5 @@ def test_differences_name_what_matters(write):
 def test_a_constant_schedule_may_be_longer(write):
     old = load_config(write(SMALL), ["schedule.kind=constant"])
     new = load_config(write(SMALL), ["schedule.kind=constant", "run.steps=5000"])
-    assert differences(old, new) == []
+    assert differences(old, new, 500) == ([], None)
+    assert "the run has made 6000 steps already" in differences(old, new, 6000)[0][0]

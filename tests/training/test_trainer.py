@@ -101,7 +101,7 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_next_process(tiny, tmp_path,
 
     def interrupted(*args, **kwargs):
         calls.append(None)
-        if len(calls) == 9:
+        if len(calls) == 25:
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(*args, **kwargs)
 

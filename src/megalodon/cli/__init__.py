@@ -5,6 +5,7 @@ called.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -65,5 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             # Of the processes that a launcher started, the first says it, and then the launcher ends the others. Were
             # this one to exit before, the first might be ended before it could.
             time.sleep(SECONDS_FOR_THE_FIRST)
-        print(f"megalodon: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and "free" not in str(error)
+        advice = "; free some space and give the same command again" if full else ""
+        print(f"megalodon: {error}{advice}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megalodon.inference import load_model, load_tokenizer_for
 from megalodon.inference.batch import count_lines, run_batch
 from megalodon.inference.engine import Engine
-from megalodon.inference.loading import DtypeName, torch_dtype
+from megalodon.inference.loading import RunDtype, torch_dtype
 
 LINES = 'lines like {"prompt": "...", "max_tokens": 100}, or OpenAI\'s batch format'
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -32,7 +32,7 @@ def batch(
     name: Annotated[str | None, typer.Option(help="OpenAI's format: the model of the lines; its folder's name")] = None,
     tokenizer_name: Annotated[str | None, typer.Option("--tokenizer", help="if the model's folder holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU if not given")] = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="that of the weights if not given")] = None,
+    dtype: Annotated[RunDtype | None, typer.Option(help="that of the weights if not given; int8: for a CPU")] = None,
 ) -> None:
     """Answer many prompts. Stopped at any time, the same command goes on where it was."""
     if not source.is_file():

@@ -6,8 +6,9 @@ import json
 import platform
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,17 +17,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 import megalodon
-from megalodon.data import Corpus
+from megalodon.data import Corpus, Document
+from megalodon.data.corpus import CorpusKind
+from megalodon.data.separator import Counter
 from megalodon.evaluation import Progress as Scored
-from megalodon.evaluation import evaluate_perplexity, plot_by_position
+from megalodon.evaluation import TokensFile, evaluate_perplexity, plot_by_position
 from megalodon.files import write_file, write_text
 from megalodon.inference import load_model, load_tokenizer_for
 from megalodon.inference.generation import default_piece_length
-from megalodon.inference.loading import DtypeName, torch_dtype
+from megalodon.inference.loading import RunDtype, torch_dtype
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-
-Kind = Literal["auto", "text", "jsonl", "parquet", "huggingface", "stdlib"]
 
 
 @app.callback()
@@ -47,15 +48,24 @@ def perplexity(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="read only so many tokens of each document")] = None,
     max_documents: Annotated[int | None, typer.Option(help="read only so many documents")] = None,
-    kind: Annotated[Kind, typer.Option(help="what the sources are; told by their names with auto")] = "auto",
+    reset_every: Annotated[int | None, typer.Option(help="forget everything after every so many tokens")] = None,
+    tokens_file: Annotated[
+        Path | None, typer.Option(help="write the loss of every token to this .parquet or .csv file")
+    ] = None,
+    kind: Annotated[CorpusKind, typer.Option(help="what the sources are; told by their names with auto")] = "auto",
     field: Annotated[str, typer.Option(help="the field that holds the text, where rows have fields")] = "text",
-    split: Annotated[str | None, typer.Option(help="Hugging Face: the split")] = None,
+    split: Annotated[str | None, typer.Option(help="of a dataset: such as test or train[:10%]")] = None,
+    separator: Annotated[str | None, typer.Option(help="a new document begins after each of these")] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="leave out rows without text, and say how many")
+    ] = False,
     tokenizer_name: Annotated[str | None, typer.Option("--tokenizer", help="if the model's folder holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU if not given")] = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="that of the weights if not given")] = None,
+    dtype: Annotated[RunDtype | None, typer.Option(help="that of the weights if not given; int8: for a CPU")] = None,
 ) -> None:
     """Loss and bits per byte of documents of any length, overall and by position, in constant memory."""
-    wanted = {"kind": kind, "field": field, "split": split, "max_documents": max_documents}
+    wanted = {"kind": kind, "field": field, "split": split, "separator": separator, "max_documents": max_documents}
+    wanted["bad_rows"] = "skip" if skip_bad_rows else "refuse"
     corpus = Corpus({"source": sources if len(sources) > 1 else sources[0], **wanted})
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -63,8 +73,17 @@ def perplexity(
     tokenizer = load_tokenizer_for(model, folder, tokenizer_name)
     piece_length = default_piece_length(model.config.chunk_size) if piece_length is None else piece_length
     started = time.perf_counter()
-    with ProgressBar(corpus.total_bytes if max_tokens is None else None) as bar:
-        report = evaluate_perplexity(model, tokenizer, corpus.documents(), piece_length, max_tokens, bar.update)
+    counter = Counter([] if separator else tokenizer.separators)
+    documents = (Document(d.name, counter.through(d.pieces)) for d in corpus.documents())
+    total = corpus.total_bytes if max_tokens is None else None
+    with ProgressBar(total) as bar, ExitStack() as opened:
+        on_losses = None if tokens_file is None else opened.enter_context(TokensFile(tokens_file)).add
+        report = evaluate_perplexity(
+            model, tokenizer, documents, piece_length, max_tokens, bar.update, reset_every, on_losses
+        )
+    for told in (corpus.found.told(), corpus.bad_rows.told(), counter.told()):
+        if told is not None:
+            print(f"note: {told}", file=sys.stderr)
     seconds = time.perf_counter() - started
     settings = {
         "model": str(folder),
@@ -72,6 +91,7 @@ def perplexity(
         "tokenizer": tokenizer.name,
         "piece_length": piece_length,
         "max_tokens": max_tokens,
+        "reset_every": reset_every,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "machine": platform.node(),
@@ -119,7 +139,13 @@ class ProgressBar:
 def print_report(report: dict[str, Any]) -> None:
     """Tables for people, on standard output."""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(_table("position", [(_range(entry), entry) for entry in report["by_position"]]))
+    for what, key in (
+        ("position", "by_position"),
+        ("place in the chunk", "by_chunk_place"),
+        ("tokens since the cut", "by_distance"),
+    ):
+        if report[key]:
+            console.print(_table(what, [(_range(entry), entry) for entry in report[key]]))
     documents = [(entry["name"], entry) for entry in report["documents"][:20]]
     if len(report["documents"]) > len(documents):
         documents.append((f"... {len(report['documents']) - len(documents)} more", {}))

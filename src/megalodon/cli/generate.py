@@ -22,7 +22,8 @@ from megalodon.inference import (
     load_model,
     load_tokenizer_for,
 )
-from megalodon.inference.loading import DtypeName, torch_dtype
+from megalodon.inference.loading import RunDtype, torch_dtype
+from megalodon.models.storage import check_storage
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -48,9 +49,12 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="of sampling; random, or the context's, if not given")] = None,
     context: Annotated[Path | None, typer.Option(help="go on from this saved context")] = None,
     save_context: Annotated[Path | None, typer.Option(help="save the context here afterwards")] = None,
+    context_storage: Annotated[
+        str, typer.Option(help="exact; int8 or fp8: a quarter of the bytes, and a little lost")
+    ] = "exact",
     tokenizer_name: Annotated[str | None, typer.Option("--tokenizer", help="if the model's folder holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU if not given")] = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="that of the weights if not given")] = None,
+    dtype: Annotated[RunDtype | None, typer.Option(help="that of the weights if not given; int8: for a CPU")] = None,
 ) -> None:
     """Continue a text. It goes to standard output as it is made, statistics go to standard error."""
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -58,6 +62,7 @@ def generate(
     text = prompt_text(prompt, prompt_file, required=context is None)
     if save_context is not None and not save_context.absolute().parent.is_dir():
         raise FileNotFoundError(f"--save-context: no folder {save_context.absolute().parent}")
+    storage = check_storage(context_storage)
     model = load_model(folder, device, torch_dtype(dtype))
     tokenizer = load_tokenizer_for(model, folder, tokenizer_name)
     start = None if context is None else Context.load(context, model, tokenizer)
@@ -65,7 +70,7 @@ def generate(
     read(session, tokenizer, text)
     write(generate_text(session, tokenizer, max_tokens, sampling, stop or (), save_context is not None), session)
     if save_context is not None:
-        session.context.save(save_context, model, tokenizer)
+        session.context.save(save_context, model, tokenizer, storage)
 
 
 def prompt_text(prompt: str | None, prompt_file: str | None, required: bool) -> Iterator[str]:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from megalodon.inference.loading import DtypeName
+from megalodon.inference.loading import RunDtype
+from megalodon.models.storage import check_storage
 from megalodon.serving.launch import EngineOptions, serve_here
 from megalodon.serving.settings import Settings
 
@@ -29,6 +30,9 @@ def serve(
     prefix_folder: Annotated[Path | None, typer.Option(help="where states go that no longer fit")] = None,
     prefix_disk: Annotated[float, typer.Option(min=0, help="MiB of states kept there")] = 10240,
     share_prefixes: Annotated[bool, typer.Option(help="let all keys profit from one another's texts")] = False,
+    context_storage: Annotated[
+        str, typer.Option(help="of contexts: exact; int8 or fp8: a quarter of the bytes, and a little lost")
+    ] = "exact",
     key_file: Annotated[Path | None, typer.Option(help="API keys, one a line, plain or sha256:HEX")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="a Jinja file in place of the tokenizer's own")] = None,
     max_body: Annotated[int, typer.Option(help="bytes of a JSON request")] = DEFAULTS.max_body,
@@ -53,7 +57,7 @@ def serve(
     replicas: Annotated[int, typer.Option(min=1, help="with --ray: how many")] = 2,
     tokenizer: Annotated[str | None, typer.Option(help="if the model's folder holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU if not given")] = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="that of the weights if not given")] = None,
+    dtype: Annotated[RunDtype | None, typer.Option(help="that of the weights if not given; int8: for a CPU")] = None,
 ) -> None:
     """Serve a model: /v1/completions, /v1/chat/completions, /v1/contexts, and a page at /."""
     settings = Settings(
@@ -92,6 +96,7 @@ def serve(
         prefix_folder=prefix_folder,
         prefix_disk=int(prefix_disk * 2**20),
         share_prefixes=share_prefixes,
+        context_storage=check_storage(context_storage),
     )
     if ray:
         from megalodon.serving.replicas import serve_replicas

@@ -5,6 +5,7 @@ One `Peer` a model type. Options that the kin does not have are refused by name.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from megalodon.models.kin import KinConfig, KinForCausalLM
+from megalodon.models.kin.mixers.mamba import mamba_options
+from megalodon.models.kin.mixers.mamba2 import mamba2_options
 
 
 class Peer(NamedTuple):
@@ -22,11 +25,13 @@ class Peer(NamedTuple):
         fields: the peer's config -> those of `KinConfig`.
         options: a kin config -> those of the peer's config.
         names: fragments of the peer's parameter names and ours; where several fit, the first is taken.
+        body: what the peer calls the network without its head.
     """
 
     fields: Callable[[Mapping[str, Any]], dict[str, Any]]
     options: Callable[[KinConfig], dict[str, Any]]
     names: tuple[tuple[str, str], ...]
+    body: str = "model"
 
 
 def kin_from_transformers(model: PreTrainedModel) -> KinForCausalLM:
@@ -42,7 +47,7 @@ def kin_from_peer(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -
     """`kin_from_transformers` from a config.json and a state dict, for peers that are not installed."""
     peer = peer_of(str(config.get("model_type")))
     fields = peer.fields(config)
-    ours = {_renamed(name, peer.names, 0): value for name, value in state_dict.items()}
+    ours = {_renamed(name, peer, 0): value for name, value in state_dict.items()}
     model = KinForCausalLM(KinConfig(**fields))
     nn.Module.to(model, next(iter(state_dict.values())).dtype)
     missing, unexpected = model.load_state_dict(ours, strict=False)
@@ -63,7 +68,7 @@ def kin_to_transformers(model: KinForCausalLM, model_type: str) -> PreTrainedMod
     config = AutoConfig.for_model(model_type, **peer.options(model.config))
     assert isinstance(config, PreTrainedConfig)
     theirs = AutoModelForCausalLM.from_config(config).to(model.lm_head.weight.dtype)
-    names = {_renamed(name, peer.names, 1): value for name, value in model.state_dict().items()}
+    names = {_renamed(name, peer, 1): value for name, value in model.state_dict().items()}
     theirs.load_state_dict(names)
     theirs.tie_weights()
     return theirs.eval()
@@ -100,8 +105,11 @@ def only(config: KinConfig, mixer: str) -> dict[str, Any]:
     return layers[0][1].model_dump()
 
 
-def _renamed(name: str, names: tuple[tuple[str, str], ...], side: int) -> str:
-    for pair in names:
+def _renamed(name: str, peer: Peer, side: int) -> str:
+    bodies = (peer.body, "model")
+    if name.startswith(f"{bodies[side]}."):
+        name = bodies[1 - side] + name.removeprefix(bodies[side])
+    for pair in peer.names:
         old, new = pair[side], pair[1 - side]
         if re.search(rf"(^|\.){re.escape(old)}\.", name):
             return re.sub(rf"(^|\.){re.escape(old)}\.", rf"\g<1>{new}.", name, count=1)
@@ -210,7 +218,96 @@ def _gla_options(config: KinConfig) -> dict[str, Any]:
     }
 
 
+def _mamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    sizes, parameters = mamba_options(config)
+    if config.get("intermediate_size", parameters["expand"] * sizes["model_dim"]) != (
+        parameters["expand"] * sizes["model_dim"]
+    ):
+        raise ValueError(
+            f"intermediate_size={config['intermediate_size']} is not reproduced: it must be expand * width"
+        )
+    return _without_mlp(config, sizes, "mamba", {**parameters, "bias": bool(config.get("use_bias", False))})
+
+
+def _mamba2_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    refuse(config, rms_norm=True)
+    sizes, parameters = mamba2_options(config)
+    if config["num_heads"] * parameters["head_dim"] != parameters["expand"] * sizes["model_dim"]:
+        raise ValueError(f"num_heads={config['num_heads']} is not reproduced: with head_dim it must be expand * width")
+    return _without_mlp(config, sizes, "mamba2", {**parameters, "bias": bool(config.get("use_bias", False))})
+
+
+def _without_mlp(
+    config: Mapping[str, Any], sizes: Mapping[str, Any], mixer: str, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "vocab_size": config["vocab_size"],
+        "num_layers": config["num_hidden_layers"],
+        **sizes,
+        "ffn_hidden_dim": 0,
+        "norm_eps": config["layer_norm_epsilon"],
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "mixers": mixer,
+        "mixer_parameters": {mixer: dict(parameters)},
+        **_ends(config),
+    }
+
+
+def _mamba_options(config: KinConfig) -> dict[str, Any]:
+    parameters = only(config, "mamba")
+    return {
+        **_common_options(config, parameters),
+        "time_step_rank": parameters["step_rank"] or "auto",
+    }
+
+
+def _mamba2_options(config: KinConfig) -> dict[str, Any]:
+    parameters = only(config, "mamba2")
+    groups = parameters["groups"]
+    if parameters["norm_before_gate"] or (parameters["norm_groups"] or groups) != groups:
+        raise ValueError("mamba2: norm_before_gate and norm_groups other than groups are not in Transformers' Mamba2")
+    if parameters["norm_eps"] != config.norm_eps:
+        raise ValueError(
+            f"mamba2: norm_eps={parameters['norm_eps']}: Transformers' Mamba2 has one, the model's norm_eps"
+        )
+    inner = parameters["expand"] * config.model_dim
+    head = parameters["head_dim"] or math.gcd(inner, 64)
+    most = parameters["step_most"]
+    return {
+        **_common_options(config, parameters),
+        "n_groups": groups,
+        "head_dim": head,
+        "num_heads": inner // head,
+        "time_step_limit": (parameters["step_least"], math.inf if most is None else most),
+    }
+
+
+def _common_options(config: KinConfig, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    if config.ffn_hidden_dim:
+        raise ValueError(f"ffn_hidden_dim={config.ffn_hidden_dim}: a Mamba has no feed-forward layer: it must be 0")
+    return {
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.model_dim,
+        "state_size": parameters["state_size"],
+        "expand": parameters["expand"],
+        "conv_kernel": parameters["kernel_size"],
+        "use_bias": parameters["bias"],
+        "use_conv_bias": parameters["conv_bias"],
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        **_ends({name: getattr(config, name) for name in _END_FIELDS}),
+    }
+
+
 _MLP = (("mlp", "feed_forward"), ("model.norm", "model.final_norm"))
+
+_MAMBA_NAMES = (
+    ("mixer.norm", "mixer.norm"),
+    ("embeddings", "embed_tokens"),
+    ("norm_f", "final_norm"),
+    ("norm", "mixer_norm"),
+)
 
 PEERS: dict[str, Peer] = {
     "llama": Peer(
@@ -238,5 +335,7 @@ PEERS: dict[str, Peer] = {
             *_MLP,
         ),
     ),
+    "mamba": Peer(_mamba_fields, _mamba_options, _MAMBA_NAMES, "backbone"),
+    "mamba2": Peer(_mamba2_fields, _mamba2_options, _MAMBA_NAMES, "backbone"),
 }
 """Model type -> how it stands to the kin."""

@@ -150,7 +150,8 @@ def state_dict_to_reference(state_dict: Mapping[str, Tensor], config: AnyConfig)
     """The same tensors under the reference's names.
 
     A complete state dict also receives the reference's buffers (`rope.freqs`, each norm's `prior_count`, and
-    `prior_mean` and `prior_logv` or `prior_var` where they are not parameters); a subset does not. Dtypes stay as they are.
+    `prior_mean` and `prior_logv` or `prior_var` where they are not parameters); a subset does not. Dtypes stay as they
+    are.
 
     Raises:
         ValueError: for an unknown name or a shape that the config does not give.

@@ -60,6 +60,10 @@ class Found:
                 chosen = (kind_of(path) or "text") if kind == "auto" else kind
                 self.files.append(CorpusFile(path, str(path), chosen, status.st_size))
 
+    def take(self, files: Iterable[CorpusFile]) -> None:
+        """Take the files of a dataset, but for those that are here already as files of one."""
+        self.files += [file for file in files if file not in self.files]
+
     def told(self) -> str | None:
         """One sentence on what was left out; None where nothing was."""
         if not self.left_out:
@@ -147,7 +151,7 @@ def _find(source: str, kind: str, split: str | None, found: Found) -> None:
     path = Path(source).expanduser()
     if path.is_dir():
         if kind in ("auto", "arrow") and is_saved_dataset(path):
-            found.files += saved_dataset(path, split)
+            found.take(saved_dataset(path, split))
             return
         paths, left_out = _choose(path, kind)
         if not paths:

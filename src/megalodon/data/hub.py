@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megalodon.data.finding import walk
-from megalodon.data.rows import Row, field_names, field_of
+from megalodon.data.rows import Row, field_names, field_of, listed
 from megalodon.data.slices import SplitPart, split_parts
 
 
@@ -91,7 +91,7 @@ class HubRows:
             except ValueError:
                 if self.field.partition(".")[0] not in head:
                     raise ValueError(
-                        f"{where} has no field {self.field!r}: set field to one of {', '.join(field_names(head))}"
+                        f"{where} has no field {self.field!r}: set field to one of {listed(field_names(head))}"
                     ) from None
         label = "/".join(filter(None, (self.source, self.name, part.name)))
         first, stop = part.rows(self._length(rows, part) if part.needs_length else None)

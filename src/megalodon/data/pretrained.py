@@ -28,6 +28,7 @@ from megalodon.data.tokenizer import (
 
 # What a bare tokenizer.json may call its end of document; the first that it holds as a special token is taken.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+WHITE_SPACE = re.compile(r"\s")
 SPACE_MARK = "\u2581"
 """SentencePiece's spelling of a space."""
 DROPPING = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")
@@ -65,7 +66,9 @@ class PretrainedTokenizer(Tokenizer):
         self.token_bytes = self._token_bytes(spec, vocabulary)
         self.sizes_by_id = self._byte_level and _keeps_text(spec)
         self._space = tuple(vocabulary.get(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode())
-        self._continuing = None if self._backend is None else _continuing_backend(self._backend, spec)
+        self._continuing, self._inside_word = self._backend, self._backend
+        if self._backend is not None:
+            self._continuing, self._inside_word = _continuing_backends(self._backend, spec)
         ends = [tokenizer.eos_token, *super().separators]
         self.separators = tuple(dict.fromkeys(word for word in ends if isinstance(word, str)))
 
@@ -96,8 +99,20 @@ class PretrainedTokenizer(Tokenizer):
     def _ends(self, text: str, continues: bool) -> list[int]:
         if self._backend is None:
             return list(range(1, len(text)))
-        encoding = self._backend_for(continues).encode(text, add_special_tokens=False)
-        return sorted({end for _, end in encoding.offsets} - {0, len(text)})
+        head = self._word_left(text) if continues else 0
+        ends, start = set[int](), 0
+        for part, backend in ((text[:head], self._inside_word), (text[head:], self._backend_for(continues))):
+            if part and backend is not None:
+                ends |= {start + end for _, end in backend.encode(part, add_special_tokens=False).offsets}
+            start += len(part)
+        return sorted(ends - {0, len(text)})
+
+    def _word_left(self, text: str) -> int:
+        """Length of the end of a word with which a text that goes on begins, if words need another treatment inside."""
+        if self._inside_word is self._continuing or text[:1].isspace():
+            return 0
+        found = WHITE_SPACE.search(text)
+        return len(text) if found is None else found.start()
 
     def _backend_for(self, continues: bool) -> tokenizers.Tokenizer:
         assert self._backend is not None and self._continuing is not None
@@ -111,6 +126,10 @@ class PretrainedTokenizer(Tokenizer):
             plain = {"add_special_tokens": False, "split_special_tokens": True}
             ids = [self.transformers.encode(text, **plain) for text in texts]
             return [Encoded(np.array(each, dtype=np.int64), None) for each in ids]
+        if self._inside_word is not self._continuing:
+            heads = [self._word_left(text) if goes_on else 0 for text, goes_on in zip(texts, continues, strict=True)]
+            if any(heads):
+                return [self._in_parts(*piece, sized) for piece in zip(texts, continues, heads, strict=True)]
         with_offsets = sized and self.token_bytes is None
         encoded: list[Encoded | None] = [None] * len(texts)
         for goes_on in set(continues):
@@ -129,6 +148,19 @@ class PretrainedTokenizer(Tokenizer):
                     sizes = self._sizes(texts[i], own, goes_on)
                 encoded[i] = Encoded(own, sizes)
         return encoded  # type: ignore[return-value]
+
+    def _in_parts(self, text: str, continues: bool, head: int, sized: bool) -> Encoded:
+        """A piece that may begin inside a word: the end of that word and the words after it, each in its own way."""
+        if not head:
+            return self.encode_pieces([text], [continues], sized)[0]
+        assert self._inside_word is not None
+        encoding = self._inside_word.encode(text[:head], add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        sizes = sizes_by_offsets(text[:head], encoding.offsets) if sized else None
+        rest = self.encode_pieces([text[head:]], [True], sized)[0]
+        if sizes is not None:
+            sizes = None if rest.sizes is None else np.concatenate([sizes, rest.sizes])
+        return Encoded(np.concatenate([ids, rest.ids]), sizes)
 
     def _sizes(self, text: str, ids: np.ndarray, continues: bool) -> np.ndarray:
         """Bytes of the text for each id, by what ids stand for as far as that adds up to the text, else by offsets."""
@@ -283,9 +315,14 @@ def _keeps_text(spec: dict[str, Any]) -> bool:
     )
 
 
-def _continuing_backend(backend: tokenizers.Tokenizer, spec: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer for text that goes on from text before: one that puts no space in front, where that gives the same
-    ids as the text in one go."""
+def _continuing_backends(
+    backend: tokenizers.Tokenizer, spec: dict[str, Any]
+) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+    """Tokenizers for text that goes on from text before: where white space begins it, and inside a word.
+
+    The second puts no space in front. It is the first as well, but where the tokenizer puts a space in front of every
+    word, as those do that split at white space and leave it out.
+    """
     changed = json.loads(json.dumps(spec))
     steps = _parts(changed.get("normalizer"), "normalizers") + _parts(changed.get("pre_tokenizer"), "pretokenizers")
     for part in steps:
@@ -296,7 +333,7 @@ def _continuing_backend(backend: tokenizers.Tokenizer, spec: dict[str, Any]) -> 
         if "add_prefix_space" in part:
             part["add_prefix_space"] = False
     if changed == spec:
-        return backend
+        return backend, backend
     _remove_empty_prepend(changed)
     other = tokenizers.Tokenizer.from_str(json.dumps(changed))
     other.encode_special_tokens = True
@@ -306,8 +343,8 @@ def _continuing_backend(backend: tokenizers.Tokenizer, spec: dict[str, Any]) -> 
 
     for candidate in (other, backend):
         if all(ids(backend, a + b) == ids(backend, a) + ids(candidate, b) for a, b in (("ab", " ab"), ("a a", " b a"))):
-            return candidate
-    return other
+            return candidate, other
+    return other, other
 
 
 def _remove_empty_prepend(spec: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import codecs
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -16,6 +16,7 @@ from megalodon.data.formats import open_binary, open_seekable
 from megalodon.data.reading import check_text
 
 BLOCK = 1 << 18
+MOST_NAMES, LONGEST_NAME = 20, 60
 ROWS_AT_ONCE = 64  # of a columnar file; rows may be whole books
 
 Row: TypeAlias = "tuple[str, Any]"
@@ -38,9 +39,7 @@ def field_of(row: Any, field: str, origin: str) -> Any:
     value: Any = row
     for part in field.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise MissingField(
-                f"{origin}: no field {field!r}: set field to one of {', '.join(field_names(row)) or '(none)'}"
-            )
+            raise MissingField(f"{origin}: no field {field!r}: set field to one of {listed(field_names(row))}")
         value = value[part]
     return value
 
@@ -52,6 +51,13 @@ def field_names(row: dict[str, Any], prefix: str = "") -> list[str]:
         nested = field_names(value, f"{prefix}{name}.") if isinstance(value, dict) else []
         names += nested or [f"{prefix}{name}"]
     return sorted(names)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for one line of a message: some of them, and each as far as a name goes."""
+    shown = [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names[:MOST_NAMES]]
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return (", ".join(shown) or "(none)").replace("\n", " ").replace("\r", " ") + more
 
 
 def texts(rows: Iterable[Row], field: str, bad_row: Callable[[ValueError], None]) -> Iterator[tuple[str, str]]:
@@ -179,7 +185,7 @@ def csv_rows(path: Path, field: str) -> Iterator[Row]:
         if names is None:
             return
         if field not in names:
-            raise ValueError(f"{path}: no field {field!r}: set field to one of {', '.join(names)}")
+            raise ValueError(f"{path}: no field {field!r}: set field to one of {listed(names)}")
         while True:
             line = reader.line_num + 1
             try:
@@ -273,7 +279,7 @@ def _column(schema: Any, field: str, path: Path) -> str:
     for part in field.split("."):
         names = owner.names if owner is schema else [owner.field(i).name for i in range(owner.num_fields)]
         if part not in names:
-            raise ValueError(f"{path}: no field {field!r}: set field to one of {', '.join(_schema_names(schema))}")
+            raise ValueError(f"{path}: no field {field!r}: set field to one of {listed(_schema_names(schema))}")
         owner = owner.field(part).type
         if not pyarrow.types.is_struct(owner):
             owner = pyarrow.struct([])

@@ -72,7 +72,8 @@ def split_documents(
     sizes = np.bincount(group)
     if len(sizes) == 1:
         raise ValueError(f"held out: all {n} documents have the same text, so none can be held out")
-    order = np.random.default_rng([seed, 0x5E1D]).permutation(len(sizes))
+    drawn = group[np.random.default_rng([seed, 0x5E1D]).permutation(n)]
+    order = drawn[np.sort(np.unique(drawn, return_index=True)[1])]  # each group where the first of its documents is
     if documents is not None:
         before = np.cumsum(sizes[order]) - sizes[order]
         held = order[:-1][before[:-1] < documents]

@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from megalodon.data.byte_level import BYTE_TO_CHARACTER
+from megalodon.files import disk_errors
 
 TokenIds: TypeAlias = "Sequence[int] | np.ndarray"
 
@@ -220,7 +221,8 @@ def save_pretrained(tokenizer: object, folder: Path | str) -> None:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=target) as temporary:
-        tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
+        with disk_errors(target):
+            tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
         for path in sorted(Path(temporary).iterdir()):
             path.replace(target / path.name)
 

@@ -1,13 +1,18 @@
 """Measuring trained models. One file a task; `megalodon evaluate TASK` runs it."""
 
-from megalodon.evaluation.perplexity import Progress, document_losses, evaluate_perplexity
+from megalodon.evaluation.perplexity import Losses, Progress, document_losses, evaluate_perplexity
 from megalodon.evaluation.plot import plot_by_position
-from megalodon.evaluation.scores import Positions, Score, bucket_index, bucket_range
+from megalodon.evaluation.scores import Distances, Places, Positions, Score, bucket_index, bucket_range
+from megalodon.evaluation.tokens_file import TokensFile
 
 __all__ = [
+    "Distances",
+    "Losses",
+    "Places",
     "Positions",
     "Progress",
     "Score",
+    "TokensFile",
     "bucket_index",
     "bucket_range",
     "document_losses",

@@ -1,8 +1,9 @@
-"""Sums of losses over predictions, by position in the document, and what is reported of them."""
+"""Sums of losses over predictions, by position in the document and the like, and what is reported of them."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,10 +45,23 @@ class Score:
 
 
 @dataclass
-class Positions:
-    """Scores by position: bucket i of `buckets` covers `bucket_range(i)`."""
+class Ranges(ABC):
+    """Scores by a number that each prediction has: bucket i of `buckets` covers `bounds(i)`, from the first up to, not
+    including, the second."""
 
     buckets: list[Score] = field(default_factory=list)
+
+    @abstractmethod
+    def index(self, number: int) -> int:
+        """The bucket of a number."""
+
+    @abstractmethod
+    def bounds(self, index: int) -> tuple[int, int]:
+        """First number of a bucket, and the first after it."""
+
+    def number(self, position: int) -> int:
+        """The number of a prediction by the position that `add_losses` counts."""
+        return position
 
     @property
     def total(self) -> Score:
@@ -57,7 +71,7 @@ class Positions:
             total.add(bucket)
         return total
 
-    def add(self, other: Positions) -> None:
+    def add(self, other: Ranges) -> None:
         """Count the other's predictions too."""
         while len(self.buckets) < len(other.buckets):
             self.buckets.append(Score())
@@ -65,11 +79,12 @@ class Positions:
             mine.add(theirs)
 
     def add_losses(self, first: int, losses: np.ndarray, sizes: np.ndarray | None) -> None:
-        """Count predictions of the tokens at `first`, `first + 1`, ...: losses [n] in nats, sizes [n] in bytes."""
+        """Count predictions at positions `first`, `first + 1`, ...: losses [n] in nats, sizes [n] in bytes."""
         position, end = first, first + len(losses)
         while position < end:
-            index = bucket_index(position)
-            stop = min(end, bucket_range(index)[1])
+            number = self.number(position)
+            index = self.index(number)
+            stop = min(end, position + self.bounds(index)[1] - number)
             part = slice(position - first, stop - first)
             while len(self.buckets) <= index:
                 self.buckets.append(Score(bytes=None if sizes is None else 0))
@@ -78,12 +93,63 @@ class Positions:
             position = stop
 
     def report(self) -> list[dict[str, float | int | None]]:
-        """One entry a bucket, `from` the first position up to, not including, `to`."""
-        ranges = map(bucket_range, range(len(self.buckets)))
+        """One entry a bucket, `from` the first number up to, not including, `to`."""
+        ranges = map(self.bounds, range(len(self.buckets)))
         return [
             {"from": first, "to": stop, **bucket.report()}
             for (first, stop), bucket in zip(ranges, self.buckets, strict=True)
         ]
+
+
+@dataclass
+class Positions(Ranges):
+    """Scores by position in the document of the token that is predicted."""
+
+    def index(self, number: int) -> int:
+        return bucket_index(number)
+
+    def bounds(self, index: int) -> tuple[int, int]:
+        return bucket_range(index)
+
+
+class Places(Ranges):
+    """Scores by place in the chunk of the token that predicts, in up to `PARTS` equal parts of the chunk: the first
+    token of a chunk attends to itself alone."""
+
+    PARTS = 16
+
+    def __init__(self, chunk_size: int) -> None:
+        super().__init__()
+        self.chunk_size, self.width = chunk_size, -(-chunk_size // self.PARTS)
+
+    def number(self, position: int) -> int:
+        return position % self.chunk_size
+
+    def index(self, number: int) -> int:
+        return number // self.width
+
+    def bounds(self, index: int) -> tuple[int, int]:
+        return index * self.width, min(self.chunk_size, (index + 1) * self.width)
+
+
+class Distances(Ranges):
+    """Scores by how many tokens were read since the state was cut, in buckets [0, 16), [16, 32), [32, 64), ..."""
+
+    FIRST = 16
+
+    def __init__(self, reset_every: int) -> None:
+        super().__init__()
+        self.reset_every = reset_every
+
+    def number(self, position: int) -> int:
+        return position % self.reset_every
+
+    def index(self, number: int) -> int:
+        return (number // self.FIRST).bit_length()
+
+    def bounds(self, index: int) -> tuple[int, int]:
+        first = self.FIRST << (index - 1) if index else 0
+        return first, min(self.reset_every, self.FIRST << index)
 
 
 def bucket_index(position: int) -> int:

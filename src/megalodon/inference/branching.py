@@ -8,12 +8,6 @@ at most `d / 8` more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
-from megalodon.data.tokenizer import Tokenizer
-
 MOST_APART = 1 << 15
 """Kept states of one text are at most so many tokens apart, so that a text arriving in pieces meets the next one."""
 
@@ -27,23 +21,3 @@ def spacing(distance: int, block: int) -> int:
     """
     blocks = min(max(distance // 9, block), max(MOST_APART, block)) // block
     return (1 << (blocks.bit_length() - 1)) * block
-
-
-def message_starts(tokenizer: Tokenizer, ids: np.ndarray, contents: Sequence[str]) -> list[int]:
-    """Where each message's content begins in the ids of a conversation: a number of tokens, one for each content found.
-
-    `contents` are the messages' texts in order. Empty for a tokenizer that cannot map its tokens to bytes.
-    """
-    if tokenizer.token_bytes is None or tokenizer.token_lengths is None:
-        return []
-    table = tokenizer.token_bytes
-    text = b"".join(table[index] for index in ids.tolist())
-    starts, begin = [], 0
-    for content in contents:
-        written = content.strip().encode(errors="replace")
-        found = text.find(written, begin) if written else -1
-        if found >= 0:
-            starts.append(found)
-            begin = found + len(written)
-    ends = np.cumsum(tokenizer.token_lengths[ids])
-    return np.searchsorted(ends, np.asarray(starts, dtype=np.int64), side="right").tolist()

@@ -18,6 +18,7 @@ from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.snapshot import Segment, Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity, load_snapshot, save_snapshot
 from megalodon.models import CausalLM, State
+from megalodon.models.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,19 @@ class Context:
     tokens: int
     generator: Tensor
 
-    def save(self, path: Path, model: CausalLM, tokenizer: Tokenizer) -> None:
+    def save(self, path: Path, model: CausalLM, tokenizer: Tokenizer, storage: Storage = "exact") -> None:
         """Write the file under a temporary name, then rename it.
+
+        Args:
+            storage: "int8" or "fp8" take a quarter of the bytes for keys, values and working memories, and lose a
+                little: going on is then no longer what never stopping would have given.
 
         Raises:
             OSError: if it cannot be written; an earlier file of this name is then as it was.
         """
         tail = (Segment("read", np.array([self.pending], dtype=np.int64)),)
         snapshot = Snapshot(self.state, self.tokens - 1, None, False, self.recent[:-1], tail, self.generator)
-        save_snapshot(path, snapshot, ModelIdentity.of(model, tokenizer))
+        save_snapshot(path, snapshot, ModelIdentity.of(model, tokenizer, storage=storage))
 
     @staticmethod
     def load(path: Path, model: CausalLM, tokenizer: Tokenizer) -> Context:

@@ -33,7 +33,8 @@ from megalodon.inference.slots import BUCKETS, SlotDecoder, choose_buckets, slot
 from megalodon.inference.snapshot import START, Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity
 from megalodon.inference.work import Counters, Work
-from megalodon.models import CausalLM
+from megalodon.models import CausalLM, State
+from megalodon.models.storage import Storage
 
 PIECE = 512
 """Tokens of a text read at once. More is a little quicker, and makes others wait longer for their next token."""
@@ -61,6 +62,7 @@ class Engine:
         piece: int = PIECE,
         prefixes: Callable[[ModelIdentity], PrefixStore] | None = None,
         share_prefixes: bool = False,
+        context_storage: Storage = "exact",
     ) -> None:
         """
         Args:
@@ -70,6 +72,7 @@ class Engine:
             queue_length: requests that may wait; more are refused.
             piece: tokens read at once, rounded down to fit the chunk size.
             prefixes: makes the store of states for texts read before; None keeps none.
+            context_storage: how contexts are written (`megalodon.models.storage`).
             share_prefixes: let all owners use one another's; how long a text takes then tells who else has read it.
 
         Raises:
@@ -77,13 +80,13 @@ class Engine:
             RuntimeError: if this machine's matrix products depend on the batch in a way that cannot be avoided.
         """
         self.model, self.tokenizer, self.counters = model, tokenizer, Counters()
-        self.schedule = Schedule(queue_length)
-        decoder = make_decoder(model, slots)
-        block, piece = block_and_piece(model.model.dimensions.alignment, piece)
-        self.identity = ModelIdentity.of(model, tokenizer, block, piece)
-        store = None if prefixes is None else prefixes(self.identity)
+        self.schedule, self._make_prefixes = Schedule(queue_length), prefixes
         if model.device.type == "cpu":  # there making them anew is a third of the time of a short prompt
             model.keep_tables()
+        decoder = make_decoder(model, slots)  # after what changes the model: it is made anew when it sees a change
+        block, piece = block_and_piece(model.model.dimensions.alignment, piece)
+        self.identity = ModelIdentity.of(model, tokenizer, block, piece, context_storage)
+        store = None if prefixes is None else prefixes(self.identity)
         self.decoding = Decoding(decoder, tokenizer, block, self.counters)
         empty = empty_snapshot(unread_state(model), START)
         self.reading = Reading(model, self.decoding, empty, piece, self.counters, self._wake, store, share_prefixes)
@@ -218,10 +221,27 @@ class Engine:
             part.forget_ended()
 
     def _let_in(self) -> None:
+        looked = False
         while (
             work := self.schedule.next(self.decoding.free - self.reading.reserved, self.reading.has_room)
         ) is not None:
+            if not looked and not self.decoder.is_current():
+                self._take_weights()
+            looked = True
             self.reading.add(work)
+
+    def _take_weights(self) -> None:
+        """The model's weights have changed: begin anew with them. What is under way would be neither of the two."""
+        for work in [*self.reading.works(), *self.decoding.works()]:
+            work.fail(Failure.internal, "the model's weights were changed meanwhile: send the request again")
+        for part in (self.reading, self.decoding):
+            part.forget_ended()
+        self.decoding.decoder = make_decoder(self.model, self.slots)
+        self.identity = ModelIdentity.of(self.model, self.tokenizer, self.block, self.piece, self.identity.storage)
+        self.reading.empty = empty_snapshot(unread_state(self.model), START)
+        if self.prefixes is not None and self._make_prefixes is not None:
+            self.prefixes.close()
+            self.prefixes = self._make_prefixes(self.identity)
 
     def _count(self, progressed: bool) -> None:
         counters = self.counters
@@ -270,7 +290,6 @@ def make_decoder(model: CausalLM, slots: int) -> SlotDecoder:
 
 
 @torch.inference_mode()
-def unread_state(model: CausalLM):
+def unread_state(model: CausalLM) -> State:
     """The state of a sequence that has read nothing."""
-    ids = torch.zeros(1, 0, dtype=torch.int64, device=model.device)
-    return model.model(ids, use_cache=True).past_key_values
+    return model.model.empty_state(1)

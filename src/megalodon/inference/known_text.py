@@ -24,8 +24,8 @@ from megalodon.models import State
 
 AT_ONCE = 1 << 14
 """Tokens that are hashed in the engine's thread, in a fraction of a millisecond; more are hashed beside it."""
-REST_SECONDS = 0.001
-"""How long the thread beside the engine leaves it alone after so many."""
+BLOCKS_AT_ONCE, REST_SECONDS = 32, 0.001
+"""Blocks that the thread beside the engine hashes in one go, and how long it then leaves the interpreter alone."""
 FAR = sys.maxsize
 """As distant from a text's end as can be."""
 PARTS = 8
@@ -55,7 +55,7 @@ class KnownText:
         self._found: Place | None = None
         self._parts: tuple[range, int] = range(0), block
         self._pending: Future[None] | None = None
-        self._told = store.news(0)[1]
+        self._told = store.told
 
     @property
     def looking(self) -> Future[None] | None:
@@ -121,10 +121,12 @@ class KnownText:
 
     def _thin_out(self, end: int) -> None:
         """The text has become longer: give up what was kept for its being near the end."""
-        for one in [one for one in self._own if one[0] % spacing(end - one[0], self._block)]:
-            self._own.remove(one)
-            self._path.remove(one)
-            self._store.drop(one[1])
+        crowded = {one for one in self._own if one[0] % spacing(end - one[0], self._block)}
+        if crowded:
+            self._own = [one for one in self._own if one not in crowded]
+            self._path = [one for one in self._path if one not in crowded]
+        for _, key in crowded:
+            self._store.drop(key)
 
     def _look_slowly(self, tokens: np.ndarray, end: int) -> None:
         """`_look` in a thread that leaves the interpreter to the engine's most of the time.
@@ -132,7 +134,7 @@ class KnownText:
         Hashing gives the interpreter's lock away for so short a time that the engine would not get it, and would wait
         for Python's switch interval, 5 ms, at every operation.
         """
-        part = AT_ONCE // self._block * self._block or self._block
+        part = BLOCKS_AT_ONCE * self._block
         known: list[str] = []
         for start in range(0, len(tokens), part):
             known += self._hash(tokens[start : start + part])

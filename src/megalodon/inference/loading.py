@@ -15,26 +15,35 @@ from transformers.utils import logging
 
 from megalodon.data import Tokenizer, check_vocabulary, load_tokenizer, same_tokens
 from megalodon.models import CausalLM, architecture, build_model, load_config
+from megalodon.models.layers.int8 import quantize
 from megalodon.parallel.sharded import read_weights, sharded_checkpoint, weight_shapes
 
 
 class DtypeName(StrEnum):
-    """The dtypes that a model runs in."""
+    """The dtypes that weights are written in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
+class RunDtype(StrEnum):
+    """The dtypes that a model runs in. In int8 are the weights of linear layers alone, on a CPU."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 def torch_dtype(name: str | None) -> torch.dtype | None:
-    """PyTorch's dtype of a `DtypeName`.
+    """PyTorch's dtype of a `RunDtype` or `DtypeName`.
 
     Raises:
         ValueError: for any other name.
     """
     if name is None:
         return None
-    if name not in list(DtypeName):
-        raise ValueError(f"dtype is {name!r}; it must be float32 or bfloat16")
+    if name not in list(RunDtype):
+        raise ValueError(f"dtype is {name!r}; it must be {', '.join(RunDtype)}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -94,12 +103,16 @@ def load_model(folder: Path, device: torch.device | str | None = None, dtype: to
     Args:
         folder: as for `model_folder`; also a checkpoint of a run on a mesh.
         device: None for the first GPU, or the CPU.
-        dtype: None for that of the weights.
+        dtype: None for that of the weights; `torch.int8` rounds the weights of linear layers to int8, for a CPU, and
+            keeps activations in the dtype that the weights have.
 
     Raises:
         FileNotFoundError: if the folder or its files are missing.
-        ValueError: if weights are damaged, missing or of other shapes, or the dtype is float16.
+        ValueError: if weights are damaged, missing or of other shapes, the dtype is float16, or int8 is not possible
+            for the device or the architecture.
     """
+    if dtype == torch.int8:
+        return _load_int8(folder, device)
     folder = model_folder(folder)
     where = choose_device(device) if device is None or isinstance(device, str) else device
     if (checkpoint := sharded_checkpoint(folder.resolve())) is not None:
@@ -140,6 +153,17 @@ def _load_sharded(folder: Path, checkpoint: Path, dtype: torch.dtype | None) -> 
     if wrong:
         raise ValueError(f"the weights in {checkpoint} do not fit its config: {wrong[0]} is only in one of them")
     model.to(dtype=dtype or next(iter(weights.values())).dtype)  # type: ignore[call-arg]
+    return model
+
+
+def _load_int8(folder: Path, device: torch.device | str | None) -> CausalLM:
+    where = choose_device("cpu" if device is None else str(device))
+    if where.type != "cpu":
+        raise ValueError(f"dtype int8 is for decoding on a CPU: device {where} runs bfloat16 and float32")
+    model = load_model(folder, where)
+    if not model.has_int8:
+        raise ValueError(f"dtype int8 is not made for {model.config.model_type} models: use float32 or bfloat16")
+    quantize(model)
     return model
 
 

@@ -28,8 +28,8 @@ from megalodon.models import State
 
 NEWS = 4096
 """Keys of states kept last, for texts that are being read at the same time."""
-MOST_TO_WRITE = 64
-"""States that may wait to be written; more are dropped, as they would pile up in memory."""
+MOST_TO_WRITE = 1 << 28
+"""Bytes of states that may wait to be written; more are dropped, as they would pile up in memory."""
 
 
 @dataclass
@@ -82,6 +82,7 @@ class PrefixStore:
 
     Attributes:
         counters: for metrics.
+        told: how many times a state was kept; see `news`.
     """
 
     def __init__(
@@ -101,7 +102,8 @@ class PrefixStore:
         self._on_disk = _Lowest(lambda kept: kept.disk > 0)
         self._clock, self._writing = 0.0, 0
         self._news: deque[str] = deque(maxlen=NEWS)
-        self._told = 0
+        self.told = 0
+        self._removed: deque[str] = deque()
         self._lock = threading.RLock()
         self._looker = ThreadPoolExecutor(1, "prefix-look-up")
         self._files = None if folder is None else PrefixFiles(folder, identity)
@@ -112,6 +114,7 @@ class PrefixStore:
             self._on_disk.push(kept)
         with self._lock:
             self._trim()
+        self._remove_files()
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
@@ -139,6 +142,7 @@ class PrefixStore:
             if self._kept.get(key) is kept:
                 self._hold(kept, state)
                 self._trim()
+        self._remove_files_beside()
         return state
 
     def follow(self, path: Sequence[tuple[int, str]], end: int, found: Collection[str]) -> None:
@@ -149,7 +153,7 @@ class PrefixStore:
         found = frozenset(found)
         with self._lock:
             before: Kept | None = None
-            passed = [(position, self._kept[key]) for position, key in path if key in self._kept]
+            passed = [(position, self._kept[key]) for position, key in sorted(set(path)) if key in self._kept]
             for position, kept in passed:
                 kept.position, kept.distance, kept.since = position, end - position, self._clock
                 kept.followed = kept.followed or kept.key in found
@@ -168,8 +172,8 @@ class PrefixStore:
     def news(self, told: int) -> tuple[list[str], int]:
         """Keys of states kept since `told`, the number that the last call gave; and the number for the next."""
         with self._lock:
-            count = min(self._told - told, len(self._news))
-            return list(itertools.islice(reversed(self._news), max(count, 0))), self._told
+            count = min(self.told - told, len(self._news))
+            return list(itertools.islice(reversed(self._news), max(count, 0))), self.told
 
     def beside(self, look: Callable[[], None]) -> Future[None]:
         """Have a look-up done in a thread beside the engine."""
@@ -191,7 +195,8 @@ class PrefixStore:
             kept = self._kept.get(key)
             if kept is None:
                 kept = self._kept[key] = Kept(key, position)
-                nearest = next((before for _, before in reversed(path) if before in self._kept), None)
+                shorter = (before for at, before in reversed(path) if at < position and before in self._kept)
+                nearest = next(shorter, None)
                 self._hang(kept, None if nearest is None else self._kept[nearest])
             else:
                 kept.followed = True
@@ -202,8 +207,9 @@ class PrefixStore:
             if kept.before is not None:
                 self._rate(kept.before)
             self._news.append(key)
-            self._told += 1
+            self.told += 1
             self._trim()
+        self._remove_files_beside()
 
     def drop(self, key: str) -> None:
         """Give up a state, unless another text has gone its way too."""
@@ -211,13 +217,13 @@ class PrefixStore:
             kept = self._kept.get(key)
             if kept is not None and not kept.followed:
                 self._release(kept)
-                if kept.disk:
-                    self._remove_file(kept)
+                self._remove_file(kept)
                 self._forget(kept)
+        self._remove_files_beside()
 
     def close(self) -> None:
         """Finish writing."""
-        self._looker.shutdown()
+        self._looker.shutdown(cancel_futures=True)
         if self._writer is not None:
             self._writer.shutdown()
 
@@ -249,9 +255,10 @@ class PrefixStore:
         self._count(kept, memory=0)
 
     def _remove_file(self, kept: Kept) -> None:
-        assert self._files is not None
-        self._count(kept, disk=0)
-        self._files.remove(kept.key)
+        """Have a state's file removed, when the lock is not held."""
+        if kept.disk:
+            self._count(kept, disk=0)
+            self._removed.append(kept.key)
 
     def _count(self, kept: Kept, memory: int | None = None, disk: int | None = None) -> None:
         """Note how many bytes an entry takes."""
@@ -283,33 +290,46 @@ class PrefixStore:
             self._clock = max(self._clock, kept.priority)
             state = kept.state
             self._release(kept)
-            if not kept.disk and state is not None and self._writer is not None and self._writing < MOST_TO_WRITE:
-                self._writing += 1
+            if kept.disk:
+                continue
+            if state is not None and self._writer is not None and self._writing < MOST_TO_WRITE:
+                self._writing += state.nbytes
                 kept.state = state  # found until its file is there
                 self._writer.submit(self._save, kept, state)
-            elif not kept.disk:
+            else:
                 self._forget(kept)
         while self.counters.disk_bytes > self._disk_bytes and (kept := self._on_disk.pop()) is not None:
             self._remove_file(kept)
             if kept.state is None:
                 self._forget(kept)
 
+    # --- in the writer's thread -------------------------------------------------------------------------------------
+
     def _save(self, kept: Kept, state: State) -> None:
-        """In the writer's thread, without the lock at first."""
         assert self._files is not None
+        self._remove_files()
         size = self._files.save(kept.key, state)
         with self._lock:
-            self._writing -= 1
+            self._writing -= state.nbytes
             if not kept.memory:
                 kept.state = None
             if self._kept.get(kept.key) is not kept:  # dropped meanwhile
-                self._files.remove(kept.key)
+                self._removed.append(kept.key)
             elif size:
                 self._count(kept, disk=size)
                 self._on_disk.push(kept)
                 self._trim()
             elif not kept.memory:
                 self._forget(kept)
+        self._remove_files()
+
+    def _remove_files_beside(self) -> None:
+        if self._removed and self._writer is not None:
+            self._writer.submit(self._remove_files)
+
+    def _remove_files(self) -> None:
+        while self._removed and self._files is not None:
+            self._files.remove(self._removed.popleft())
 
 
 class _Lowest:

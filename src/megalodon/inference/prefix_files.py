@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from megalodon.files import remove_partial
@@ -20,7 +21,7 @@ class PrefixFiles:
 
     def __init__(self, folder: Path, identity: ModelIdentity) -> None:
         """Make the folder, and remove what a crash left half written."""
-        self._folder, self._identity = folder, identity
+        self._folder, self._identity = folder, replace(identity, storage="exact")  # they stand for reading a text
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial(folder)
 

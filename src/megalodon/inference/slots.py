@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from megalodon.models import CausalLM, State
+from megalodon.models.layers.watch import Watch
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
 """Numbers of rows that a step may run on; fewer than 16 are padded."""
+WATCHED = 4096
+"""Values of every copied weight that are looked at where a request begins: all, of small ones."""
 
 
 class SlotDecoder(Protocol):
@@ -31,6 +34,10 @@ class SlotDecoder(Protocol):
 
     def bucket(self, rows: int) -> int:
         """Of how many rows a step for so many is made."""
+        ...
+
+    def is_current(self) -> bool:
+        """Whether the model still has the weights that the decoder was made of, by up to `WATCHED` values of each."""
         ...
 
     @property
@@ -61,10 +68,15 @@ class RowDecoder:
     def __init__(self, model: CausalLM, slots: int) -> None:
         self.model, self.slots, self.positions = model, slots, [0] * slots
         self._states: list[State | None] = [None] * slots
+        self._watch = Watch(model, model.parameters(), WATCHED)
 
     def bucket(self, rows: int) -> int:
         """As `SlotDecoder.bucket`: every row is a step of its own."""
         return rows
+
+    def is_current(self) -> bool:
+        """As `SlotDecoder.is_current`."""
+        return self._watch.unchanged()
 
     @property
     def nbytes(self) -> int:
@@ -113,12 +125,13 @@ def slot_decoder(model: CausalLM, slots: int, buckets: Sequence[int] = BUCKETS) 
         buckets: numbers of rows that a step may run on.
 
     Raises:
-        ValueError: for less than one slot, or more than the largest bucket.
+        ValueError: for less than one slot, or more than the largest bucket; or a module of the model's is not as
+            written, so that a step would not do what it does.
     """
     if not 1 <= slots <= max(buckets):
         raise ValueError(f"slots is {slots}; it must be from 1 to {max(buckets)}")
     slots = min(size for size in buckets if size >= slots)
-    own: SlotDecoder | None = None if model.slots_class is None else model.slots_class(model, slots, buckets)
+    own: SlotDecoder | None = None if model.slots_class is None else model.slots_class(model, slots, buckets, WATCHED)
     return RowDecoder(model, slots) if own is None else own
 
 

@@ -25,6 +25,7 @@ from megalodon.inference.fingerprint import hash_tensor, model_fingerprint
 from megalodon.inference.sampling import REPETITION_WINDOW
 from megalodon.inference.snapshot import Segment, Snapshot
 from megalodon.models import CausalLM, Config, State
+from megalodon.models.storage import BLOCK, SCALE, Storage, compressed, restored
 
 FORMAT = "megalodon-context-1"
 KINDS = ("read", "generated")
@@ -48,6 +49,7 @@ class ModelIdentity:
             `Session`, which takes up anybody's snapshots, and whose snapshots, with a tail of one token, anybody can.
         config: the model's; state_class: that of its states.
         device: where states are loaded to.
+        storage: how states are written; any is read.
     """
 
     model: str
@@ -59,9 +61,16 @@ class ModelIdentity:
     config: Config
     state_class: type[State]
     device: torch.device
+    storage: Storage = "exact"
 
     @staticmethod
-    def of(model: CausalLM, tokenizer: Tokenizer, block: int | None = None, piece: int | None = None) -> ModelIdentity:
+    def of(
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        block: int | None = None,
+        piece: int | None = None,
+        storage: Storage = "exact",
+    ) -> ModelIdentity:
         """That of a model and a tokenizer."""
         return ModelIdentity(
             model_fingerprint(model),
@@ -73,6 +82,7 @@ class ModelIdentity:
             model.config,
             model.model.state_class,
             model.device,
+            storage,
         )
 
 
@@ -98,6 +108,7 @@ class _Header(BaseModel):
     read_only: bool
     recent: Annotated[list[Count], Field(max_length=REPETITION_WINDOW)]
     generator: bool
+    storage: Storage = "exact"
 
 
 def save_snapshot(path: Path, snapshot: Snapshot, identity: ModelIdentity) -> None:
@@ -108,7 +119,8 @@ def save_snapshot(path: Path, snapshot: Snapshot, identity: ModelIdentity) -> No
     """
     tail = [segment.tokens for segment in snapshot.tail]
     kinds = [np.full(len(segment.tokens), KINDS.index(segment.kind), np.uint8) for segment in snapshot.tail]
-    tensors = {f"state.{name}": tensor.cpu() for name, tensor in snapshot.state.state_dict().items()}
+    state = compressed(snapshot.state.state_dict(), identity.storage, identity.state_class.compressible)
+    tensors = {f"state.{name}": tensor.cpu() for name, tensor in state.items()}
     tensors["tail.tokens"] = torch.from_numpy(np.concatenate([np.array([], np.int64), *tail]))
     tensors["tail.kinds"] = torch.from_numpy(np.concatenate([np.array([], np.uint8), *kinds]))
     if snapshot.generator is not None:
@@ -127,8 +139,9 @@ def save_snapshot(path: Path, snapshot: Snapshot, identity: ModelIdentity) -> No
         read_only=snapshot.read_only,
         recent=list(snapshot.recent),
         generator=snapshot.generator is not None,
+        storage=identity.storage,
     )
-    written = header.model_dump_json()
+    written = header.model_dump_json(exclude={"storage"} if header.storage == "exact" else None)
     metadata = {"format": FORMAT, "context": written, "checksum": _checksum(written, tensors)}
     write_file(path, lambda temporary: save_tensors(temporary, tensors, metadata))
 
@@ -188,7 +201,9 @@ def _check_sizes(entries: dict[str, Any], header: _Header, identity: ModelIdenti
         most["generator"] = [MOST_GENERATOR]
     for name, shape in kind.shapes(sizes).items():
         places = kind.places(sizes, name, header.position) if -1 in shape else 0
-        most[f"state.{name}"] = [1 if size is None else places if size == -1 else size for size in shape]
+        own = most[f"state.{name}"] = [1 if size is None else places if size == -1 else size for size in shape]
+        if header.storage != "exact" and name.rsplit(".", 1)[-1] in kind.compressible:
+            most[f"state.{name}{SCALE}"] = [*own[:-1], -(-own[-1] // BLOCK)]
     for name, entry in entries.items():
         stated = entry.get("shape") if isinstance(entry, dict) else None
         if name not in most or not isinstance(stated, list) or len(stated) != len(most[name]):
@@ -224,6 +239,8 @@ def _check_identity(header: _Header, identity: ModelIdentity) -> None:
 
 def _snapshot(header: _Header, tensors: dict[str, Tensor], identity: ModelIdentity) -> Snapshot:
     parts = {name.removeprefix("state."): x for name, x in tensors.items() if name.startswith("state.")}
+    if header.storage != "exact":
+        parts = restored(parts, getattr(torch, identity.dtype), identity.state_class.wide)
     state = identity.state_class.from_state_dict(parts, identity.config)
     _check_state(parts, header, identity)
     tokens, kinds = tensors["tail.tokens"].numpy(), tensors["tail.kinds"].numpy()
@@ -234,7 +251,7 @@ def _snapshot(header: _Header, tensors: dict[str, Tensor], identity: ModelIdenti
         state.to(identity.device),
         header.position,
         None if header.digest is None else bytes.fromhex(header.digest),
-        header.read_only,
+        header.read_only and header.storage == "exact",  # else it is not, to the bit, what reading the text gives
         tuple(header.recent),
         _segments(tokens, kinds),
         tensors["generator"] if header.generator else None,

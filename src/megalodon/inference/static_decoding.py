@@ -23,14 +23,17 @@ class StaticDecoder:
     def __init__(self, model: CausalLM, state: State, tokens: int | None = None, compiled: bool = False) -> None:
         """
         Args:
-            model: in evaluation mode; its weights must not change afterwards.
+            model: in evaluation mode. Weights that change later count from the next step on (see
+                `models.layers.watch`; on a GPU, a write through `.data` to a moving average's coefficients leaves no
+                trace that a step would see).
             state: where the sequences stand; it is copied. Rows may stand at different positions.
             tokens: how many will be read at most. None: any number.
             compiled: torch.compile the step of a layer, which fuses what stands between products and kernels.
 
         Raises:
             ValueError: the model's architecture has no such step, it is in training mode, the state belongs to another
-                model or device, or `tokens` is less than one.
+                model or device, `tokens` is less than one, or a module is not as written, so that a step would not
+                do what it does.
         """
         if model.static_step_class is None:
             raise ValueError(
@@ -64,6 +67,10 @@ class StaticDecoder:
                 raise ValueError("all tokens that the decoder was made for (its argument tokens) have been read")
             self._left -= 1
         self._step.tokens.copy_(tokens)
+        if not self._step.is_current():
+            self._step.take_weights()
+            if self._graph is not None:  # its addresses may be another model's by now
+                self._capture()
         if self._graph is None:
             self._step.advance()
         else:

@@ -7,6 +7,7 @@ token, which is where its chunks are counted from.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -19,6 +20,7 @@ from transformers import initialization as init
 
 from megalodon.models import documents
 from megalodon.models.config import Config
+from megalodon.models.folder import write_card
 from megalodon.models.generation import StateGenerationMixin
 from megalodon.models.keywords import refuse_unknown
 from megalodon.models.layers.head import apply_head
@@ -56,6 +58,16 @@ class StatefulPreTrainedModel(PreTrainedModel):
     def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
         _refuse_float16(config.dtype, torch.get_default_dtype())
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: a saved folder says by itself where the class is, and needs no copy of its source."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As everywhere; and a model card, unless the folder has a README.md."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_card(save_directory, self.config, type(self).__name__)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -125,12 +137,20 @@ class StatefulModel(StatefulPreTrainedModel):
         """What every block of a model of this config is given of where tokens stand, besides the layout: made once."""
         return ()
 
-    def segment_starts(self, input_ids: Tensor | None) -> Tensor | None:
+    @staticmethod
+    def segment_starts(config: Any, input_ids: Tensor | None) -> Tensor | None:
         """bool [B, L]: tokens that start a segment (`megalodon.ops.Segments`); None where the model knows none."""
         return None
 
     def single_token(self, x: Tensor, state: State | None) -> SingleToken | None:
         """A shorter way for one token a row, where it is good for these embeddings x [B, L, D] and this state."""
+        return None
+
+    def generation_starts(self) -> None:
+        """Told where a generation begins: whatever was prepared of weights must be looked at again."""
+
+    def unread_state(self, batch: int) -> State | None:
+        """The state of sequences that have read nothing, without running the network; None where that is needed."""
         return None
 
     @property
@@ -198,7 +218,7 @@ class StatefulModel(StatefulPreTrainedModel):
         told |= {name: kwargs.pop(name) for name in documents.NAMES if name in kwargs}
         refuse_unknown(type(self).forward, kwargs)
         x = self._embed(input_ids, inputs_embeds)
-        bos = self.segment_starts(input_ids)
+        bos = self.segment_starts(self.config, input_ids)
         length = x.shape[1]
         self._check(x, attention_mask, state, segment_ids)
         segment_ids, fresh = documents.documents_of(
@@ -209,7 +229,10 @@ class StatefulModel(StatefulPreTrainedModel):
         plain = attention_mask is None and segment_ids is None and bos is None and not output_hidden_states
         step = self.single_token(x, state if plain and use_cache else None)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
-        if step is not None and state is not None:
+        unread = self.unread_state(len(x)) if length == 0 and plain else None
+        if unread is not None:
+            state = unread if state is None else state
+        elif step is not None and state is not None:
             x, state = step.advance(x[:, 0], state)
             x = x[:, None]
         else:
@@ -242,6 +265,10 @@ class StatefulModel(StatefulPreTrainedModel):
 
         `bos` tells where segments start. `hidden` collects the input of each block and the final hidden states.
         """
+        if x.shape[1] == 0:  # layers that others have put in place of ours need not take nothing
+            if hidden is not None:
+                hidden += [x] * (len(self.layers) + 1)
+            return x, (state or self.empty_state(len(x))) if use_cache else None
         layouts = self._layouts(x, state, segment_ids, lengths, bos)
         places = [
             (*self.layer_arguments(self.config, layout), layout, use_cache or layout is not layouts[-1])
@@ -266,6 +293,10 @@ class StatefulModel(StatefulPreTrainedModel):
     def dimensions(self) -> Dimensions:
         """The sizes that a state must share with this model."""
         return self.state_class.dimensions_class.of(self.config)
+
+    def empty_state(self, batch: int) -> State:
+        """The state of rows that have read nothing; the network is not run, whatever its layers have become."""
+        return self.state_class.empty(self.config, batch, self.device, self.dtype)
 
     def new_state(self, layers: Sequence[Any], final: Any, position: Tensor) -> State:
         """A state of this model."""
@@ -330,10 +361,10 @@ class StatefulModel(StatefulPreTrainedModel):
             looks = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
             if looks and input_ids.numel():  # on a GPU the look would wait for the device, in a compiled graph break it
                 low, high = int(input_ids.min()), int(input_ids.max())
-                if low < 0 or high >= self.embed_tokens.num_embeddings:
+                rows = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)  # an adapter has no number
+                if low < 0 or high >= rows:
                     raise ValueError(
-                        f"input_ids has values from {low} to {high}: "
-                        f"they must lie in 0 to {self.embed_tokens.num_embeddings - 1} (vocab_size)"
+                        f"input_ids has values from {low} to {high}: they must lie in 0 to {rows - 1} (vocab_size)"
                     )
             inputs_embeds = self.embed_tokens(input_ids)
         return F.dropout(inputs_embeds * self.embedding_scale, self.config.dropout, self.training)
@@ -370,6 +401,8 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
     model_class: ClassVar[type[StatefulModel]]
     slots_class: ClassVar[Any] = None
     """A decoder of many sequences at once, `(model, slots, buckets)`, with `choose_buckets(model, candidates)`."""
+    has_int8: ClassVar[bool] = False
+    """Whether its linear layers may be put in int8 for decoding (`layers.int8.quantize`)."""
     static_step_class: ClassVar[Any] = None
     """A step of one token whose tensors stay at their addresses, `(model, state, places, compiled)`."""
 
@@ -442,8 +475,13 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         loss = logits = None
         if return_logits or shift_labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            decoding = state is not None and x.shape[1] == 1 and not self.training
-            logits = apply_head(self.lm_head, x[:, kept], decoding).float()
+            goes_on = state is not None and bool((state.position > 0).all())
+            decoding = goes_on and x.shape[1] == 1 and not self.training
+            few = x[:, kept]
+            if few.numel():
+                logits = apply_head(self.lm_head, few, decoding).float()
+            else:  # layers that others have put in place of ours need not take nothing
+                logits = few.new_zeros(*few.shape[:-1], self.vocab_size, dtype=torch.float32)
             if shift_labels is not None:
                 total = F.cross_entropy(
                     logits.flatten(0, 1), shift_labels[:, kept].flatten().to(x.device), reduction="sum"

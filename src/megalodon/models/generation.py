@@ -9,8 +9,20 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from megalodon.models.documents import NAMES, as_positions, documents_of
+from megalodon.models.layers.head import generation_starts
 from megalodon.models.output import CACHE, the_state
 from megalodon.models.state import State
+
+_NO_PAGES = (
+    'generate_batch and cache_implementation="paged" need a cache of pages: this model\'s memory is a state. For many '
+    "requests at once use megalodon.inference.engine.Engine or `megalodon serve`; for a batch of prompts, `generate` "
+    "with padding"
+)
+
+
+def _no_cache(asked: Any) -> str:
+    hint = f"; {_NO_PAGES}" if asked == "paged" else ""
+    return f"cache_implementation={asked!r}: the memory is the model's state; leave cache_implementation out{hint}"
 
 
 class StateGenerationMixin(GenerationMixin):
@@ -22,10 +34,36 @@ class StateGenerationMixin(GenerationMixin):
         @property
         def device(self) -> torch.device: ...
 
+        def get_output_embeddings(self) -> torch.nn.Module | None: ...
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        """Transformers' `generate`; caches of its own are refused before it begins.
+
+        Raises:
+            ValueError: a `cache_implementation` is asked for.
+        """
+        config = options.get("generation_config")
+        asked = options.get("cache_implementation") or getattr(config, "cache_implementation", None)
+        if asked is not None:
+            raise ValueError(_no_cache(asked))
+        return super().generate(*arguments, **options)
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         """Transformers must not make a cache of its own: the model returns its state."""
         return False
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Transformers' continuous batching pages keys and values of attention; a state has none to page.
+
+        Raises:
+            NotImplementedError: always, with what to use instead.
+        """
+        raise NotImplementedError(_NO_PAGES)
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     # Transformers returns None as well, whatever its annotation says.
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -33,18 +71,17 @@ class StateGenerationMixin(GenerationMixin):
     ) -> None:
         """Called once by `generate`, after repeating the prompts for beams or samples: give each copy its state."""
         if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: the memory is the model's state, "
-                "of constant size; leave cache_implementation out"
-            )
-        state = model_kwargs.get(CACHE)
+            raise ValueError(_no_cache(generation_config.cache_implementation))
+        state = the_state(model_kwargs.get(CACHE), None, {})
+        self.model.generation_starts()
+        if (head := self.get_output_embeddings()) is not None:
+            generation_starts(head)
         self._place_documents(model_kwargs, state, getattr(generation_config, "_mask_length", 0))
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         if state is not None:
             model_kwargs[CACHE] = state.repeat(copies) if copies > 1 else state
         elif generation_config.use_cache:
-            nothing = torch.zeros(batch_size * copies, 0, dtype=torch.int64, device=self.device)
-            model_kwargs[CACHE] = self.model(nothing, use_cache=True).past_key_values
+            model_kwargs[CACHE] = self.model.empty_state(batch_size * copies)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> None:
         """Positions that merely count on are the state's own; only a user's are passed on."""

@@ -20,6 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalodon.models.storage import Storage, check_storage, compressed, restored
+from megalodon.ops.backend import accumulator_dtype
+
 FORMAT = "megalodon-state-1"
 """What a saved state's metadata says under `format`."""
 
@@ -134,6 +137,11 @@ class State:
         """The final norm's memory, from what its `tensors` gave; None where there is none."""
         raise NotImplementedError
 
+    compressible: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
+    """Which tensors of `state_dict`, by the last part of their names, `storage` makes smaller."""
+    wide: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that are float32 at least, whatever the activations' dtype."""
+
     @classmethod
     def tensor_dtype(cls, name: str, activations: torch.dtype, statistics: torch.dtype) -> torch.dtype:
         """The dtype of a tensor of `state_dict` for these dtypes of keys and values, and of statistics."""
@@ -151,6 +159,38 @@ class State:
                 numbers = math.prod(1 if size is None else open_tokens if size < 0 else size for size in shape)
                 bytes_ += numbers * cls.tensor_dtype(name, activations, torch.float64).itemsize
         return bytes_
+
+    @classmethod
+    def row_bytes(cls, sizes: Any, open_tokens: int = 0, activations: torch.dtype = torch.float32) -> int:
+        """Bytes of a state of one row, with so many tokens in what is open."""
+        others = sum(
+            math.prod(size or 1 for size in shape) * cls.tensor_dtype(name, activations, torch.float64).itemsize
+            for name, shape in cls.shapes(sizes).items()
+            if not name.startswith("layers.")
+        )
+        return sizes.num_layers * cls.layer_bytes(sizes, open_tokens, activations) + others
+
+    @classmethod
+    def nothing(cls, name: str) -> float:
+        """What a tensor of `state_dict` is full of, of rows that have read nothing."""
+        return 0.0
+
+    @classmethod
+    def empty(cls, config: Any, batch: int, device: torch.device, dtype: torch.dtype) -> Self:
+        """The state of `batch` rows that have read nothing, made without running the network.
+
+        Args:
+            config: the model's. dtype: of keys and values.
+        """
+        sizes = cls.dimensions_class.of(config)
+        statistics = accumulator_dtype(device)
+        tensors = {}
+        for name, shape in cls.shapes(sizes).items():
+            where = "cpu" if name == "position" else device
+            of = [batch if size is None else max(size, 0) for size in shape]
+            kind = cls.tensor_dtype(name, dtype, statistics)
+            tensors[name] = torch.full(of, cls.nothing(name), dtype=kind, device=where)
+        return cls.from_state_dict(tensors, sizes)
 
     # --- size and place -------------------------------------------------------------------------------------------
 
@@ -289,9 +329,23 @@ class State:
         layers = [cls.layer_from(part(f"layers.{i}."), sizes, i) for i in range(sizes.num_layers)]
         return cls(layers, cls.final_from(part("final_norm."), sizes), tensors["position"].cpu(), sizes)
 
-    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
-        """Write one safetensors file, under a temporary name and then renamed; `metadata` is kept beside the sizes."""
-        path = Path(path)
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, str] | None = None,
+        storage: Storage = "exact",
+    ) -> None:
+        """Write one safetensors file, under a temporary name and then renamed.
+
+        Args:
+            metadata: kept beside the sizes.
+            storage: "int8" or "fp8" store keys, values and working memories in a quarter of the bytes of float32, and
+                lose a little (`megalodon.models.storage`).
+
+        Raises:
+            ValueError: there is no such storage.
+        """
+        path, storage = Path(path), check_storage(storage)
         header = {
             **(metadata or {}),
             "format": FORMAT,
@@ -299,6 +353,10 @@ class State:
             "dimensions": json.dumps(vars(self.dimensions)),
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        if storage != "exact":
+            dtypes = [x.dtype for name, x in tensors.items() if name.endswith((".keys", ".values"))]
+            header["restored_dtype"] = str((dtypes or [torch.float32])[0]).removeprefix("torch.")
+            tensors = compressed(tensors, storage, self.compressible)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         try:
@@ -333,6 +391,10 @@ class State:
         sizes = cls.dimensions_class(**json.loads(header["dimensions"]))
         if config is not None:
             sizes.check(cls.dimensions_class.of(config))
+        if (dtype := header.get("restored_dtype")) is not None:
+            if dtype not in ("float32", "float64", "bfloat16"):
+                raise ValueError(f"{path} is damaged: its restored_dtype is {dtype!r}")
+            tensors = restored(tensors, getattr(torch, dtype), cls.wide)
         return cls.from_state_dict(tensors, sizes)
 
     # --- what Transformers' generation asks of a cache ------------------------------------------------------------
@@ -342,6 +404,11 @@ class State:
         """Which layers cannot tell how much they have read, as Transformers asks since 5.24: none."""
         return [False] * len(self.layers)
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take tokens away, as assisted decoding asks: what was averaged cannot be told apart."""
+        return False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read by the row that has read most."""
         return int(self.position.max()) if self.batch_size else 0
@@ -349,6 +416,25 @@ class State:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the rows by those at `beam_idx`, in place, as beam search needs."""
         self.__dict__.update(vars(self[beam_idx.cpu()]))
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first `max_length` tokens, in place, as Transformers asks of a cache; negative: drop so many.
+
+        A state does not hold the tokens that it has read: it can be left as it is, or forget all.
+
+        Raises:
+            ValueError: for any other length; the message says what to do instead.
+        """
+        longest = self.get_seq_length()
+        kept = longest + max_length if max_length < 0 else max_length
+        if kept >= longest:
+            return
+        if kept > 0 or max_length < -longest:
+            raise ValueError(
+                f"crop({max_length}): a state that has read {longest} tokens cannot unread some of them; keep the "
+                "state from before them (states are values, and stay as they are), or crop(0) to begin afresh"
+            )
+        self.__dict__.update(vars(self.reset(torch.ones(self.batch_size, dtype=torch.bool))))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """`repeat` in place."""

@@ -12,7 +12,13 @@ from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
 from megalodon.ops.layout import Layout, layout_of, move_rows
 from megalodon.ops.linear_attention import IMPLEMENTATIONS as _LINEAR_ATTENTION
-from megalodon.ops.linear_attention import LinearState, Window, linear_attention
+from megalodon.ops.linear_attention import (
+    LinearState,
+    Window,
+    cross_linear_attention,
+    linear_attention,
+    two_way_linear_attention,
+)
 from megalodon.ops.long_convolution import IMPLEMENTATIONS as _LONG_CONVOLUTION
 from megalodon.ops.long_convolution import long_convolution
 from megalodon.ops.rotary import rotate, rotate_halves, rotations, rotations_of
@@ -29,9 +35,15 @@ from megalodon.ops.timestep_decay_norm import timestep_decay_norm
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
 from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
 from megalodon.ops.window_attention import IMPLEMENTATIONS as _WINDOW_ATTENTION
-from megalodon.ops.window_attention import RecentKeys, WindowSums, window_attention, window_sums
+from megalodon.ops.window_attention import (
+    RecentKeys,
+    WindowSums,
+    two_way_window_attention,
+    window_attention,
+    window_sums,
+)
 from megalodon.ops.working_memory import IMPLEMENTATIONS as _WORKING_MEMORY
-from megalodon.ops.working_memory import working_memory
+from megalodon.ops.working_memory import absorb, working_memory
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -45,10 +57,12 @@ __all__ = [
     "Visible",
     "Window",
     "WindowSums",
+    "absorb",
     "backends",
     "causal_attention",
     "cema",
     "chunk_attention",
+    "cross_linear_attention",
     "default_backend",
     "layout_of",
     "linear_attention",
@@ -67,6 +81,8 @@ __all__ = [
     "timestep_decay_norm",
     "timestep_norm",
     "two_chunk_attention",
+    "two_way_linear_attention",
+    "two_way_window_attention",
     "window_attention",
     "window_sums",
     "working_memory",
@@ -90,4 +106,7 @@ OPERATORS = {
 def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, tuple[str, ...]]]:
     """For each operator: the back end that runs on `device` unless one is named, and all that there are."""
     chosen = default_backend(torch.device(device))
-    return {name: (chosen, tuple(implementations)) for name, implementations in OPERATORS.items()}
+    return {
+        name: (chosen if chosen in implementations else "blocked", tuple(implementations))
+        for name, implementations in OPERATORS.items()
+    }

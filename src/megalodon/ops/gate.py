@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from megalodon.ops import compiled
+from megalodon.ops.backend import backend_for
+from megalodon.ops.compiled.tables import KINDS, Gate
 
 CACHEFUL = 1 << 17
 """Elements of each tensor that are worked on together on a CPU."""
@@ -45,6 +50,41 @@ class _SiluProduct(torch.autograd.Function):
         return da, db
 
 
+class _Compiled(torch.autograd.Function):
+    """The same through `ops.compiled.gates`."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        out = torch.empty_like(a)
+        _run("gates.forward", a=a, b=b, out=out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        a, b = ctx.saved_tensors
+        da, db = torch.empty_like(a), torch.empty_like(b)
+        _run("gates.backward", a=a, b=b, grad=grad.contiguous(), da=da, out=db)
+        return da, db
+
+
+def _run(name: str, **tensors: Tensor) -> None:
+    kernel, a = compiled.kernel(name), tensors["a"]
+    assert kernel is not None, "`_compiles` has asked for it"
+    table = np.zeros(len(Gate), np.int64)
+    table[Gate.size], table[Gate.kind] = a.numel(), KINDS[a.dtype]
+    for field, tensor in tensors.items():
+        table[getattr(Gate, field)] = tensor.data_ptr()
+    kernel(table, a.numel())
+
+
+def _compiles(a: Tensor, b: Tensor) -> bool:
+    if backend_for(a.device, a.dtype)[0] != "numba" or a.device.type != "cpu":
+        return False
+    return all(compiled.kernel(f"gates.{way}") is not None for way in ("forward", "backward"))
+
+
 def silu_product(a: Tensor, b: Tensor) -> Tensor:
     """`silu(a) * b`, element by element.
 
@@ -62,5 +102,8 @@ def silu_product(a: Tensor, b: Tensor) -> Tensor:
     in_cache = a.numel() <= CACHEFUL and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
     if in_cache or torch.compiler.is_compiling():  # the compiler fuses better than tiles do
         return F.silu(a) * b
+    if _compiles(a, b):
+        result: Tensor = _Compiled.apply(a.contiguous(), b.contiguous())
+        return result
     rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (a, b))
     return _SiluProduct.apply(*rows).view(a.shape)

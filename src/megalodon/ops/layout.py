@@ -487,6 +487,13 @@ def layout_of(
     )
 
 
+def document_numbers(layout: Layout) -> Tensor:
+    """int64 [B, L]: the number of each token's document in its row; padding is one of its own."""
+    starts = np.zeros((layout.batch, layout.length), dtype=np.int64) if layout.starts is None else layout.starts
+    number = np.where(np.arange(layout.length) < layout.lengths[:, None], starts.cumsum(axis=1), -1)
+    return torch.from_numpy(number).to(layout.device)
+
+
 def _whole_numbers(
     name: str, values: Sequence[int] | Tensor | np.ndarray | None, batch: int, default: int
 ) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +13,10 @@ from megalodon.models.layers.chunk_attention import GatedChunkAttention
 from megalodon.models.layers.memory_block import LayerState, MemoryBlock
 from megalodon.models.layers.norms import LayerNorm, RMSNorm
 from megalodon.models.layers.open_chunk import OpenChunk
+from megalodon.models.layers.timestep_decay_norm import DecayedMoments, TimestepDecayNorm
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.layers.window import Window
+from megalodon.models.layers.window_attention import Found, GatedWindowAttention, Queries
 from megalodon.ops.layout import Layout
 from megalodon.parallel import tensor
 from megalodon.parallel.chunk import (
@@ -23,6 +27,7 @@ from megalodon.parallel.chunk import (
 )
 from megalodon.parallel.collectives import Group, gather_last, scatter_last
 from megalodon.parallel.spans import SpanLayout
+from megalodon.parallel.window import timestep_decay_norm_over_spans, window_attention_over_spans
 
 
 @dataclass(frozen=True)
@@ -46,18 +51,37 @@ class ParallelTimestepNorm(TimestepNorm):
             return timestep_norm_over_spans(self, x, moments, layout, self.axes.chunk)
 
 
+class ParallelTimestepDecayNorm(TimestepDecayNorm):
+    """`TimestepDecayNorm` of this rank's groups and span."""
+
+    axes: Axes
+
+    def forward(self, x: Tensor, moments: DecayedMoments | None, layout: Layout) -> tuple[Tensor, DecayedMoments]:
+        with tensor.local_parameters(self):
+            if self.axes.chunk is None:
+                return super().forward(x, moments, layout)
+            assert isinstance(layout, SpanLayout)
+            return timestep_decay_norm_over_spans(self, x, moments, layout, self.axes.chunk)
+
+
 class ParallelAttention(GatedChunkAttention):
     """`GatedChunkAttention` of this rank's heads and span."""
 
     axes: Axes
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, open_chunk: OpenChunk | None, layout: Layout, use_cache: bool
+        self,
+        queries: tuple[Tensor, Tensor],
+        v: Tensor,
+        open_chunk: OpenChunk | None,
+        layout: Layout,
+        use_cache: bool,
     ) -> tuple[Tensor, OpenChunk | None]:
         group = self.axes.chunk
         if group is None:
-            return super().attend(q, k, v, open_chunk, layout, use_cache)
+            return super().attend(queries, v, open_chunk, layout, use_cache)
         assert isinstance(layout, SpanLayout)
+        q, k = queries
         after = open_chunk_after(k, v, open_chunk, layout, group) if use_cache else None
         prefix_k, prefix_v, v = attention_prefix(k, v, open_chunk, layout, group)
         out = ops.chunk_attention(
@@ -74,13 +98,29 @@ class ParallelAttention(GatedChunkAttention):
         return out, after
 
 
+class ParallelWindowAttention(GatedWindowAttention):
+    """`GatedWindowAttention` of this rank's heads and span."""
+
+    axes: Axes
+
+    def attend(
+        self, queries: Queries, v: Tensor, window: Window | None, layout: Layout, use_cache: bool
+    ) -> tuple[Found, Window | None]:
+        group = self.axes.chunk
+        if group is None:
+            return super().attend(queries, v, window, layout, use_cache)
+        assert isinstance(layout, SpanLayout)
+        dropout = self.attention_dropout if self.training else 0.0
+        return window_attention_over_spans(queries, v, window, layout, group, use_cache, dropout, self.dropkey)
+
+
 class ParallelBlock(MemoryBlock):
     """`MemoryBlock` on a mesh with a tensor or a chunk axis: the residual stream is [B, l, D / T]."""
 
     axes: Axes
 
     def forward(
-        self, x: Tensor, state: LayerState | None, turns: Tensor, layout: Layout, use_cache: bool
+        self, x: Tensor, state: LayerState | None, turns: Any, layout: Layout, use_cache: bool
     ) -> tuple[Tensor, LayerState | None]:
         n, moments = self.timestep_norm(x, None if state is None else state.moments, layout)
         m, v, h = self._memory_and_values(n, None if state is None else state.cema, layout)
@@ -106,16 +146,15 @@ class ParallelBlock(MemoryBlock):
         return gather_last(m, axes.tensor), v, h
 
     def _attention(
-        self, m: Tensor, v: Tensor, turns: Tensor, open_chunk: OpenChunk | None, layout: Layout, use_cache: bool
-    ) -> tuple[Tensor, OpenChunk | None]:
-        """`GatedChunkAttention.forward`, given the values; gives this rank's channels [B, l, D / T]."""
+        self, m: Tensor, v: Tensor, turns: Any, memory: Any, layout: Layout, use_cache: bool
+    ) -> tuple[Tensor, Any]:
+        """The attention's `forward`, given the values; gives this rank's channels [B, l, D / T]."""
         attention = self.attention
         with tensor.local_parameters(attention):
-            q, k = attention.queries_and_keys(m, turns)
-        o, open_chunk = attention.attend(q, k, v, open_chunk, layout, use_cache)
-        r = attention.r_proj(m)
-        gated = F.dropout(ops.silu_product(r, o.flatten(-2).to(r.dtype)), self.hidden_dropout, self.training)
-        return attention.h_proj(m) + scatter_last(attention.o_proj(gated), self.axes.tensor), open_chunk
+            queries = attention.queries(m, turns)
+        found, memory = attention.attend(queries, v, memory, layout, use_cache)
+        gated = attention.gated(attention.r_proj(m), found)
+        return attention.h_proj(m) + scatter_last(attention.o_proj(gated), self.axes.tensor), memory
 
     def _feed_forward(self, y: Tensor) -> Tensor:
         """`FeedForward.forward` of this rank's channels and hidden units."""
@@ -132,22 +171,32 @@ def _norm(norm: RMSNorm | LayerNorm, x: Tensor, group: Group | None) -> Tensor:
     if group is None:
         return norm(x)
     with tensor.local_parameters(norm):
+        if norm.groups > 1:  # whole groups on each rank
+            return norm(x)
         return tensor.rms_norm(norm, x, group) if isinstance(norm, RMSNorm) else tensor.layer_norm(norm, x, group)
 
 
 def parallelize_blocks(root: nn.Module, axes: Axes) -> None:
     """Turn a model's plain blocks and norms into parallel ones, in place; parameters stay as they are."""
-    ranks = 1 if axes.tensor is None else axes.tensor.size()
-    kinds: dict[type[nn.Module], type[nn.Module]] = {
-        TimestepNorm: ParallelTimestepNorm,
-        GatedChunkAttention: ParallelAttention,
-    }
+    ranks, rank = (1, 0) if axes.tensor is None else (axes.tensor.size(), axes.tensor.rank())
     for module in root.modules():
-        kind = ParallelBlock if isinstance(module, MemoryBlock) else kinds.get(type(module))
+        kind = ParallelBlock if isinstance(module, MemoryBlock) else _KINDS.get(type(module))
         if kind is not None:
             module.__class__ = kind
             module.axes = axes  # type: ignore[assignment]  # a type checker takes a module's attributes for modules
-        if isinstance(module, TimestepNorm):
+        if isinstance(module, TimestepNorm | TimestepDecayNorm):
             module.num_groups //= ranks
-        if isinstance(module, GatedChunkAttention):
+        if isinstance(module, RMSNorm | LayerNorm) and module.groups > 1:
+            module.groups //= ranks
+        if isinstance(module, GatedChunkAttention | GatedWindowAttention):
             module.num_heads //= ranks
+        if isinstance(module, GatedWindowAttention):  # the first heads of all are rotated
+            module.rotated_heads = min(max(module.rotated_heads - rank * module.num_heads, 0), module.num_heads)
+
+
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    TimestepNorm: ParallelTimestepNorm,
+    TimestepDecayNorm: ParallelTimestepDecayNorm,
+    GatedChunkAttention: ParallelAttention,
+    GatedWindowAttention: ParallelWindowAttention,
+}

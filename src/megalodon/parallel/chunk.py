@@ -15,7 +15,7 @@ of what all ranks have gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -195,30 +195,74 @@ def windows(k: Tensor, v: Tensor, spans: Spans, ranks: list[int], group: Group) 
     return keys, values.to(v.dtype)
 
 
+def tokens_before(
+    reach: Reach,
+    back: np.ndarray,
+    width: int,
+    window: tuple[Tensor, Tensor],
+    carried: Sequence[tuple[Tensor, Tensor, np.ndarray]],
+    layout: SpanLayout,
+) -> OpenChunk:
+    """Keys and values of `width` tokens from `back` tokens before a token on: the window's, and those that the batch
+    before left.
+
+    Args:
+        back: int64 [B]; tokens that lie between the first one wanted and the token of `reach`.
+        window: keys and values [B, w, H, .] of the row's last w tokens before the token of `reach`.
+        carried: what the batch before left, in order of time: keys and values, and how many of them each row has.
+    """
+    in_window = window[0].shape[1]
+    token = reach.at - back[:, None] + np.arange(width)  # the row's token in each place; negative: of the batch before
+    widths = [keys.shape[1] for keys, _, _ in carried]
+    place = sum(widths) + token - (reach.at - in_window)
+    after = np.zeros(layout.spans.batch, dtype=np.int64)  # tokens of the later parts
+    for number in reversed(range(len(carried))):
+        count, offset = carried[number][2], sum(widths[:number])
+        own = (token < -after[:, None]) & (token >= -(after + count)[:, None])
+        place = np.where(own, offset + token + (after + count)[:, None], place)
+        after = after + count
+    index = layout.tensor(place.clip(0, max(sum(widths) + in_window - 1, 0)))  # places of no token are not read
+
+    def pick(new: Tensor, old: list[Tensor]) -> Tensor:
+        whole = torch.cat([*(part.to(new.dtype) for part in old), new], dim=1) if sum(widths) else new
+        return whole.gather(1, index[..., None, None].expand(-1, -1, *new.shape[2:]))
+
+    return OpenChunk(
+        pick(window[0], [keys for keys, _, _ in carried]), pick(window[1], [values for _, values, _ in carried])
+    )
+
+
 def open_chunk_at(
     reach: Reach, window: tuple[Tensor, Tensor], carried: OpenChunk | None, layout: SpanLayout
 ) -> OpenChunk:
     """The chunk that is open before a token: the window's part of it, after what the batch before left of it."""
     spans = layout.spans
     left = reach.position % spans.chunk_size  # tokens of the open chunk, by row
-    width = int(left.max(initial=0))
-    cached = np.zeros(spans.batch, dtype=np.int64)
+    parts = []
     if carried is not None:
-        cached = spans.positions % spans.chunk_size
-    cached_width = int(cached.max(initial=0))
-    in_window = window[0].shape[1]
-    token = reach.at - left[:, None] + np.arange(width)  # the row's token in each place; negative: of the batch before
-    place = np.where(token < 0, cached[:, None] + token, cached_width + token - (reach.at - in_window))
-    index = layout.tensor(place.clip(0, max(cached_width + in_window - 1, 0)))  # places beyond a row's own are not read
+        count = spans.positions % spans.chunk_size
+        width = int(count.max(initial=0))
+        parts = [(carried.keys[:, :width], carried.values[:, :width], count)]
+    return tokens_before(reach, left, int(left.max(initial=0)), window, parts, layout)
 
-    def pick(new: Tensor, old: Tensor | None) -> Tensor:
-        if old is not None and cached_width:
-            new = torch.cat([old[:, :cached_width].to(new.dtype), new], dim=1)
-        index_ = index[..., None, None].expand(-1, -1, *new.shape[2:])
-        return new.gather(1, index_)
 
-    keys, values = (None, None) if carried is None else carried
-    return OpenChunk(pick(window[0], keys), pick(window[1], values))
+def own_window(k: Tensor, v: Tensor, spans: Spans, group: Group) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """((keys, values) [B, w, H, .] of this rank's window, v): all ranks' windows are exchanged at once, where any has
+    one."""
+    ranks = list(range(spans.ranks))
+    if not any(spans.window(rank)[0] < spans.window(rank)[1] for rank in ranks):  # known to all ranks alike
+        return (k[:, :0], v[:, :0]), v
+    window = windows(k, v, spans, ranks, group)
+    # Others may have asked for this rank's keys: for their gradients to come back, its graph needs the exchange.
+    return window, v + window[1].sum() * 0
+
+
+def last_window(k: Tensor, v: Tensor, spans: Spans, group: Group) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, w, H, .] of the row's last window, on every rank."""
+    first, last = spans.window(spans.ranks)
+    if first == last:
+        return k[:, :0], v[:, :0]
+    return windows(k, v, spans, [spans.ranks] * spans.ranks, group)
 
 
 def attention_prefix(
@@ -226,12 +270,7 @@ def attention_prefix(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Keys and values [B, n, H, .] of the chunk that is open before this rank's span (None where none is), and v."""
     spans = layout.spans
-    ranks = list(range(spans.ranks))
-    window = (k[:, :0], v[:, :0])
-    if any(spans.window(rank)[0] < spans.window(rank)[1] for rank in ranks):  # known to all ranks alike
-        window = windows(k, v, spans, ranks, group)
-        # Others may have asked for this rank's keys: for their gradients to come back, its graph needs the exchange.
-        v = v + window[1].sum() * 0
+    window, v = own_window(k, v, spans, group)
     if not (spans.start.position % spans.chunk_size).any():
         return None, None, v
     return *open_chunk_at(spans.start, window, carried, layout), v
@@ -239,10 +278,5 @@ def attention_prefix(
 
 def open_chunk_after(k: Tensor, v: Tensor, carried: OpenChunk | None, layout: SpanLayout, group: Group) -> OpenChunk:
     """The chunk that is open after the row, on every rank, without a history."""
-    spans = layout.spans
-    k, v = k.detach(), v.detach()
-    window = (k[:, :0], v[:, :0])
-    first, last = spans.window(spans.ranks)
-    if first < last:
-        window = windows(k, v, spans, [spans.ranks] * spans.ranks, group)
-    return open_chunk_at(spans.end, window, None if carried is None else carried.detach(), layout)
+    window = last_window(k.detach(), v.detach(), layout.spans, group)
+    return open_chunk_at(layout.spans.end, window, None if carried is None else carried.detach(), layout)

@@ -57,6 +57,7 @@ class Spans:
         segment_ids: int [B, L]; a change along L starts a document. None: each row is one.
         positions: int64 [B]; how many tokens of its first document each row has read in earlier batches.
         chunk_size: C.
+        chunks_before: whole chunks before the open one that attention sees.
 
     Raises:
         ValueError: a span is empty.
@@ -69,10 +70,11 @@ class Spans:
         segment_ids: Tensor | None,
         positions: np.ndarray,
         chunk_size: int,
+        chunks_before: int = 0,
     ) -> None:
         if any(end <= begin for begin, end in pairwise(borders)):
             raise ValueError(f"borders={borders}: every chunk rank needs at least one token")
-        self.borders, self.rank, self.chunk_size = borders, rank, chunk_size
+        self.borders, self.rank, self.chunk_size, self.chunks_before = borders, rank, chunk_size, chunks_before
         self.positions = positions
         self.batch, self.length = len(positions), borders[-1]
         self.begins = np.zeros((self.batch, self.length), dtype=np.int64)
@@ -113,6 +115,13 @@ class Spans:
         return self.reach(self.ranks)
 
     @cached_property
+    def restarted(self) -> np.ndarray:
+        """bool [R, B]: whether the document at the end of each span began in it."""
+        ends = np.asarray(self.borders[1:])
+        begins = np.asarray(self.borders[:-1])[:, None]
+        return np.maximum(begins, 1) <= self.begins[:, ends - 1].T
+
+    @cached_property
     def tail_counts(self) -> np.ndarray:
         """int64 [R, B]: tokens of each span that belong to the document at its end."""
         ends = np.asarray(self.borders[1:])
@@ -136,7 +145,8 @@ class Spans:
     def window(self, rank: int) -> tuple[int, int]:
         """The tokens [first, last) of the row whose keys and values a rank's span attends to without having them."""
         reach = self.reach(rank)
-        width = int(np.minimum(reach.position % self.chunk_size, reach.at).max(initial=0))
+        seen = np.minimum(self.chunks_before, reach.position // self.chunk_size) * self.chunk_size
+        width = int(np.minimum(seen + reach.position % self.chunk_size, reach.at).max(initial=0))
         return reach.at - width, reach.at
 
     def overlap(self, source: int, rank: int) -> tuple[int, int]:

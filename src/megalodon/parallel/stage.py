@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from megalodon.models import CausalLM, Config, State
 from megalodon.models.loss import LOGITS_AT_ONCE, sum_in_slices, summed_loss
 from megalodon.ops.layout import Layout, layout_of
+from megalodon.ops.segments import Segments
 from megalodon.parallel import tensor
 from megalodon.parallel.block import Axes
 from megalodon.parallel.collectives import gather_last
@@ -104,14 +105,18 @@ class Stage(nn.Module):
         """The layout of this rank's span, and the span."""
         batch, length = rows.input_ids.shape
         positions = np.zeros(batch, dtype=np.int64) if rows.state is None else rows.state.position.numpy()
-        size, device = self.config.chunk_size, rows.input_ids.device
+        size: Any = getattr(self.config, "chunk_size", None)
+        device = rows.input_ids.device
         if self.axes.chunk is None:
             layout = layout_of(
                 batch, length, device, segment_ids=rows.segment_ids, positions=positions, chunk_size=size
             )
+            bos = self.kind.segment_starts(self.config, rows.input_ids)
+            if bos is not None:
+                layout.segments = Segments(bos, layout, None if rows.state is None else rows.state.bos_places)
             return layout, slice(None)
         borders = default_borders(length, self.axes.chunk.size())
-        spans = Spans(borders, self.chunk_rank, rows.segment_ids, positions, size)
+        spans = Spans(borders, self.chunk_rank, rows.segment_ids, positions, size, self.config.chunks_before)
         return SpanLayout(spans, rows.segment_ids, device), spans.own
 
     def _embed(self, ids: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import uvicorn
 from megalodon.inference.engine import PIECE, Engine
 from megalodon.inference.loading import load_model, load_tokenizer_for, torch_dtype
 from megalodon.inference.prefix_cache import PrefixStore
+from megalodon.models.storage import Storage
 from megalodon.serving.app import create_app
 from megalodon.serving.protocol import PacedProtocol
 from megalodon.serving.settings import Settings
@@ -36,6 +37,7 @@ class EngineOptions:
     prefix_folder: Path | None = None
     prefix_disk: int = 10 * 2**30
     share_prefixes: bool = False
+    context_storage: Storage = "exact"
 
     def engine(self) -> Engine:
         """Load the model and make the engine.
@@ -50,7 +52,9 @@ class EngineOptions:
             return PrefixStore(identity, self.prefix_memory, self.prefix_folder, self.prefix_disk)
 
         made = prefixes if self.prefix_memory else None
-        return Engine(model, tokenizer, self.slots, self.queue, self.piece, made, self.share_prefixes)
+        return Engine(
+            model, tokenizer, self.slots, self.queue, self.piece, made, self.share_prefixes, self.context_storage
+        )
 
 
 class EndingServer(uvicorn.Server):

@@ -12,10 +12,17 @@ from pydantic import BaseModel, Field, create_model, field_validator
 from megalodon.training.checkpoint import ResumeMode
 from megalodon.training.data_section import DataSection, data_problems
 from megalodon.training.mesh_section import MeshSection
-from megalodon.training.model_section import DEFAULT_ARCHITECTURE, ModelSection, model_problems, model_section
+from megalodon.training.model_section import (
+    DEFAULT_ARCHITECTURE,
+    ModelSection,
+    model_problems,
+    model_section,
+    streaming_problems,
+)
 from megalodon.training.optimizer import OptimizerConfig, optimizer_problems
 from megalodon.training.schedule import ScheduleConfig, length_change, schedule_problems
 from megalodon.training.section import CHANGEABLE, Section, changeable
+from megalodon.training.trackers import TrackingSection
 
 
 class RunConfig(Section):
@@ -84,6 +91,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
+    tracking: TrackingSection = TrackingSection()
 
 
 @cache
@@ -99,6 +107,7 @@ def contradictions(config: TrainConfig) -> list[str]:
     """What is wrong with the values taken together, one sentence each, naming the key; empty when all is well."""
     problems = [
         *model_problems(config.model),
+        *streaming_problems(config.model, config.data.mode),
         *data_problems(config.data),
         *optimizer_problems(config.optimizer),
         *schedule_problems(config.schedule, config.run.steps),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,10 +23,11 @@ from megalodon.training.model_section import count_parameters, make_model, resol
 from megalodon.training.optimizer import build_optimizer
 from megalodon.training.processes import under_torchrun
 from megalodon.training.progress import Display, make_display
-from megalodon.training.records import Records
+from megalodon.training.records import records_of
 from megalodon.training.run_folder import RunFolder
 from megalodon.training.snapshot import seed_everything
-from megalodon.training.throughput import MATRIX_SIZE, measure_peak_flops, training_flops_per_token
+from megalodon.training.throughput import MATRIX_SIZE, measure_peak_flops, neighbours, training_flops_per_token
+from megalodon.training.trackers import require_libraries
 from megalodon.training.trainer import Parts, Trainer
 
 
@@ -54,6 +54,7 @@ def resolve(config: TrainConfig, name: str) -> Resolved:
         spec = "bytes" if config.model.init_from is None else str(model_folder(Path(config.model.init_from)))
     tokenizer = load_tokenizer(spec)
     model_config = resolve_model(config.model, tokenizer)
+    require_libraries(config.tracking)
     if config.model.init_from is not None:
         _require_own_tokenizer(tokenizer, config.model.init_from)
     changes = {
@@ -105,7 +106,7 @@ def train(resolved: Resolved, display: Display | None = None) -> StopRequest:
         checkpoint = find_checkpoint(config, folder, display.say)
         texts = prepare(config, resolved.tokenizer, display)
         parts = build_parts(resolved, texts, device)
-        trainer = Trainer(config, folder, parts, display, partial(Records, folder))
+        trainer = Trainer(config, folder, parts, display, records_of(config, folder))
         display.say(introduction(resolved, parts, folder))
         if checkpoint is not None:
             trainer.restore(checkpoint)
@@ -116,7 +117,7 @@ def train(resolved: Resolved, display: Display | None = None) -> StopRequest:
         return stop
     except OSError as error:
         if is_full(error):
-            raise _full_disk(error, folder) from error
+            raise full_disk(error, folder) from error
         raise
     finally:
         lock.release()
@@ -128,7 +129,7 @@ def has_sharded_checkpoints(folder: RunFolder) -> bool:
     return bool(found) and is_sharded(found[-1])
 
 
-def _full_disk(error: OSError, folder: RunFolder) -> OSError:
+def full_disk(error: OSError, folder: RunFolder) -> OSError:
     """The error with what is left of the run and how to go on."""
     kept = list_checkpoints(folder.checkpoints)
     place = f"from {kept[-1].name}, which is whole" if kept else "from the start"
@@ -208,9 +209,10 @@ def compile_blocks(model: CausalLM) -> None:
 
 def introduction(resolved: Resolved, parts: Parts, folder: RunFolder) -> str:
     run = resolved.config.run
+    beside = neighbours() if parts.device.type == "cpu" else None
     return (
         f"model: {count_parameters(resolved.model_config):,} parameters on {parts.device}, {run.precision}\n"
         f"peak: {parts.peak_flops / 1e9:,.0f} GFLOP/s, measured with {run.precision} matrix products of {MATRIX_SIZE}; "
         f"a token's training takes {parts.flops_per_token / 1e9:.3g} GFLOP\n"
-        f"run: {run.steps:,} steps, kept in {folder.path}"
+        f"run: {run.steps:,} steps, kept in {folder.path}" + (f"\n{beside}" if beside else "")
     )

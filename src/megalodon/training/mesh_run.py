@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megalodon.files import write_text
+from megalodon.files import is_full, write_text
 from megalodon.inference import choose_device
 from megalodon.inference.loading import model_folder
 from megalodon.parallel import Mesh, ParallelModel, mesh_problems
@@ -26,7 +25,7 @@ from megalodon.training.mesh_trainer import AgreedStop, MeshTrainer, on_rank_0
 from megalodon.training.optimizer import build_optimizer
 from megalodon.training.processes import Processes, QuietExit, versions
 from megalodon.training.progress import Display, LineDisplay, make_display
-from megalodon.training.records import Records
+from megalodon.training.records import records_of
 from megalodon.training.run_folder import RunFolder
 from megalodon.training.snapshot import seed_everything
 from megalodon.training.throughput import measure_peak_flops, training_flops_per_token
@@ -134,7 +133,7 @@ def _run(resolved: launch.Resolved, processes: Processes, device: torch.device, 
         parts, model = _build(resolved, texts, device, processes)
         if checkpoint is None:
             processes.together(lambda: _fill(model, resolved))
-        records: Any = partial(Records, folder) if processes.rank == 0 else lambda step: NoRecords()
+        records: Any = records_of(config, folder) if processes.rank == 0 else lambda step: NoRecords()
         trainer = MeshTrainer(processes, model, config, folder, parts, display, records)
         display.say(f"mesh: {config.mesh.sizes}, {processes.world_size} processes")
         display.say(launch.introduction(resolved, parts, folder))
@@ -146,6 +145,10 @@ def _run(resolved: launch.Resolved, processes: Processes, device: torch.device, 
         with display, stop:
             trainer.train(stop)
         return _common(stop)
+    except OSError as error:
+        if is_full(error):
+            raise launch.full_disk(error, folder) from error
+        raise
     finally:
         if lock is not None:
             lock.release()

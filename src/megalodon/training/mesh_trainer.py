@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -221,9 +223,19 @@ class MeshTrainer(Trainer):
             except OSError:
                 raise
             except (Exception, CheckpointException) as error:
-                raise OSError(errno.EIO, f"cannot save a checkpoint: {error}", str(self.folder.checkpoints)) from error
+                raise self._not_saved(error) from error
 
         self.processes.together(ended)
+
+    def _not_saved(self, error: BaseException) -> OSError:
+        """What went wrong with a save, in one line; the library's own text has every rank's traceback in it."""
+        code = re.search(r"\[Errno (\d+)\]", str(error))
+        number = int(code[1]) if code else errno.EIO
+        if code is None and shutil.disk_usage(self.folder.path).free < MARGIN:
+            number = errno.ENOSPC  # its writer of tensors has other words for it
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = os.strerror(number) if number != errno.EIO else (lines[-1] if lines else type(error).__name__)
+        return OSError(number, f"cannot save a checkpoint: {reason}", str(self.folder.checkpoints))
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of any mesh, which was verified."""

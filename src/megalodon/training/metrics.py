@@ -60,6 +60,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def last_step(path: Path) -> int:
+    """The last step that a JSON-lines file has a record of; -1 where there is none."""
+    return max((record["step"] for record in read_lines(path)), default=-1) if path.exists() else -1
+
+
 class MetricsLog:
     """`metrics.jsonl` and TensorBoard's events in the run's folder: the same numbers, step by step."""
 

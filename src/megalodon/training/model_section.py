@@ -20,7 +20,7 @@ from megalodon.training.wording import nearest
 
 DEFAULT_ARCHITECTURE = next(iter(ARCHITECTURES))
 # Follow from the tokenizer, and are no affair of a training config.
-NOT_IN_CONFIG = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
+NOT_IN_CONFIG = ("use_cache", "pad_token_id", "eos_token_id")
 
 
 class _Origin(Section):
@@ -110,6 +110,16 @@ def model_problems(section: Any) -> list[str]:
     except (ValueError, OSError) as error:
         return [f"model.{error}"]
     return []
+
+
+def streaming_problems(section: Any, mode: str) -> list[str]:
+    """What speaks against streaming rows through the section's model; empty where they are packed, or all is well."""
+    if mode != "streamed" or model_problems(section):
+        return []
+    fine_tuned = section.init_from is not None
+    config = _config_to_fine_tune(section) if fine_tuned else _config_class(section)(**_fields_of(section))
+    problem = config.streaming_problem()
+    return [] if problem is None else [f"data.mode: {problem}"]
 
 
 def _fields_of(section: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "based": {"feature_dim": 4},
     "feedforward_kernel": {},
     "gated_delta": {},
+    "gecko": {"chunk_size": 8, "cema_ndim": 4},
     "gla": {"gate_rank": 4},
     "h3": {"state_size": 8, "head_dim": 2},
     "hax": {"state_size": 4, "keys": 8, "bits": 2},

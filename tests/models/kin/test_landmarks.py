@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from megalodon.convert import mixer_from_reference
 from megalodon.models.kin.mixers.attamba import Attamba, ChunkStateSpace
 from megalodon.models.kin.mixers.mamba import mamba_options
 from megalodon.models.kin.mixers.scout import Scout
+from megalodon.models.kin.mixers.sliding_attention import SlidingAttention
+from megalodon.ops import Layout
 
 
 def scout_model(vectors: Golden, variant: str) -> KinForCausalLM:
@@ -50,6 +53,27 @@ def scout_model(vectors: Golden, variant: str) -> KinForCausalLM:
     model.model.final_norm.weight = torch.nn.Parameter(state_dict["model.norm.weight"])
     model.lm_head.weight = torch.nn.Parameter(state_dict["lm_head.weight"])
     return model
+
+
+@pytest.mark.parametrize("reading", ["as_described", "as_written"])
+def test_golden_scout_over_sliding_attention(shared: Path, reading: str) -> None:
+    """As described: the mixer. As written: its local attention without window and mask, the future included."""
+    vectors = whole_file(shared, "scout")
+    model, tokens = scout_model(vectors, "swa"), vectors.tensors["tokens"]
+    expected = vectors.tensors[f"swa.{reading}.logits"]
+    if reading == "as_written":
+        assert relative(model(tokens).logits, expected) > 1e-1
+        for block in model.model.layers:
+            block.mixer.local.forward = partial(attend_to_all, block.mixer.local)
+    assert relative(model(tokens).logits, expected) < 1e-5
+
+
+def attend_to_all(local: SlidingAttention, x: Tensor, memory: None, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """What the published multi-token path computes in place of sliding attention."""
+    q, k, v = local.queries_keys_values(x, layout, rotated=True)
+    every = torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool)
+    y = ops.sparse_attention(q, k, v, every, scale=local.head_dim**-0.5)
+    return local.o_proj(y.flatten(-2)), memory
 
 
 def scout_name(ours: str) -> str:

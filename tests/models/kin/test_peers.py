@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from kin_cases import relative
+from kin_cases import relative, whole_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalodon import KinConfig, KinForCausalLM
 from megalodon.convert import kin_from_transformers, kin_to_transformers, mixer_from_reference
-from megalodon.convert.peers import kin_from_peer
+from megalodon.convert.peers import _renamed, kin_from_peer, peer_of
 from megalodon.ops import Layout
 
 LLAMA = {
@@ -20,6 +22,8 @@ LLAMA = {
     "num_key_value_heads": 2,
     "intermediate_size": 80,
 }
+
+MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 
 
 def moved(model):
@@ -36,6 +40,13 @@ def moved(model):
         ("llama", LLAMA),
         ("llama", {**LLAMA, "attention_bias": True, "tie_word_embeddings": True, "head_dim": 8}),
         ("llama", {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+        ("mamba", MAMBA),
+        (
+            "mamba",
+            {**MAMBA, "use_bias": True, "use_conv_bias": False, "time_step_rank": 3, "tie_word_embeddings": True},
+        ),
+        ("mamba2", {**MAMBA, "head_dim": 8, "num_heads": 8}),
+        ("mamba2", {**MAMBA, "head_dim": 8, "num_heads": 8, "n_groups": 2, "time_step_limit": (0.01, 0.5)}),
     ],
 )
 @torch.no_grad()
@@ -122,3 +133,27 @@ def test_gated_delta_is_qwen3_nexts(key_heads: int, value_heads: int) -> None:
     assert relative(actual, expected) < 1e-5
     gradients = [torch.autograd.grad(out, x, upstream)[0] for out in (actual, expected)]
     assert relative(*gradients) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_golden_language_models(shared: Path, name: str) -> None:
+    vectors = whole_file(shared, name)
+    config = {**vectors.config["lm_config"], "model_type": name}
+    model, tokens = kin_from_peer(config, vectors.named("lm.param.")), vectors.tensors["lm.tokens"]
+    out = model(tokens, labels=tokens)
+    assert relative(out.logits, vectors.tensors["lm.logits"]) < 1e-5
+    assert relative(out.loss, vectors.tensors["lm.loss"]) < 1e-5
+    out.loss.backward()
+    theirs = {_renamed(key, peer_of(name), 1): parameter.grad for key, parameter in model.named_parameters()}
+    expected = vectors.named("lm.grad.")
+    assert set(theirs) == set(expected)
+    for key, gradient in expected.items():
+        assert relative(theirs[key], gradient) < 1e-4, key
+
+
+def test_what_a_mamba_of_transformers_does_not_have_is_named() -> None:
+    with pytest.raises(ValueError, match="ffn_hidden_dim=176"):
+        config = KinConfig(mixers="mamba", num_layers=1, model_dim=64, num_heads=4, vocab_size=97)
+        kin_to_transformers(KinForCausalLM(config), "mamba")
+    with pytest.raises(ValueError, match="num_heads=24 is not reproduced"):
+        kin_from_peer({**MAMBA, "model_type": "mamba2", "num_heads": 24, "head_dim": 8, "expand": 2}, {})

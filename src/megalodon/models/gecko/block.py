@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from megalodon.models.gecko.attention import GatedWindowAttention
 from megalodon.models.gecko.cema import GeckoCEMA
 from megalodon.models.gecko.config import GeckoConfig
 from megalodon.models.layers.feed_forward import FeedForward
 from megalodon.models.layers.memory_block import MemoryBlock
 from megalodon.models.layers.norms import RMSNorm
 from megalodon.models.layers.timestep_decay_norm import TimestepDecayNorm
+from megalodon.models.layers.window_attention import GatedWindowAttention
 
 
 def norm_over_time(config: GeckoConfig) -> TimestepDecayNorm:

@@ -59,6 +59,6 @@ class GeckoCEMA(FullPrecision):
         """x [B, L, D] and h complex [B, D, N] -> (y [B, L, D], h after it)."""
         with torch.autocast(x.device.type, enabled=False):
             p, q, gamma = self.coefficients()
-        if layout.segments is not None:
-            layout, state = layout.segments.by_segment, layout.segments.forgotten(state)
+        if (segments := layout.segments) is not None:
+            layout, state = segments.by_segment, segments.forgotten(state)
         return ops.cema(x, p, q, gamma, self.omega, state, layout=layout, kept=self.kept)

@@ -79,6 +79,7 @@ class GeckoConfig(Config):
         *("chunk_size", "rope_base", "num_rope_heads", "norm_beta1", "norm_beta2", "multi_segments", "bos_token_id"),
         *("dropout", "hidden_dropout", "attention_dropout", "attention_dropout_mode"),
     )
+    chunks_before = 1
     width_fields: ClassVar[dict[str, int]] = {
         "model_dim": 64,
         "z_dim": 32,
@@ -132,15 +133,16 @@ class GeckoConfig(Config):
         self.require_divisible(("model_dim", "layernorm_num_groups"))
         if self.norm_num_groups >= self.model_dim:
             raise ValueError(
-                f"norm_num_groups={self.norm_num_groups}: it must be smaller than model_dim={self.model_dim}, because a "
-                "group of one feature has no variance"
+                f"norm_num_groups={self.norm_num_groups}: it must be smaller than model_dim={self.model_dim}, "
+                "because a group of one feature has no variance"
             )
         for name in ("norm_beta1", "norm_beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must lie between 0 and 1")
         if self.num_rope_heads is not None and not 0 <= self.num_rope_heads <= self.num_heads:
             raise ValueError(
-                f"num_rope_heads={self.num_rope_heads}: it must lie in 0 to num_heads={self.num_heads}, or be None for all"
+                f"num_rope_heads={self.num_rope_heads}: it must be None for all, or lie in 0 to "
+                f"num_heads={self.num_heads}"
             )
         if self.head_dim % 2 and self.rotated_heads:
             raise ValueError(f"z_dim / num_heads = {self.head_dim}: rotary embeddings need it even")
@@ -149,6 +151,20 @@ class GeckoConfig(Config):
         self.require_probabilities("dropout", "hidden_dropout", "attention_dropout")
         self.require_positive_finite("norm_eps", "rope_base")
         self.require_output_size()
+
+    @property
+    def tensor_fields(self) -> tuple[str, ...]:  # type: ignore[override]  # of a class attribute, by the groups of norms
+        own = ("num_heads", "norm_num_groups", "model_dim", "ffn_hidden_dim")
+        return (*own, "layernorm_num_groups") if self.layernorm_num_groups > 1 else own
+
+    @property
+    def chunk_axis(self) -> bool:  # type: ignore[override]  # of a class attribute: BOS tokens are not known across ranks
+        return not self.multi_segments
+
+    def span_summary_bytes(self) -> float:
+        norm, average = 2 * self.norm_num_groups * 8, self.model_dim * self.cema_ndim * 8
+        dim, width = self.head_dim, self.value_head_dim
+        return norm + average + 4 * self.num_heads * dim * (dim + width + 1)  # and what a span does to the memory
 
     def sequence_multiply_adds(self, length: int) -> float:
         chunk = min(self.chunk_size, length)

@@ -7,11 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from megalodon.models.causal_lm import CausalLM, StatefulModel, StatefulPreTrainedModel
-from megalodon.models.gecko.attention import Turns
 from megalodon.models.gecko.block import GeckoBlock, norm_over_time
 from megalodon.models.gecko.config import GeckoConfig
 from megalodon.models.gecko.state import GeckoState
+from megalodon.models.gecko.token_step import TokenStep, generation_starts
 from megalodon.models.layers.timestep_decay_norm import TimestepDecayNorm
+from megalodon.models.layers.window_attention import Turns
+from megalodon.models.state import State
 from megalodon.ops.layout import Layout
 
 
@@ -40,12 +42,22 @@ class GeckoModel(GeckoPreTrainedModel, StatefulModel):
         """The rotations of each token."""
         return (Turns.of(config, layout.chunk_positions),)
 
-    def segment_starts(self, input_ids: Tensor | None) -> Tensor | None:
-        if not self.config.multi_segments:
+    def single_token(self, x: Tensor, state: State | None) -> TokenStep | None:
+        assert state is None or isinstance(state, GeckoState)
+        return TokenStep.of(self, x, state)
+
+    def generation_starts(self) -> None:
+        generation_starts(self)
+
+    @staticmethod
+    def segment_starts(config: GeckoConfig, input_ids: Tensor | None) -> Tensor | None:
+        if not config.multi_segments:
             return None
+        if config.bos_token_id is None:
+            raise ValueError("multi_segments=True needs bos_token_id: segments begin at BOS tokens")
         if input_ids is None:
             raise ValueError("inputs_embeds do not tell BOS tokens, which multi_segments needs: give input_ids")
-        return input_ids == self.config.bos_token_id
+        return input_ids.eq(config.bos_token_id)
 
 
 class GeckoForCausalLM(GeckoPreTrainedModel, CausalLM):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon.models.gecko.window import Window
 from megalodon.models.layers.memory_block import LayerState
 from megalodon.models.layers.timestep_decay_norm import DecayedMoments
+from megalodon.models.layers.window import Window
 from megalodon.models.state import Dimensions, State
 
 
@@ -49,6 +50,8 @@ class GeckoState(State):
     cut_dimensions = MappingProxyType(
         {"mean": 1, "var": 1, "cema": 1, "keys": 2, "values": 2, "memory": 1, "log_mass": 1}
     )
+    compressible = frozenset({"keys", "values", "memory"})
+    wide = frozenset({"memory"})
     layers: tuple[LayerState, ...]
     final: DecayedMoments
     dimensions: GeckoDimensions
@@ -98,6 +101,11 @@ class GeckoState(State):
         if kind in ("memory", "log_mass"):
             return torch.promote_types(activations, torch.float32)
         return super().tensor_dtype(name, activations, statistics)
+
+    @classmethod
+    def nothing(cls, name: str) -> float:
+        kind = name.rsplit(".", 1)[-1]
+        return -math.inf if kind == "log_mass" else -1 if kind.startswith("bos_") else 0
 
     @classmethod
     def layer_bytes(cls, sizes: Any, open_tokens: int = 0, activations: torch.dtype = torch.float32) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
+import torch
 from pydantic import ValidationError
 
 from megalodon.models.config import Config, architecture_config
@@ -167,9 +168,43 @@ class KinConfig(Config):
     @property
     def state_kind(self) -> str:
         """ "none" if a layer cannot be read in pieces, "growing" if one's memory grows, else "constant"."""
+        if self.two_way:
+            return "none"
         layers = map(self.mixer_of, range(self.num_layers))
         kinds = {mixer_class(name).kind_with(parameters) for name, parameters in layers}
         return next((kind for kind in ("none", "growing") if kind in kinds), "constant")
+
+    def sequence_multiply_adds(self, length: int) -> float:
+        layers = [self.mixer_of(layer) for layer in range(self.num_layers)]
+        return sum(mixer_class(name).multiply_adds(self, parameters, length) for name, parameters in layers)
+
+    def streaming_problem(self) -> str | None:
+        if self.two_way:
+            return "two_way=True sees the text before and after each token: use packed batches"
+        layers = [self.mixer_of(layer) for layer in range(self.num_layers)]
+        kinds = [mixer_class(name).kind_with(parameters) for name, parameters in layers]
+        whole = sorted({name for (name, _), kind in zip(layers, kinds, strict=True) if kind == "none"})
+        if whole:
+            return f"{', '.join(whole)} cannot be read in pieces: use packed batches"
+        growing = sorted({name for (name, _), kind in zip(layers, kinds, strict=True) if kind == "growing"})
+        if not growing:
+            return None
+        return (
+            f"the state of {', '.join(growing)} grows by up to {self._growth():,} bytes with each token of each row, "
+            "without end: use packed batches, or a mixer with a window, such as sliding_attention"
+        )
+
+    def _growth(self) -> int:
+        """Bytes that a token in float32 may add to the state of a row, in all layers."""
+        total = 0
+        for layer in range(self.num_layers):
+            name, parameters = self.mixer_of(layer)
+            with torch.device("meta"):
+                memory = mixer_class(name)(self, layer, parameters).empty(0, torch.device("meta"), torch.float32)
+            shapes = {} if memory is None else memory.shapes()
+            places = [[size or 1 for size in shape[2:]] for shape in shapes.values() if -1 in shape]
+            total += sum(4 * math.prod(sizes) for sizes in places)
+        return total
 
 
 def _refusal(mixer: str, kind: type[MixerParameters], error: ValidationError) -> str:

@@ -23,6 +23,11 @@ class KinPreTrainedModel(StatefulPreTrainedModel):
     config: KinConfig
     _no_split_modules = ["KinBlock"]  # noqa: RUF012
 
+    def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
+        """As for Transformers' own models: theirs alone have `_init_weights` called for modules that hold no parameter
+        themselves, as most mixers, which set those of their parts."""
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.init_std
@@ -32,10 +37,14 @@ class KinPreTrainedModel(StatefulPreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, 0.0, std)
-        elif isinstance(module, nn.RMSNorm) and module.weight is not None:
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.weight is not None:
             init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm) and module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, Mixer):
             module.initialise(std)
+        else:
+            super()._init_weights(module)
 
 
 class FinalNorm(nn.RMSNorm):

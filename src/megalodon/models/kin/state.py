@@ -58,6 +58,16 @@ class KinState(State):
         return shapes
 
     @classmethod
+    def empty(cls, config: KinConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Self:
+        sizes = KinDimensions.of(config)
+
+        def zeros(x: Tensor) -> Tensor:
+            return torch.zeros(batch, *x.shape[1:], dtype=x.dtype, device=device)
+
+        layers = [form if form is None else form.made_of(zeros) for form in sizes.memories(dtype)]
+        return cls(layers, None, torch.zeros(batch, dtype=torch.int64), sizes)
+
+    @classmethod
     def layer_from(cls, tensors: Mapping[str, Tensor], sizes: KinDimensions, layer: int) -> Memory | None:
         form = sizes.memories()[layer]
         return None if form is None else form.with_tensors(tensors)

@@ -56,14 +56,15 @@ class GatedChunkAttention(nn.Module):
         Returns:
             (out [B, L, D], the open chunk or None).
         """
-        q, k = self.queries_and_keys(m, turns)
         v = F.silu(self.v_proj(n)).unflatten(-1, (self.num_heads, -1))
-        o, open_chunk = self.attend(q, k, v, open_chunk, layout, use_cache)
-        r = self.r_proj(m)
-        gated = ops.silu_product(r, o.flatten(-2).to(r.dtype))
-        return self.h_proj(m) + self.o_proj(F.dropout(gated, self.hidden_dropout, self.training)), open_chunk
+        o, open_chunk = self.attend(self.queries(m, turns), v, open_chunk, layout, use_cache)
+        return self.h_proj(m) + self.o_proj(self.gated(self.r_proj(m), o)), open_chunk
 
-    def queries_and_keys(self, m: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    def gated(self, r: Tensor, o: Tensor) -> Tensor:
+        """What attention found, o [B, L, H, e], behind the gate r [B, L, V]: [B, L, V], dropped out."""
+        return F.dropout(ops.silu_product(r, o.flatten(-2).to(r.dtype)), self.hidden_dropout, self.training)
+
+    def queries(self, m: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         """m [B, L, D] -> queries and keys, rotated, [B, L, H, d] each (SPEC: q and k share one normalised z)."""
         z = self.z_proj(m).unflatten(-1, (self.num_heads, -1))
         head_dim = z.shape[-1]
@@ -74,9 +75,16 @@ class GatedChunkAttention(nn.Module):
         return ops.rotate(both.flatten(-3, -2), turns).unflatten(-2, (2, self.num_heads)).unbind(-3)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, open_chunk: OpenChunk | None, layout: Layout, use_cache: bool
+        self,
+        queries: tuple[Tensor, Tensor],
+        v: Tensor,
+        open_chunk: OpenChunk | None,
+        layout: Layout,
+        use_cache: bool,
     ) -> tuple[Tensor, OpenChunk | None]:
-        """Attention of q, k [B, L, H, d] and v [B, L, H, e] inside chunks -> ([B, L, H, e], the open chunk or None)."""
+        """Attention inside chunks of q, k [B, L, H, d] of `queries` and v [B, L, H, e] -> ([B, L, H, e], the open chunk
+        or None)."""
+        q, k = queries
         dropout = self.attention_dropout if self.training else 0.0
         if use_cache and layout.fits_open_chunk:
             open_chunk = OpenChunk.append(open_chunk, k, v, layout)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megalodon.models.layers.int8 import Int8Linear
 from megalodon.models.layers.watch import is_forwarded_as_written
 from megalodon.ops import compiled
 from megalodon.ops.backend import backend_for
@@ -16,14 +17,20 @@ from megalodon.ops.compiled.tables import Product
 
 PRODUCT = "step.matrix"
 
+LINEAR = (nn.Linear, Int8Linear)
+"""Layers whose weights kernels can read."""
+
 
 def weight_kind(layers: Iterable[nn.Module]) -> int | None:
     """How kernels are told of these layers' weights; None where they cannot read them: all plain, in one dtype."""
     dtypes = set()
     for layer in layers:
-        if not isinstance(layer, nn.Linear) or not is_forwarded_as_written(layer, (nn.Linear,)):
+        if not isinstance(layer, LINEAR) or not is_forwarded_as_written(layer, LINEAR):
             return None
-        if layer.weight.device.type != "cpu" or not layer.weight.is_contiguous():
+        weight = layer.weight
+        if type(weight) not in (nn.Parameter, Tensor):  # another library's, that stands for numbers elsewhere
+            return None
+        if weight.device.type != "cpu" or weight.layout is not torch.strided or not weight.is_contiguous():
             return None
         dtypes.add(layer.weight.dtype)
     return tables.KINDS.get(dtypes.pop()) if len(dtypes) == 1 else None
@@ -39,17 +46,19 @@ def can_fuse(layers: Iterable[nn.Module], dtype: torch.dtype, kernel: str) -> bo
 class FusedProduct:
     """`x @ layer.weight.T + layer.bias` of a few rows, the weights read where they lie."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear | Int8Linear) -> None:
         """Of what `can_fuse` has looked at."""
         kind, address = weight_kind([layer]), compiled.address(PRODUCT)
         assert kind is not None and address is not None
-        self._kernel, self._width = address, len(layer.weight)
+        self._kernel, self._width = threads.Kernel(address), len(layer.weight)
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach().float()
-        self._alive = (weight, bias)
+        scale = layer.scale.detach().float() if isinstance(layer, Int8Linear) else None
+        self._alive = (weight, scale, bias)
         self._table = np.zeros(len(Product), np.int64)
         for name, value in (
             ("weight", weight.data_ptr()),
             ("kind", kind),
+            ("scale", 0 if scale is None else scale.data_ptr()),
             ("bias", 0 if bias is None else bias.data_ptr()),
             ("inputs", weight.shape[1]),
             ("width", self._width),
@@ -61,6 +70,5 @@ class FusedProduct:
         x = x.float().contiguous()
         out, table = x.new_empty(len(x), self._width), self._table.copy()
         table[Product.x], table[Product.rows], table[Product.out] = x.data_ptr(), len(x), out.data_ptr()
-        _, table[Product.number], table[Product.team] = threads.functions()
-        threads.run(self._kernel, table.ctypes.data)
+        self._kernel(table, len(x))
         return out

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from megalodon.models.layers.cema import CEMA
 from megalodon.models.layers.feed_forward import FeedForward
 from megalodon.models.layers.norms import RMSNorm
 from megalodon.ops.layout import Layout
@@ -86,7 +85,7 @@ class MemoryBlock(GradientCheckpointingLayer):
 
     Args:
         timestep_norm: `(x, moments, layout) -> (normalised x, moments)`.
-        cema: the long memory.
+        cema: the long memory, `(n, h, layout) -> (m, h)`.
         memory_norm: of what the long memory gives.
         attention: `(n, m, turns, memory, layout, use_cache) -> (residual branch, memory or None)`.
         feed_forward: the second residual branch, with its norm.
@@ -95,13 +94,14 @@ class MemoryBlock(GradientCheckpointingLayer):
     """
 
     timestep_norm: Any  # parts that differ by architecture
+    cema: Any
     attention: Any
     _can_checkpoint_with_cache = True  # the state is a value, not a store: computing it again changes nothing
 
     def __init__(
         self,
         timestep_norm: nn.Module,
-        cema: CEMA,
+        cema: nn.Module,
         memory_norm: RMSNorm,
         attention: nn.Module,
         feed_forward: FeedForward,

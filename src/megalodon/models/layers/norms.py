@@ -21,7 +21,7 @@ def _zero_parameters(norm: nn.Module) -> None:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of the last dimension, in groups; `weight` [D] is the stored offset, None without affine."""
+    """Root-mean-square norm of the last dimension, in groups; `weight` [D] is the stored offset, None if not affine."""
 
     def __init__(self, dim: int, eps: float, affine: bool, groups: int = 1) -> None:
         super().__init__()

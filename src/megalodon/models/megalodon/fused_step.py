@@ -40,7 +40,7 @@ class FusedStep:
         self._alive: list[Tensor] = []
         first, address = blocks[0], compiled.address(KERNEL)
         assert address is not None
-        self._kernel = address
+        self._kernel = threads.Kernel(address)
         kind = weight_kind(layer for product in first.products for layer in product.layers)
         assert kind is not None
         self._weights = np.zeros((len(blocks) + 1, len(Weights)), np.int64)
@@ -88,7 +88,7 @@ class FusedStep:
         for name, layer in layers.items():
             if layer is not None:
                 row[getattr(Weights, name)] = self._keep(layer.weight.detach())
-                self._write(row, **{f"{name}_bias": layer.bias})
+                self._write(row, **{f"{name}_bias": layer.bias, f"{name}_scale": getattr(layer, "scale", None)})
         p, q, gamma = step.block.cema.coefficients()
         self._write(
             row,
@@ -144,6 +144,8 @@ class FusedStep:
         places, slots = np.full(rows, offset), np.arange(rows)
         wide = x.to(torch.float32, copy=True).contiguous()
         out = self.run(wide, 1 / seen, places, slots, np.array(table), tables.KINDS[x.dtype])
+        if offset + 1 == sizes.chunk_size:  # nobody attends to a chunk that is complete
+            layers = [layer._replace(chunk=layer.chunk.first(0)) for layer in layers]
         return out.to(x.dtype), MegalodonState(layers, final, state.position + 1, sizes)
 
     def run(
@@ -168,7 +170,6 @@ class FusedStep:
         scratch = torch.empty(tables.scratch_size(rows, *self._shape, capacity))
         call = self._call.copy()
         call[_OF_RUN] = (
-            *threads.functions(),
             rows,
             capacity,
             memory.ctypes.data,
@@ -180,16 +181,13 @@ class FusedStep:
             slots.ctypes.data,
             scratch.data_ptr(),
         )
-        threads.run(self._kernel, call.ctypes.data)
+        self._kernel(call, rows)
         return out
 
 
 _OF_RUN = [
     getattr(Call, name)
     for name in (
-        "barrier",
-        "number",
-        "team",
         "rows",
         "capacity",
         "memory",

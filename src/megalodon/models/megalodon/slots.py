@@ -29,9 +29,17 @@ from megalodon.models.layers.memory_block import LayerState
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.projection import Projection, can_pack
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.layers.watch import Watch
 from megalodon.models.megalodon.fused_step import KERNEL, FusedStep, final_row, memory_row, sequence_row
 from megalodon.models.megalodon.state import MegalodonDimensions, MegalodonState
-from megalodon.models.megalodon.token_step import BlockStep, NormStep, linear_layers
+from megalodon.models.megalodon.token_step import (
+    BlockStep,
+    NormStep,
+    copied_weights,
+    has_uniform_eps,
+    linear_layers,
+    passed_over,
+)
 from megalodon.ops.backend import accumulator_dtype, matmul_dtype
 from megalodon.ops.compiled.tables import KINDS
 
@@ -108,13 +116,21 @@ class MegalodonSlots:
         positions: tokens that each slot's sequence has read.
     """
 
-    def __init__(self, model: Any, slots: int, buckets: Sequence[int]) -> None:
+    def __init__(self, model: Any, slots: int, buckets: Sequence[int], watched: int) -> None:
         """
         Args:
             model: in evaluation mode; its weights are used as they are now.
             slots: sequences that can be decoded at once; one of the buckets.
             buckets: numbers of rows to choose from.
+            watched: values of every copied weight that `is_current` looks at.
+
+        Raises:
+            ValueError: a module is not as written, so that a step would not do what it does.
         """
+        if name := passed_over(model.model):
+            raise ValueError(
+                f"{name} has hooks, a forward of its own or is in training mode: batched decoding would pass it over"
+            )
         self.model, self.sizes = model, MegalodonDimensions.of(model.config)
         self.slots = slots
         self.buckets = tuple(size for size in sorted(buckets) if size <= self.slots)
@@ -124,6 +140,8 @@ class MegalodonSlots:
             fused = _can_fuse(model)
             packed = _can_pack(model) and not fused
             self.head = Projection(model.lm_head, packed=model.dtype if packed else None)
+            copied = copied_weights(model.model, packed) + [*model.lm_head.parameters()] * packed
+            self._watch = Watch(model, copied, watched)
             self.layers = [
                 SlotLayer(BlockStep(block, model.dtype, packed), self.slots, self.sizes, capacity, model.dtype)
                 for block in model.model.layers
@@ -133,6 +151,10 @@ class MegalodonSlots:
             chunk = torch.arange(self.sizes.chunk_size, device=model.device)
             self.turns = ops.rotations(chunk, self.sizes.head_dim, self.sizes.rope_base)
             self._fused = _Fused(self) if fused else None
+
+    def is_current(self) -> bool:
+        """Whether the model still has the weights that were copied."""
+        return self._watch.unchanged()
 
     @property
     def nbytes(self) -> int:
@@ -264,7 +286,7 @@ class MegalodonSlots:
             def multiply(x: Tensor, product: Projection = product) -> Tensor:
                 return torch.cat(list(product(x)), dim=1)
 
-            x = torch.randn(largest, weight.shape[1], generator=generator).to(model.device, weight.dtype)
+            x = torch.randn(largest, weight.shape[1], generator=generator).to(model.device, model.dtype)
             whole = multiply(x)
             order = torch.randperm(largest, generator=generator).to(model.device)
             if not torch.equal(multiply(x[order]), whole[order]):
@@ -315,4 +337,5 @@ def _can_pack(model: Any) -> bool:
 
 def _can_fuse(model: Any) -> bool:
     layers = [*linear_layers(model.model), model.lm_head]
-    return all(can_fuse(layers, model.dtype, kernel) for kernel in (KERNEL, PRODUCT))
+    plain = all(can_fuse(layers, model.dtype, kernel) for kernel in (KERNEL, PRODUCT))
+    return plain and has_uniform_eps(model.model)

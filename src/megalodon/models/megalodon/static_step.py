@@ -12,7 +12,9 @@ from megalodon import ops
 from megalodon.models.layers.memory_block import LayerState, MemoryBlock
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
+from megalodon.models.layers.watch import Watch
 from megalodon.models.megalodon.state import MegalodonState
+from megalodon.models.megalodon.token_step import passed_over
 
 
 class _Norm:
@@ -25,6 +27,12 @@ class _Norm:
             torch.where(fresh, new, old.to(new.dtype))
             for new, old in zip((self.prior.mean, self.prior.var), moments, strict=True)
         )
+
+    def take_weights(self) -> None:
+        """What was made of the module's weights, made of them as they are now, where it stands."""
+        prior = self.module.prior(self.mean.device)
+        self.prior.mean.copy_(prior.mean)
+        self.prior.var.copy_(prior.var)
 
     def step(self, x: Tensor, position: Tensor) -> Tensor:
         module = self.module
@@ -49,7 +57,8 @@ class _Layer:
     """A block, its coefficients, and its memory; keys and values in buffers of so many places."""
 
     def __init__(self, block: MemoryBlock, memory: LayerState, position: Tensor, places: int) -> None:
-        self.block, self.coefficients = block, block.cema.coefficients()
+        self.block = block
+        self.coefficients: tuple[Tensor, Tensor, Tensor] = block.cema.coefficients()
         self.norm = _Norm(block.timestep_norm, memory.moments, position)
         self.h = torch.where((position == 0)[:, None, None], 0, memory.cema)
         self.keys, self.values = (x.new_zeros(x.shape[0], places, *x.shape[2:]) for x in memory.chunk)
@@ -57,13 +66,19 @@ class _Layer:
             width = min(old.shape[1], places)
             buffer[:, :width] = old[:, :width]
 
+    def take_weights(self) -> None:
+        """As `_Norm.take_weights`."""
+        self.norm.take_weights()
+        for mine, now in zip(self.coefficients, self.block.cema.coefficients(), strict=True):
+            mine.copy_(now)
+
     def step(self, x: Tensor, turns: Tensor, position: Tensor, place: Tensor) -> Tensor:
         block, attention = self.block, self.block.attention
         n = self.norm.step(x, position)
         m, h = ops.cema(n, *self.coefficients, block.cema.omega, self.h)
         self.h.copy_(h)
         m = block.memory_norm(m)
-        q, k = attention.queries_and_keys(m, turns)
+        q, k = attention.queries(m, turns)
         v = F.silu(attention.v_proj(n)).unflatten(-1, (attention.num_heads, -1))
         rows = torch.arange(len(place), device=place.device)
         self.keys.index_put_((rows, place), k[:, 0].to(self.keys.dtype))
@@ -86,7 +101,14 @@ class StaticStep:
         Args:
             model: a MegalodonForCausalLM in evaluation mode. state: where the sequences stand; it is copied.
             tokens: how many will be read at most; None: any number. compiled: torch.compile the step of a layer.
+
+        Raises:
+            ValueError: a module is not as written, so that a step would not do what it does.
         """
+        if name := passed_over(model.model):
+            raise ValueError(
+                f"{name} has hooks, a forward of its own or is in training mode: static decoding would pass it over"
+            )
         self.model, self._chunk, self._sizes = model, model.config.chunk_size, state.dimensions
         self._step_layer = torch.compile(_Layer.step, dynamic=False) if compiled else _Layer.step
         self._position = state.position.to(model.device, copy=True)
@@ -97,6 +119,23 @@ class StaticStep:
         self._layers = [_Layer(block, memory, self._position, places) for block, memory in pairs]
         self._final = _Norm(model.model.final_norm, state.final, self._position)
         self.logits = torch.empty(len(self._position), model.vocab_size, device=model.device)
+        self._watch = self._watched()
+
+    def is_current(self) -> bool:
+        """Whether the model's weights are those that the step was made of."""
+        return self._watch.unchanged()
+
+    def take_weights(self) -> None:
+        """Make what was made of weights anew, at the same addresses."""
+        self._final.take_weights()
+        for layer in self._layers:
+            layer.take_weights()
+        self._watch = self._watched()
+
+    def _watched(self) -> Watch:
+        copied = [weight for layer in self._layers for weight in layer.block.cema.parameters()]
+        norms = [self._final, *(layer.norm for layer in self._layers)]
+        return Watch(self.model, copied + [weight for norm in norms for weight in norm.module.parameters()])
 
     @property
     def changed(self) -> list[Tensor]:
@@ -111,7 +150,7 @@ class StaticStep:
     @property
     def state(self) -> MegalodonState:
         """Where the sequences stand now: a copy."""
-        position = self._position.cpu()
+        position = self._position.to("cpu", copy=True)  # the next step moves it on
         filled = self._position % self._chunk
         width = int(filled.max()) if len(position) else 0
         free = (torch.arange(width, device=filled.device) >= filled[:, None])[..., None, None]

@@ -177,9 +177,10 @@ class TokenStep:
         linear = list(linear_layers(model))
         wide = full_precision(model.dtype)  # for one row, products in float32 are the quickest, bfloat16 weights or not
         packed = all(is_forwarded_as_written(layer, (nn.Linear,)) for layer in linear) and can_pack(linear, wide)
-        fused = can_fuse(linear, model.dtype, KERNEL)
+        fused = can_fuse(linear, model.dtype, KERNEL) and has_uniform_eps(model)
+        self.packed = packed and not fused
         self.dtype = wide if packed or fused else model.dtype
-        self.blocks = [BlockStep(block, self.dtype, packed and not fused) for block in blocks_of(model)]
+        self.blocks = [BlockStep(block, self.dtype, self.packed) for block in blocks_of(model)]
         self.final = NormStep(cast(TimestepNorm, model.final_norm))
         sizes = MegalodonDimensions.of(model.config)
         self.fused = FusedStep(self.blocks, self.final, sizes) if fused else None
@@ -189,19 +190,16 @@ class TokenStep:
         """The step of the model's weights as they are now, for embeddings x [B, L, D]; None where it is not for them.
 
         It is for one token of rows that stand at the same place of their chunks and not at the start of a document,
-        without gradients, autocast or a compiler at work. Any other pass makes it forget what it has prepared, because
-        weights written through `.data` change without a trace.
+        without gradients, autocast or a compiler at work. After any other pass a generation starts (see `watch`); a
+        pass with gradients says that weights are about to change, and memory is needed for other things.
         """
         if torch.compiler.is_compiling():
             return None
-        if x.shape[1] != 1 or state is None or torch.is_grad_enabled() or model.training:
+        if torch.is_grad_enabled() or model.training:
             _STEPS.forget(model)
             return None
-        if torch.is_autocast_enabled(x.device.type) or backend_for(x.device, x.dtype)[0] not in ("blocked", "numba"):
-            return None
-        positions = state.position.tolist()
-        chunk = state.dimensions.chunk_size
-        if min(positions) == 0 or len({position % chunk for position in positions}) > 1:
+        if not _is_next_token(x, state) or backend_for(x.device, x.dtype)[0] not in ("blocked", "numba"):
+            _STEPS.start(model)
             return None
         return _STEPS.of(model)
 
@@ -235,6 +233,14 @@ class TokenStep:
         return x, MegalodonState(layers, final, state.position + 1, sizes)
 
 
+def _is_next_token(x: Tensor, state: MegalodonState | None) -> bool:
+    """Whether x [B, 1, D] is one token of rows that go on from one place of their chunks."""
+    if x.shape[1] != 1 or state is None or torch.is_autocast_enabled(x.device.type):
+        return False
+    positions, chunk = state.position.tolist(), state.dimensions.chunk_size
+    return min(positions, default=0) > 0 and len({position % chunk for position in positions}) == 1
+
+
 _OURS = (MegalodonBlock, TimestepNorm, CEMA, RMSNorm, GatedChunkAttention, FeedForward, LayerNorm)
 
 
@@ -253,6 +259,14 @@ def blocks_of(model: StatefulModel) -> list[MemoryBlock]:
     return cast(list[MemoryBlock], list(model.layers))
 
 
+def has_uniform_eps(model: StatefulModel) -> bool:
+    """Whether each kind of norm has one `eps` in all blocks, as the fused step takes it; users may change one."""
+    found = {
+        (b.timestep_norm.eps, b.memory_norm.eps, b.attention.eps, b.feed_forward.norm.eps) for b in blocks_of(model)
+    }
+    return len(found) == 1 and found.pop()[0] == cast(TimestepNorm, model.final_norm).eps
+
+
 def linear_layers(model: StatefulModel) -> Iterator[nn.Module]:
     """The blocks' linear layers."""
     return (layer for block in blocks_of(model) for layers in _products(block) for layer in layers)
@@ -266,9 +280,29 @@ def _bypassed(model: StatefulModel) -> Iterator[nn.Module]:
         yield from (block.feed_forward, block.feed_forward.norm)
 
 
-def _step_of(model: StatefulModel) -> TokenStep | None:
-    ours_alone = all(is_forwarded_as_written(module, _OURS) for module in _bypassed(model))
-    return TokenStep(model) if ours_alone else None
+def passed_over(model: StatefulModel) -> str | None:
+    """The name of a module that a step would have to call and does not; None where it is exact."""
+    names = {module: name for name, module in model.named_modules()}
+    return next((names[m] for m in _bypassed(model) if m.training or not is_forwarded_as_written(m, _OURS)), None)
+
+
+def copied_weights(model: StatefulModel, packed: bool) -> list[Tensor]:
+    """The weights that a step takes copies of, or makes into something else."""
+    weights: list[Tensor] = [weight for module in _bypassed(model) for weight in module.parameters(recurse=False)]
+    linear = ((name, weight) for layer in linear_layers(model) for name, weight in layer.named_parameters())
+    return weights + [weight for name, weight in linear if packed or name == "bias"]
+
+
+def _step_of(model: StatefulModel) -> tuple[TokenStep | None, list[Tensor]]:
+    if passed_over(model) is not None:
+        return None, []
+    step = TokenStep(model)
+    return step, copied_weights(model, step.packed)
 
 
 _STEPS: Prepared[StatefulModel, TokenStep | None] = Prepared(_step_of)
+
+
+def generation_starts(model: StatefulModel) -> None:
+    """Before the next token, look at every weight: it may have changed without a trace."""
+    _STEPS.start(model)

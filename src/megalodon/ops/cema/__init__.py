@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from megalodon.ops.backend import Implementations, check_devices, choose, complex_of, full_precision
@@ -24,7 +26,19 @@ def _triton(
     return triton.cema(x, p, q, gamma, omega, state, layout)
 
 
-IMPLEMENTATIONS: Implementations = {"reference": reference.cema, "blocked": blocked.cema, "triton": _triton}
+def _numba(x: Tensor, *arguments: Any, **kept: Any) -> tuple[Tensor, Tensor]:
+    """The compiled loops, imported when they are first asked for; they keep no tables."""
+    from megalodon.ops.cema import numba
+
+    return numba.cema(x, *arguments) if numba.fits(x) else blocked.cema(x, *arguments, **kept)
+
+
+IMPLEMENTATIONS: Implementations = {
+    "reference": reference.cema,
+    "blocked": blocked.cema,
+    "numba": _numba,
+    "triton": _triton,
+}
 
 
 @one_break_at_most
@@ -56,7 +70,7 @@ def cema(
         initial_state: complex [B, D, N]; the state before the first token. None: zero.
         segment_ids: int [B, L]; a change along L starts a document with a zero state. The row's first document
             continues `initial_state`.
-        backend: "reference", "blocked" or "triton"; None chooses (see `megalodon.ops.backend`).
+        backend: "reference", "blocked", "numba" or "triton"; None chooses (see `megalodon.ops.backend`).
         bos_mask: bool [B, L]; True where a token starts a segment, with a zero state: the row's `initial_state` is
             forgotten too.
         layout: the batch's layout, in place of `segment_ids`, where it is already known. Tokens beyond its `lengths`
@@ -98,5 +112,5 @@ def cema(
     if bos_mask is not None:
         segments = Segments(bos_mask, layout)
         layout, state = segments.by_segment, segments.forgotten(state)
-    keeping = {"kept": kept} if run is blocked.cema else {}
+    keeping = {"kept": kept} if run in (blocked.cema, _numba) else {}
     return run(x, p.to(real), q, gamma, omega, state, layout, **keeping)

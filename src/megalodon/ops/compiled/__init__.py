@@ -57,6 +57,13 @@ def address(name: str) -> int | None:
 
 
 @cache
+def kernel(name: str) -> threads.Kernel | None:
+    """The kernel of this name, ready to be called; None if it cannot be had."""
+    found = address(name)
+    return None if found is None else threads.Kernel(found)
+
+
+@cache
 def _address(name: str) -> int:
     from importlib import import_module
 

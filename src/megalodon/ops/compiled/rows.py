@@ -37,6 +37,9 @@ from megalodon.ops.compiled.vectors import (
 COLUMNS = 4
 """Columns of a matrix that are worked on together; threads take whole ones."""
 
+IN_CACHE = 24 << 10
+"""Bytes of a matrix that fit into the nearest cache beside some rows."""
+
 
 def _make_product(kind: int) -> Any:
     """`product` for one kind of weights."""
@@ -45,24 +48,25 @@ def _make_product(kind: int) -> Any:
 
     @loops
     def product(x: Any, M: Any, K: Any, w: Any, first: Any, last: Any, out: Any, width: Any) -> Any:
-        column = first
-        while column < last:
-            at = w + column * K * size
-            if column + COLUMNS <= last:
-                row = 0
-                while row + 4 <= M:
-                    four(x + 4 * row * K, K, at, K, K, out + 4 * (row * width + column), width)
-                    row += 4
-                if row + 2 <= M:
-                    two(x + 4 * row * K, K, at, K, K, out + 4 * (row * width + column), width)
-                    row += 2
-                if row < M:
-                    one(x + 4 * row * K, K, at, K, K, out + 4 * (row * width + column), width)
-                column += COLUMNS
-            else:
-                for row in range(M):
-                    single(x + 4 * row * K, K, at, K, K, out + 4 * (row * width + column), width)
-                column += 1
+        panel = max(IN_CACHE // (size * K) // COLUMNS, 1) * COLUMNS  # columns that stay in cache while rows pass
+        whole = first + (last - first) // COLUMNS * COLUMNS
+        for begin in range(first, whole, panel):
+            end = min(begin + panel, whole)
+            row = 0
+            while row + 4 <= M:
+                for column in range(begin, end, COLUMNS):
+                    four(x + 4 * row * K, K, w + column * K * size, K, K, out + 4 * (row * width + column), width)
+                row += 4
+            if row + 2 <= M:
+                for column in range(begin, end, COLUMNS):
+                    two(x + 4 * row * K, K, w + column * K * size, K, K, out + 4 * (row * width + column), width)
+                row += 2
+            if row < M:
+                for column in range(begin, end, COLUMNS):
+                    one(x + 4 * row * K, K, w + column * K * size, K, K, out + 4 * (row * width + column), width)
+        for column in range(whole, last):
+            for row in range(M):
+                single(x + 4 * row * K, K, w + column * K * size, K, K, out + 4 * (row * width + column), width)
 
     return product
 
@@ -139,6 +143,35 @@ def running_norm(
     factor = 1.0 / np.sqrt(var + eps)
     for i in range(size):
         y[i] = float32((u[i] - new) * factor) * weight[i] + b[i]
+
+
+@loops
+def decaying_norm(
+    x: Any, size: Any, betas: Any, corrections: Any, mean_in: Any, var_in: Any, mean_out: Any, var_out: Any, eps: Any,
+    scale: Any, bias: Any, out: Any, group: Any,
+) -> Any:  # fmt: skip
+    """TimestepDecayNorm of one token in one group of `size` channels; statistics are float64.
+
+    betas and corrections, 1 / (1 - beta**count), float64 [2] each: of mean and variance (GECKO: TimestepDecayNorm).
+    """
+    at = 4 * group * size
+    u, weight, b, y = f32(x + at), f32(scale + at), f32(bias + at), f32(out + at)
+    m = 0.0
+    for i in range(size):
+        m += u[i]
+    m /= size
+    s = 0.0
+    for i in range(size):
+        s += (u[i] - m) * (u[i] - m)
+    s /= size
+    beta, correction = f64(betas), f64(corrections)
+    mean = beta[0] * f64(mean_in)[group] + (1.0 - beta[0]) * m
+    var = beta[1] * f64(var_in)[group] + (1.0 - beta[1]) * s
+    f64(mean_out)[group] = mean
+    f64(var_out)[group] = var
+    centre, factor = mean * correction[0], 1.0 / np.sqrt(var * correction[1] + eps)
+    for i in range(size):
+        y[i] = float32((u[i] - centre) * factor) * weight[i] + b[i]
 
 
 @loops
@@ -230,6 +263,34 @@ def query_and_key(
         odd = u[i + 1] * factor * s[apart + i + 1] + b[apart + i + 1]
         stored(even * t[i] - odd * t[i + 1], key, i, kind)
         stored(even * t[i + 1] + odd * t[i], key, i + 1, kind)
+
+
+@loops
+def turned(u: Any, d: Any, factor: Any, scale: Any, bias: Any, turns: Any, out: Any, kind: Any) -> Any:
+    """`u * factor * scale + bias` of a head's u [d], rotated by turns complex [d / 2] unless that is the address 0.
+
+    Written as numbers of `kind`.
+    """
+    x, s, b = f32(u), f32(scale), f32(bias)
+    if turns == 0:
+        for i in range(d):
+            stored(x[i] * factor * s[i] + b[i], out, i, kind)
+        return
+    t = f32(turns)
+    for i in range(0, d, 2):
+        even, odd = x[i] * factor * s[i] + b[i], x[i + 1] * factor * s[i + 1] + b[i + 1]
+        stored(even * t[i] - odd * t[i + 1], out, i, kind)
+        stored(even * t[i + 1] + odd * t[i], out, i + 1, kind)
+
+
+@loops
+def head_factor(z: Any, d: Any, eps: Any) -> Any:
+    """What brings z [d] of a head to a root mean square of 1."""
+    u = f32(z)
+    total = float32(0)
+    for i in range(d):
+        total += u[i] * u[i]
+    return float32(1) / np.sqrt(total / float32(d) + float32(eps))
 
 
 _key_dots = {(columns, kind): make_dots(1, columns, kind) for columns in (1, 4) for kind in (FLOAT32, BFLOAT16)}

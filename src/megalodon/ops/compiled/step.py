@@ -29,7 +29,7 @@ from megalodon.ops.compiled.vectors import WIDTH, call, f32, f64, i64, loops, si
 
 
 @loops
-def _linear(a: Any, w: Any, at: Any, x: Any, inputs: Any, width: Any, first: Any, last: Any, out: Any) -> Any:
+def linear(a: Any, w: Any, at: Any, x: Any, inputs: Any, width: Any, first: Any, last: Any, out: Any) -> Any:
     """Columns `first` to `last` of the product whose weights stand at `w[at]`."""
     product(x, a[Call.rows], inputs, w[at], a[Call.weight_kind], w[at + 1], w[at + 2], first, last, out, width)
 
@@ -63,17 +63,17 @@ def _average(a: Any, w: Any, s: Any, thread: Any, threads: Any, n: Any, m: Any) 
 
 
 @loops
-def _project(a: Any, w: Any, thread: Any, threads: Any, n: Any, m: Any, z: Any, v: Any, r: Any, h: Any) -> Any:
+def project(a: Any, w: Any, thread: Any, threads: Any, n: Any, m: Any, z: Any, v: Any, r: Any, h: Any) -> Any:
     """This thread's columns of z, r, h from m and of v from n, which are one row of columns cut evenly."""
     D, Z, V = a[Call.model_dim], a[Call.z_dim], a[Call.value_dim]
     first, last = share_of(Z + 2 * V + D, thread, threads, COLUMNS)
-    _linear(a, w, Weights.z, m, D, Z, min(first, Z), min(last, Z), z)
+    linear(a, w, Weights.z, m, D, Z, min(first, Z), min(last, Z), z)
     first, last = max(first - Z, 0), max(last - Z, 0)
-    _linear(a, w, Weights.v, n, D, V, min(first, V), min(last, V), v)
+    linear(a, w, Weights.v, n, D, V, min(first, V), min(last, V), v)
     first, last = max(first - V, 0), max(last - V, 0)
-    _linear(a, w, Weights.r, m, D, V, min(first, V), min(last, V), r)
+    linear(a, w, Weights.r, m, D, V, min(first, V), min(last, V), r)
     first, last = max(first - V, 0), max(last - V, 0)
-    _linear(a, w, Weights.h, m, D, D, min(first, D), min(last, D), h)
+    linear(a, w, Weights.h, m, D, D, min(first, D), min(last, D), h)
 
 
 @loops
@@ -145,7 +145,7 @@ def _attend(a: Any, s: Any, thread: Any, threads: Any, found: Any, r: Any, o: An
 
 
 @loops
-def _add(a: Any, first: Any, last: Any, x: Any, y: Any, alpha: Any) -> Any:
+def add(a: Any, first: Any, last: Any, x: Any, y: Any, alpha: Any) -> Any:
     """`x[:, first:last] += y * alpha`, [M, D] both; alpha [D] or the address 0."""
     D = a[Call.model_dim]
     for row in range(a[Call.rows]):
@@ -160,7 +160,7 @@ def _add(a: Any, first: Any, last: Any, x: Any, y: Any, alpha: Any) -> Any:
 
 
 @loops
-def _wait(a: Any) -> Any:
+def wait(a: Any) -> Any:
     """For the other threads."""
     if a[Call.barrier] != 0:
         call(a[Call.barrier])
@@ -182,40 +182,40 @@ def _block(a: Any, w: Any, s: Any, thread: Any, threads: Any) -> Any:
     first, last = share_of(D, thread, threads, COLUMNS)
 
     _average(a, w, s, thread, threads, n, y)
-    _wait(a)
+    wait(a)
     for row in range(first_row, last_row):
         rms_norm(y + 4 * row * D, D, w[Weights.memory_scale], f64(a[Call.eps])[1], m + 4 * row * D)
-    _wait(a)
-    _project(a, w, thread, threads, n, m, z, v, r, h)
-    _wait(a)
+    wait(a)
+    project(a, w, thread, threads, n, m, z, v, r, h)
+    wait(a)
     _remember(a, w, s, thread, threads, z, v, q)
-    _wait(a)
+    wait(a)
     _score(a, s, thread, threads, q, found)
-    _wait(a)
+    wait(a)
     _weigh(a, thread, threads, found)
-    _wait(a)
+    wait(a)
     _attend(a, s, thread, threads, found, r, o, gated)
-    _wait(a)
-    _linear(a, w, Weights.o, gated, V, D, first, last, y)
-    _add(a, first, last, y, h, 0)
-    _add(a, first, last, y, x, 0)
-    _wait(a)
+    wait(a)
+    linear(a, w, Weights.o, gated, V, D, first, last, y)
+    add(a, first, last, y, h, 0)
+    add(a, first, last, y, x, 0)
+    wait(a)
     for row in range(first_row, last_row):
         at = 4 * row * D
         layer_norm(y + at, D, w[Weights.ffn_scale], w[Weights.ffn_bias], f64(a[Call.eps])[3], n + at)
-    _wait(a)
+    wait(a)
     begin, end = share_of(F, thread, threads, COLUMNS)
-    _linear(a, w, Weights.up, n, D, F, begin, end, up)
+    linear(a, w, Weights.up, n, D, F, begin, end, up)
     swiglu = w[Weights.gate] != 0
     if swiglu:
-        _linear(a, w, Weights.gate, n, D, F, begin, end, side)
+        linear(a, w, Weights.gate, n, D, F, begin, end, side)
     for row in range(M):
         at = 4 * row * F
         gate(up + at, side + at if swiglu else 0, begin, end, hidden + at)
-    _wait(a)
-    _linear(a, w, Weights.down, hidden, F, D, first, last, out)
-    _add(a, first, last, x, out, w[Weights.alpha])
-    _wait(a)
+    wait(a)
+    linear(a, w, Weights.down, hidden, F, D, first, last, out)
+    add(a, first, last, x, out, w[Weights.alpha])
+    wait(a)
 
 
 @loops

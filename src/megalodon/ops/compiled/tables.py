@@ -12,14 +12,14 @@ import torch
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 """Kinds of stored numbers."""
 
-KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-"""By dtype, of weights, keys and values."""
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
+"""By dtype; of weights all three, of all else but int8."""
 
 
 class _Call(NamedTuple):
     """Of one step. Tensors are float32 unless said otherwise; M rows, as many as tokens."""
 
-    barrier: int  # functions of the pool, see `Pool`; 0 where one thread does all
+    barrier: int  # functions of the pool, see `threads.Kernel`; 0 where one thread does all
     number: int
     team: int
     rows: int  # M
@@ -44,6 +44,14 @@ class _Call(NamedTuple):
     turns: int  # complex [C, d / 2]
     eps: int  # float64 [4]: TimestepNorm, memory norm, queries and keys, feed-forward
     scratch: int  # `scratch_size` numbers
+    # Gecko's alone
+    before: int  # places that are taken in the chunk before: C or 0
+    turns_before: int  # complex [C, d / 2]: those of queries for the chunk before
+    rotated_heads: int
+    corrections: int  # float64 [M, 2]: 1 / (1 - beta**count), of mean and variance
+    betas: int  # float64 [2]
+    reads: int  # whether there is something in the working memory
+    two_hop: int  # whether the second residual adds the block's input
 
 
 class _Weights(NamedTuple):
@@ -83,7 +91,7 @@ class _Weights(NamedTuple):
     gamma: int  # complex [D, N]
     omega: int  # [D]
     memory_scale: int  # [D]
-    qk_scale: int  # [2, Z]
+    qk_scale: int  # [2, Z]; Gecko's [4, Z]
     qk_bias: int
     ffn_scale: int  # [D]
     ffn_bias: int
@@ -109,12 +117,42 @@ class _Memory(NamedTuple):
     value_head: int
 
 
+class _GeckoMemory(NamedTuple):
+    """The same of Gecko's."""
+
+    mean_in: int  # those of `Memory` come first
+    var_in: int
+    mean_out: int
+    var_out: int
+    h_in: int
+    h_out: int
+    keys: int
+    values: int
+    key_row: int
+    key_place: int
+    key_head: int
+    value_row: int
+    value_place: int
+    value_head: int
+    before_keys: int
+    before_values: int
+    before_key_row: int
+    before_key_place: int
+    before_key_head: int
+    before_value_row: int
+    before_value_place: int
+    before_value_head: int
+    matrix: int  # float32 [slots, H, d, e]: the working memory
+
+
 Call = _Call(*range(len(_Call._fields)))
 """Where each number of a call stands."""
 Weights = _Weights(*range(len(_Weights._fields)))
 """Where each number of a block stands."""
 Memory = _Memory(*range(len(_Memory._fields)))
 """Where each number of a block's memory stands."""
+GeckoMemory = _GeckoMemory(*range(len(_GeckoMemory._fields)))
+"""Where each number of a Gecko block's memory stands."""
 
 
 def scratch_size(rows: int, dim: int, z_dim: int, value_dim: int, ffn_dim: int, heads: int, capacity: int) -> int:
@@ -122,9 +160,15 @@ def scratch_size(rows: int, dim: int, z_dim: int, value_dim: int, ffn_dim: int, 
     return rows * (5 * dim + 2 * z_dim + 4 * value_dim + 3 * ffn_dim + heads * capacity)
 
 
+def gecko_scratch_size(rows: int, dim: int, z_dim: int, value_dim: int, ffn_dim: int, heads: int, capacity: int) -> int:
+    """The same for Gecko's step."""
+    return rows * (5 * dim + 4 * z_dim + 6 * value_dim + 3 * ffn_dim + heads * capacity)
+
+
 class _Product(NamedTuple):
     """A product of a few rows with a matrix: `out = x @ w.T`."""
 
+    barrier: int  # as in a call
     number: int
     team: int
     x: int  # [M, K]
@@ -140,3 +184,90 @@ class _Product(NamedTuple):
 
 Product = _Product(*range(len(_Product._fields)))
 """Where each number of a product stands."""
+
+
+class _Average(NamedTuple):
+    """CEMA of whole texts. Channels come in parts of a vector's width W; states are [B, D / W, N, 2, W]."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    rows: int  # B
+    length: int
+    dim: int
+    components: int
+    runs: int  # int64 [B, most_runs, AVERAGED]: first token, tokens, 1 where they begin a document
+    counts: int  # int64 [B]: runs of each row
+    most_runs: int
+    longest: int  # tokens of a run
+    x: int  # [B, L, D]
+    y: int  # [B, L, D]; the gradient of x in the backward pass
+    dy: int  # [B, L, D]
+    coefficients: int  # [D / W, N, 5, W]: q and gamma, re and im each, p
+    omega: int  # [D]
+    states: int  # before the first token, then after the last; in the backward pass their gradients, the other way
+    entering: int  # before the first token, in the backward pass
+    sums: int  # [B, D / W, N, 5, W]: gradients of the coefficients
+    d_omega: int  # [B, D]
+    scratch: int  # [threads, (longest + 1 + most_runs) * 2 N W]
+
+
+Average = _Average(*range(len(_Average._fields)))
+"""Where each number of CEMA stands."""
+AVERAGED = 3
+"""Numbers of a run."""
+
+
+class _Gate(NamedTuple):
+    """`out = silu(a) * b`, all tensors of one size and `kind`."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    size: int
+    kind: int
+    a: int
+    b: int
+    out: int  # the gradient of b in the backward pass
+    grad: int
+    da: int
+
+
+Gate = _Gate(*range(len(_Gate._fields)))
+"""Where each number of a gate stands."""
+
+
+class _Norm(NamedTuple):
+    """TimestepNorm of whole texts."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    rows: int  # B
+    length: int
+    dim: int
+    groups: int
+    x: int  # [B, L, D]
+    y: int  # [B, L, D]; the gradient of x in the backward pass
+    weight: int  # [D]; the effective scale
+    bias: int  # [D]
+    before: int  # int64 [B, L]: tokens of the document, the prior's included, before each
+    fresh: int  # uint8 [B, L]: 1 where a token begins a document and t > 0
+    real: int  # uint8 [B, L]: 0 where a token is padding
+    means: int  # float64 [B, L, G]: after each token
+    scales: int  # [B, L, G]: 1 / sqrt(var + eps)
+    mean: int  # float64 [B, G]: before the first token, then after the last; gradients the other way
+    var: int
+    initial: int  # float64 [B, G]: the mean before the first token, in the backward pass
+    prior_mean: int  # float64 [G]
+    prior_var: int
+    eps: int  # float64 [1]
+    dy: int  # [B, L, D]
+    d_weight: int  # [B, D]; these four are added to
+    d_bias: int
+    d_prior_mean: int  # float64 [B, G]
+    d_prior_var: int
+
+
+Norm = _Norm(*range(len(_Norm._fields)))
+"""Where each number of a norm stands."""

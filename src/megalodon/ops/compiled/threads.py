@@ -7,11 +7,13 @@ threads as PyTorch uses (`torch.set_num_threads`), and wait for one another at i
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 _NEEDED = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
@@ -54,19 +56,67 @@ def pool() -> Pool | None:
     return None
 
 
-def functions() -> tuple[int, int, int]:
-    """The pool's `barrier`, `number` and `team` for a kernel that `run` is about to call; 0 where it runs alone."""
-    found = pool()
-    return (0, 0, 0) if found is None or torch.get_num_threads() == 1 else found[1:]
+class Kernel:
+    """A compiled `void kernel(int64 *table)`, on all threads of the pool or on one, whichever has been quicker.
+
+    All threads are quicker on an idle machine. Beside busy processes a team waits at each barrier for its slowest
+    member, who may not be running at all, and one thread gets more done. Results do not depend on it.
+    """
+
+    def __init__(self, address: int) -> None:
+        self._address, self._alone = address, _FUNCTION(address)
+        self._balances: dict[int, Balance] = {}
+
+    def __call__(self, table: np.ndarray, size: int) -> None:
+        """Run it. Python's lock is not held.
+
+        Args:
+            table: int64; the first three are set here, to the pool's `barrier`, `number` and `team`, or 0 for one
+                thread.
+            size: of the work; calls of one size take about as long as each other.
+        """
+        found, threads = pool(), torch.get_num_threads()
+        balance = self._balances.setdefault(size, Balance())
+        alone = threads == 1 or found is None or balance.choose() == ALONE
+        began = time.perf_counter()
+        if alone or found is None:
+            table[:3] = 0
+            self._alone(table.ctypes.data)
+        else:
+            table[:3] = found[1:]
+            found.parallel(self._address, table.ctypes.data, threads, 0)
+        if threads > 1:
+            balance.took(time.perf_counter() - began)
 
 
-_alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+TEAM, ALONE = 0, 1
+TRIED_AGAIN = 64
+"""Calls after which the slower way is tried again, for each time that it takes longer."""
 
 
-def run(kernel: int, arguments: int) -> None:
-    """Call `void kernel(int64 *arguments)`, by address, on every thread of the pool. Python's lock is not held."""
-    found, threads = pool(), torch.get_num_threads()
-    if threads == 1 or found is None:
-        _alone(kernel)(arguments)
-    else:
-        found.parallel(kernel, arguments, threads, 0)
+class Balance:
+    """Which of two ways is quicker, from what their calls took."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float | None] = [None, None]
+        self._calls, self._again, self._way, self._tried = 0, TRIED_AGAIN // 8, TEAM, False
+
+    def choose(self) -> int:
+        """The way of the next call, whose time must then be told."""
+        self._calls += 1
+        team, alone = self._seconds
+        better = ALONE if team is not None and alone is not None and alone < team else TEAM
+        self._way, self._tried = better, self._calls >= self._again
+        if self._tried:
+            self._way = 1 - better
+            known, other = self._seconds[better], self._seconds[1 - better]
+            ratio = other / known if known and other else 1.0
+            self._again = self._calls + int(TRIED_AGAIN * max(ratio, 1.0))
+        return self._way
+
+    def took(self, seconds: float) -> None:
+        """What the call took."""
+        before = self._seconds[self._way]
+        fresh = before is None or (self._tried and seconds < before)  # what was known of it was old
+        self._seconds[self._way] = seconds if fresh or before is None else before + (seconds - before) / 4

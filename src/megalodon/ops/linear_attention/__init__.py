@@ -19,14 +19,24 @@ from torch import Tensor
 from megalodon.ops.backend import Implementations, check_devices, choose, full_precision
 from megalodon.ops.compiling import one_break_at_most
 from megalodon.ops.layout import Layout, layout_of
-from megalodon.ops.linear_attention import blocked, reference
+from megalodon.ops.linear_attention import blocked, reference, two_way
 from megalodon.ops.linear_attention.feature_maps import FEATURE_MAPS, FeatureMap
 from megalodon.ops.recent import delayed, recent_after, with_recent
 from megalodon.ops.window_attention import RecentKeys, window_sums
 
-__all__ = ["FEATURE_MAPS", "IMPLEMENTATIONS", "LinearState", "Window", "linear_attention"]
+__all__ = [
+    "FEATURE_MAPS",
+    "IMPLEMENTATIONS",
+    "LinearState",
+    "Window",
+    "cross_linear_attention",
+    "linear_attention",
+    "two_way_linear_attention",
+]
 
 IMPLEMENTATIONS: Implementations = {"reference": reference.linear_attention, "blocked": blocked.linear_attention}
+
+_TWO_WAY: Implementations = {"reference": reference.both_sides, "blocked": two_way.both_sides}
 
 
 class LinearState(NamedTuple):
@@ -151,6 +161,75 @@ def linear_attention(
         parts = window_sums(q * window.scale, k, v, window.size, recent, layout=layout, backend=backend)
         out = _with_window(numerator, denominator, parts, window, eps)
     return out.to(v.dtype), LinearState(sums, weights, left)
+
+
+@one_break_at_most
+def two_way_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: FeatureMaps = None,
+    log_decay: Tensor | None = None,
+    normalise: bool = False,
+    eps: float = 0.0,
+    segment_ids: Tensor | None = None,
+    layout: Layout | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear attention in which every token sees the whole of its document.
+
+    With decays, a token on the other side counts less by the decays of all tokens from the reader on up to it, its own
+    not among them: `exp(g_t + .. + g_{j-1})` for j > t, as it is `exp(g_{j+1} + .. + g_t)` for j < t.
+
+    Arguments and errors are those of `linear_attention`. Returns [B, L, H, e] in the dtype of v; what stands at padding
+    means nothing.
+    """
+    _check(q, k, v, None, normalise, None, None, log_decay)
+    if layout is None:
+        layout = layout_of(q.shape[0], q.shape[1], q.device, segment_ids=segment_ids)
+    run = choose(_TWO_WAY, backend, q.device, q.dtype)
+    map_q, map_k = _maps(feature_map)
+    wide = full_precision(q.dtype)
+    phi_q, phi_k, values = map_q(q.to(wide)), map_k(k.to(wide)), v.to(wide)
+    if phi_k.shape[2] != values.shape[2]:
+        values = values.repeat_interleave(phi_k.shape[2] // values.shape[2], 2)
+    if log_decay is not None:
+        _check_decay(log_decay, phi_k)
+        log_decay = log_decay.to(wide)
+    return run(phi_q, phi_k, values, log_decay, normalise, eps, layout).to(v.dtype)
+
+
+def cross_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: FeatureMaps = None,
+    normalise: bool = False,
+    eps: float = 0.0,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """Linear attention of one sequence over the whole of another.
+
+    Args:
+        q: [B, L, H, d]; k: [B, M, G, d]; v: [B, M, G, e]. Query head h uses head h // (H / G).
+        padding: bool [B, M]; True where a key is padding.
+
+    The other arguments are those of `linear_attention`. Returns [B, L, H, e] in the dtype of v.
+
+    Raises:
+        ValueError: a shape or device does not fit; the message names the argument.
+    """
+    _check(q[:, :0], k[:, :0], v[:, :0], None, normalise, None, None, None)
+    if padding is not None and padding.shape != k.shape[:2]:
+        raise ValueError(f"padding has shape {tuple(padding.shape)}: it must be [B, M] = {tuple(k.shape[:2])}")
+    map_q, map_k = _maps(feature_map)
+    wide = full_precision(q.dtype)
+    phi_q, phi_k, values = map_q(q.to(wide)), map_k(k.to(wide)), v.to(wide)
+    if phi_k.shape[2] != values.shape[2]:
+        values = values.repeat_interleave(phi_k.shape[2] // values.shape[2], 2)
+    return two_way.across(phi_q, phi_k, values, padding, normalise, eps).to(v.dtype)
 
 
 def _with_window(numerator: Tensor, denominator: Tensor, parts, window: Window, eps: float) -> Tensor:

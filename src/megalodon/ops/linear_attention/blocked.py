@@ -27,6 +27,9 @@ from megalodon.ops.linear_attention.decays import decayed_products
 BLOCK = 64
 """Tokens in a block: products inside grow with T, the recurrence between has L / T steps."""
 
+BLOCK_OF_FEATURES = 32
+"""Tokens in a block where each feature has a decay, so that products cost more."""
+
 SPAN = 4096
 """Tokens whose blocks exist at a time: the states that enter all of them are held at once."""
 
@@ -97,7 +100,8 @@ def _span(
     """(out [B, L, H, e], the state after it) of tokens `first` on, of which documents may begin among them."""
     batch, length, heads = q.shape[:3]
     groups = k.shape[2]
-    size = min(BLOCK, length)
+    each = log_decay is not None and log_decay.ndim == 4
+    size = min(BLOCK_OF_FEATURES if each else BLOCK, length)
     count = -(-length // size)
     documents = _documents(layout, first, length, size)
 

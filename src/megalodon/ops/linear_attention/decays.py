@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-WHOLE = 4
-"""Tokens among which products are formed feature by feature."""
-
 
 def decayed_products(q: Tensor, k: Tensor, sums: Tensor | None) -> Tensor:
     """Products inside blocks; what stands above the diagonal is finite and means nothing, or zero.
@@ -33,7 +30,7 @@ def decayed_products(q: Tensor, k: Tensor, sums: Tensor | None) -> Tensor:
             return products
         decay = (sums - sums.transpose(-1, -2)).to(k.dtype).masked_fill(_above(size, k), 0).exp()
         return products * decay[:, :, :, None]
-    padded = WHOLE
+    padded = 1
     while padded < size:
         padded *= 2
     if padded != size:
@@ -44,29 +41,23 @@ def decayed_products(q: Tensor, k: Tensor, sums: Tensor | None) -> Tensor:
 
 def _halved(q: Tensor, k: Tensor, sums: Tensor) -> Tensor:
     """`decayed_products` with a decay a feature, of T a power of two."""
-    products = _whole(*(x.unflatten(-2, (-1, WHOLE)) for x in (q, k, sums)))
-    half = WHOLE
+    products, half = (q * k[:, :, :, None]).sum(-1)[..., None, None], 1
     while half < k.shape[-2]:
         late, early, sums_late, sums_early = (
             x.unflatten(-2, (-1, 2, half))[..., part, :, :] for x, part in ((q, 1), (k, 0), (sums, 1), (sums, 0))
         )
         edge = sums_early[..., -1:, :]
         late = late * (sums_late - edge).to(k.dtype).exp()[:, :, :, None]
-        early = early * (edge - sums_early).to(k.dtype).exp()
-        across = late @ early.transpose(-1, -2)[:, :, :, None]
+        if half == 1:
+            across = (late * early[:, :, :, None]).sum(-1, keepdim=True)
+        else:
+            early = early * (edge - sums_early).to(k.dtype).exp()
+            across = late @ early.transpose(-1, -2)[:, :, :, None]
         first, second = products.unflatten(-3, (-1, 2)).unbind(-3)
         above = torch.cat([first, torch.zeros_like(first)], dim=-1)
         products = torch.cat([above, torch.cat([across, second], dim=-1)], dim=-2)
         half *= 2
     return products[..., 0, :, :]
-
-
-def _whole(q: Tensor, k: Tensor, sums: Tensor) -> Tensor:
-    """q [B, G, n, R, m, w, f], k and sums [B, G, n, m, w, f] -> [B, G, n, R, m, w, w], feature by feature."""
-    decay = (sums[..., :, None, :] - sums[..., None, :, :]).to(k.dtype)
-    decay = decay.masked_fill(_above(WHOLE, k)[..., None], 0).exp()
-    decayed = decay * k[..., None, :, :]
-    return (decayed[:, :, :, None] @ q[..., None])[..., 0]
 
 
 def _above(size: int, like: Tensor) -> Tensor:

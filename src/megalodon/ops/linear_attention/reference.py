@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalodon.ops.layout import Layout
+from megalodon.ops.layout import Layout, document_numbers
 
 
 def linear_attention(
@@ -53,3 +53,27 @@ def linear_attention(
     if not normalise:
         return numerator, None, sums, None
     return numerator, torch.stack(below, 1) if below else q.new_zeros(batch, 0, heads), sums, weights
+
+
+def both_sides(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, normalise: bool, eps: float, layout: Layout
+) -> Tensor:
+    """The two-way form: the whole matrix of weights, token by token. See `megalodon.ops.two_way_linear_attention`."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
+    length = q.shape[1]
+    decay = q.new_zeros(*k.shape[:3], 1)
+    if log_decay is not None:
+        decay = log_decay.expand(*k.shape[:2], -1) if log_decay.ndim == 1 else log_decay
+        decay = (decay if decay.ndim == 4 else decay[..., None]).repeat_interleave(groups, 2)
+    sums = decay.cumsum(1)
+    shifted = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1)
+    weights = q.new_zeros(q.shape[0], q.shape[2], length, length)
+    documents = document_numbers(layout)
+    for t in range(length):
+        for j in range(length):
+            lost = sums[:, t] - sums[:, j] if j <= t else shifted[:, j] - shifted[:, t]
+            same = (documents[:, t] == documents[:, j])[:, None]
+            weights[:, :, t, j] = (q[:, t] * lost.exp() * k[:, j]).sum(-1) * same
+    out = torch.einsum("bhtj,bjhe->bthe", weights, v)
+    return out / (weights.sum(-1).transpose(1, 2) + eps)[..., None] if normalise else out

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megalodon.ops.backend import Implementations, check_devices, choose
 from megalodon.ops.compiling import one_break_at_most
-from megalodon.ops.layout import Layout, layout_of
+from megalodon.ops.layout import Layout, document_numbers, layout_of
 from megalodon.ops.window_attention import blocked, reference
 from megalodon.ops.window_attention.sums import WindowSums
 
-__all__ = ["IMPLEMENTATIONS", "RecentKeys", "WindowSums", "window_attention", "window_sums"]
+__all__ = ["IMPLEMENTATIONS", "RecentKeys", "WindowSums", "two_way_window_attention", "window_attention", "window_sums"]
 
 IMPLEMENTATIONS: Implementations = {"reference": reference.window_sums, "blocked": blocked.window_sums}
 
@@ -74,6 +75,35 @@ def window_sums(
     """`window_attention` before its division: arguments are the same, sums are in float32 or better."""
     layout = _checked(q, k, v, window, recent, segment_ids, layout)
     return choose(IMPLEMENTATIONS, backend, q.device, q.dtype)(q, k, v, window, recent, layout)
+
+
+def two_way_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    segment_ids: Tensor | None = None,
+    layout: Layout | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Each token attends to itself and to the W - 1 tokens on either side of it in its document.
+
+    Arguments and errors are those of `window_attention`. Returns [B, L, H, e] in the dtype of v; what stands at padding
+    means nothing.
+    """
+    layout = _checked(q, k, v, window, None, segment_ids, layout)
+    documents = document_numbers(layout)
+    before = window_sums(q, k, v, window, segment_ids=documents, backend=backend)
+    turned = window_sums(q.flip(1), k.flip(1), v.flip(1), window, segment_ids=documents.flip(1), backend=backend)
+    after = WindowSums(*(part.flip(1) for part in turned))
+    highest = torch.maximum(before.highest, after.highest)
+    first, second = ((side.highest - highest).exp() for side in (before, after))
+    groups = q.shape[2] // k.shape[2]
+    own = ((q.unflatten(2, (-1, groups)) * k[:, :, :, None]).sum(-1).flatten(2, 3).to(highest.dtype) - highest).exp()
+    values = before.values * first[..., None] + after.values * second[..., None]
+    values = values - own[..., None] * v.repeat_interleave(groups, 2).to(values.dtype)
+    return (values / (before.weights * first + after.weights * second - own)[..., None]).to(v.dtype)
 
 
 def _checked(

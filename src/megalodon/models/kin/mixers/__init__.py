@@ -16,6 +16,7 @@ MIXERS: dict[str, str] = {
     "based": "based.Based",
     "feedforward_kernel": "feedforward_kernel.FeedForwardKernel",
     "gated_delta": "gated_delta.GatedDelta",
+    "gecko": "gecko.GeckoMixer",
     "gla": "gla.GLA",
     "h3": "h3.H3",
     "hax": "hax.Hax",

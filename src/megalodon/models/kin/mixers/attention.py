@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import MixerParameters, Reference
 from megalodon.models.kin.mixers.keys_and_values import KeysAndValues, attend
 from megalodon.models.kin.mixers.projected import Projected
-from megalodon.ops.layout import Layout
+from megalodon.ops.layout import Layout, document_numbers
 
 
 class Attention(Projected):
     """`out = Wo softmax(rope(Wq x) rope(Wk x)^T / sqrt(d)) Wv x`."""
 
     kind = "growing"
+    two_way_mode = True
 
     class Parameters(MixerParameters):
         """bias: of the projections of queries, keys and values; out_bias: of the output projection."""
@@ -33,11 +35,26 @@ class Attention(Projected):
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeysAndValues:
         return KeysAndValues.empty(batch, self.num_groups, self.head_dim, self.head_dim, device, dtype)
 
-    def forward(self, x: Tensor, memory: KeysAndValues | None, layout: Layout) -> tuple[Tensor, KeysAndValues]:
+    def forward(self, x: Tensor, memory: KeysAndValues | None, layout: Layout) -> tuple[Tensor, KeysAndValues | None]:
         q, k, v = self.queries_keys_values(x, layout, rotated=True)
+        if self.two_way:
+            return self.o_proj(_both_sides(q, k, v, layout).flatten(-2)), None
         memory = self.empty(len(x), x.device, k.dtype) if memory is None else memory
         out, memory = attend(q / math.sqrt(self.head_dim), k, v, memory, layout)
         return self.o_proj(out.flatten(-2)), memory
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        return window_multiply_adds(config, length, length)
+
+    def cross(self, x: Tensor, source: Tensor, padding: Tensor | None = None) -> Tensor:
+        q, k, v = (
+            project(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project, y in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
+        )
+        seen = None if padding is None else ~padding[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=self.num_heads != self.num_groups)
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:
@@ -45,6 +62,23 @@ class Attention(Projected):
         dim, heads = config["d_model"], config["num_heads"]
         fields = {"model_dim": dim, "num_heads": heads, "rope_base": None}
         return Reference(fields, {"bias": True, "out_bias": True}, unpacked(tensors))
+
+
+def window_multiply_adds(config: KinConfig, window: int, length: int) -> float:
+    """Scores and weighted values of one token over the last `window` of a row of `length`, on average."""
+    seen = length / 2 if window >= length else window * (1 - window / (2 * length))
+    return 2.0 * config.num_heads * config.head_size * seen
+
+
+def _both_sides(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Every token over all of its document: [B, L, H, e]."""
+    seen = None
+    if not layout.plain:
+        documents = document_numbers(layout)
+        seen = (documents[:, :, None] == documents[:, None])[:, None]
+    heads, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[2] != k.shape[2]
+    return F.scaled_dot_product_attention(heads, keys, values, seen, enable_gqa=grouped).transpose(1, 2)
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

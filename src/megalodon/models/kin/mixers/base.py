@@ -56,6 +56,10 @@ class Memory:
         changed = {n: x._each(function) if isinstance(x, Memory) else function(x) for n, x, _ in self.children()}
         return self._made(changed)
 
+    def made_of(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A memory of this form, of what `function` makes of each tensor."""
+        return self._each(function)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A memory with copies of what `function` makes of each tensor."""
         return self._each(lambda x: function(x).clone())
@@ -197,6 +201,7 @@ class Mixer(nn.Module):
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Any) -> None:
         super().__init__()
+        self.two_way = config.two_way
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> Memory | None:
         """The memory of `batch` rows that have read nothing: zeros, growing fields of no width. None: there is none.
@@ -233,6 +238,21 @@ class Mixer(nn.Module):
             ValueError: there is no published code, or it has an option that is not reproduced; the message names it.
         """
         raise ValueError(f"{cls.__name__} has no published code whose parameters could be read")
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        """Multiply-adds of one token in rows of `length` that belong to no parameter: of scores, weighted values, and
+        products with a state. Averages and scans do not count."""
+        return 0.0
+
+    def cross(self, x: Tensor, source: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Read another sequence, of which every token sees all: x [B, L, D] and source [B, M, D], both normalised ->
+        [B, L, D]. `padding` bool [B, M]: True where the source has no token.
+
+        Raises:
+            ValueError: this mixer has no such form.
+        """
+        raise ValueError(f"{type(self).__name__} has no form that reads another sequence")
 
     def initialise(self, std: float) -> None:
         """Set what is not a plain linear layer (those are drawn from N(0, std) before), through

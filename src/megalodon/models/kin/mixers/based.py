@@ -8,20 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import MixerParameters, Reference
+from megalodon.models.kin.mixers.normalised import NormalisedLinear
 from megalodon.models.kin.mixers.sums import WeightedSums
-from megalodon.ops.layout import Layout
 
 
-class Based(Mixer):
+class Based(NormalisedLinear):
     """`o_t = sum_{j <= t} (1 + s + s^2 / 2) v_j / sum_{j <= t} (1 + s + s^2 / 2)`, s = q_t.k_j / sqrt(d).
 
     The state holds 1 + d + d^2 features a head, 273 for d = 16.
     """
-
-    kind = "constant"
 
     class Parameters(MixerParameters):
         """feature_dim: d, size of a query and key head. value_dim: e, of a value head; None: the config's head_dim.
@@ -38,6 +35,7 @@ class Based(Mixer):
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
         dim, self.feature_dim, self.eps = config.model_dim, parameters.feature_dim, parameters.eps
+        self.rope_base = None
         self.num_heads, self.num_groups = config.num_heads, config.key_value_heads
         self.value_dim = parameters.value_dim or config.head_size
         self.q_proj = nn.Linear(dim, self.num_heads * self.feature_dim, bias=False)
@@ -49,18 +47,15 @@ class Based(Mixer):
         features = 1 + self.feature_dim + self.feature_dim**2
         return WeightedSums.empty(batch, self.num_groups, features, self.value_dim, device, dtype)
 
-    def forward(self, x: Tensor, memory: WeightedSums | None, layout: Layout) -> tuple[Tensor, WeightedSums]:
-        out, state = ops.linear_attention(
-            self.q_proj(x).unflatten(-1, (self.num_heads, -1)),
-            self.k_proj(x).unflatten(-1, (self.num_groups, -1)),
-            self.v_proj(x).unflatten(-1, (self.num_groups, -1)),
-            feature_map="taylor",
-            normalise=True,
-            eps=self.eps,
-            initial_state=None if memory is None else memory.state(),
-            layout=layout,
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        features = 1 + parameters.feature_dim + parameters.feature_dim**2
+        return float(
+            (config.num_heads + config.key_value_heads) * features * (parameters.value_dim or config.head_size)
         )
-        return self.o_proj(out.flatten(-2)), WeightedSums.of(state)
+
+    def maps(self) -> str:
+        return "taylor"
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

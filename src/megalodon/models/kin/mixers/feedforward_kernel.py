@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from megalodon import ops
+import torch
+
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import MixerParameters
 from megalodon.models.kin.mixers.feature_maps import FeedForwardMap
+from megalodon.models.kin.mixers.normalised import NormalisedLinear
 from megalodon.models.kin.mixers.projected import Projected
 from megalodon.models.kin.mixers.sums import WeightedSums
-from megalodon.ops.layout import Layout
 
 
-class FeedForwardKernel(Projected):
+class FeedForwardKernel(Projected, NormalisedLinear):
     """`phi(q)^T sum phi(k) v^T / phi(q)^T sum phi(k)`, phi(x) = softplus(W2 gelu(W1 x))."""
-
-    kind = "constant"
 
     class Parameters(MixerParameters):
         """hidden_dim: of the network; None: twice head_dim. feature_dim: its features; None: head_dim. gated: a gated
@@ -30,7 +28,7 @@ class FeedForwardKernel(Projected):
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
-        self.eps = parameters.eps
+        self.eps, self.rope_base = parameters.eps, None
         self.features = parameters.feature_dim or self.head_dim
         hidden = parameters.hidden_dim or 2 * self.head_dim
         self.feature_map = FeedForwardMap(self.head_dim, hidden, self.features, parameters.gated)
@@ -41,16 +39,10 @@ class FeedForwardKernel(Projected):
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WeightedSums:
         return WeightedSums.empty(batch, self.num_groups, self.features, self.head_dim, device, dtype)
 
-    def forward(self, x: Tensor, memory: WeightedSums | None, layout: Layout) -> tuple[Tensor, WeightedSums]:
-        q, k, v = self.queries_keys_values(x, layout, rotated=False)
-        out, state = ops.linear_attention(
-            q,
-            k,
-            v,
-            feature_map=self.feature_map,
-            normalise=True,
-            eps=self.eps,
-            initial_state=None if memory is None else memory.state(),
-            layout=layout,
-        )
-        return self.o_proj(out.flatten(-2)), WeightedSums.of(state)
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        features = parameters.feature_dim or config.head_size
+        return float((config.num_heads + config.key_value_heads) * features * config.head_size)
+
+    def maps(self) -> FeedForwardMap:
+        return self.feature_map

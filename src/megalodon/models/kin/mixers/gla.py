@@ -22,6 +22,7 @@ class GLA(Mixer):
     out = Wo (rms_norm(o) * silu(Wg x))."""
 
     kind = "constant"
+    two_way_mode = True
 
     class Parameters(MixerParameters):
         """expand_k, expand_v: width of keys and values, all query heads together, in model widths. gate_rank: of the
@@ -62,26 +63,33 @@ class GLA(Mixer):
         self.head_norm = nn.RMSNorm(self.value_dim, parameters.norm_eps)
         self.o_proj = nn.Linear(heads * self.value_dim, dim, bias=False)
 
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        key, value = config.model_dim * parameters.expand_k, config.model_dim * parameters.expand_v
+        return (1 + config.key_value_heads / config.num_heads) * key * value / config.num_heads
+
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> Sums:
         return Sums(sums_of((batch, self.num_groups, self.key_dim, self.value_dim), device, dtype))
 
-    def forward(self, x: Tensor, memory: Sums | None, layout: Layout) -> tuple[Tensor, Sums]:
+    def forward(self, x: Tensor, memory: Sums | None, layout: Layout) -> tuple[Tensor, Sums | None]:
         decay = F.logsigmoid(self.decay_up(self.decay_down(x)).float()) / self.options.gate_normalizer
         if self.options.least_log_decay is not None:
             decay = decay.clamp(min=self.options.least_log_decay)
-        out, state = ops.linear_attention(
-            self.q_proj(x).unflatten(-1, (self.num_heads, -1)),
-            self.k_proj(x).unflatten(-1, (self.num_groups, -1)),
-            self.v_proj(x).unflatten(-1, (self.num_groups, -1)),
-            feature_map=self.options.feature_map,
-            log_decay=decay.unflatten(-1, (self.num_groups, -1)),
-            initial_state=None if memory is None else memory.state(),
-            layout=layout,
-        )
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
+        k, v = (project(x).unflatten(-1, (self.num_groups, -1)) for project in (self.k_proj, self.v_proj))
+        options: dict[str, Any] = {"feature_map": self.options.feature_map, "layout": layout}
+        options["log_decay"] = decay.unflatten(-1, (self.num_groups, -1))
+        after = None
+        if self.two_way:
+            out = ops.two_way_linear_attention(q, k, v, **options)
+        else:
+            before = None if memory is None else memory.state()
+            out, state = ops.linear_attention(q, k, v, initial_state=before, **options)
+            after = Sums(state.sums)
         out = self.head_norm(out * self.key_dim**-0.5).flatten(-2)
         if self.g_proj is not None:
             out = ops.silu_product(self.g_proj(x), out)
-        return self.o_proj(out), Sums(state.sums)
+        return self.o_proj(out), after
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

@@ -8,34 +8,39 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megalodon import ops
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import MixerParameters, Reference
 from megalodon.models.kin.mixers.feature_maps import HeadwiseMap, features_of
+from megalodon.models.kin.mixers.normalised import NormalisedLinear
 from megalodon.models.kin.mixers.projected import Projected
 from megalodon.models.kin.mixers.sums import WeightedSums
-from megalodon.ops.layout import Layout
 
 
-class Hedgehog(Projected):
+class Hedgehog(Projected, NormalisedLinear):
     """`phi(q)^T sum phi(k) v^T / phi(q)^T sum phi(k)`, phi(x) = [softmax(x W_h), softmax(-x W_h)], after rotation."""
-
-    kind = "constant"
 
     class Parameters(MixerParameters):
         """feature_dim: m, columns of W_h; None: the config's head_dim. activation: of the features, "relu" for T2R's.
-        eps: added to the normaliser."""
+        skip: add x to x W_h. eps: added to the normaliser."""
 
         feature_dim: int | None = None
-        activation: Literal["softmax_both", "exp_both", "relu", "elu"] = "softmax_both"
+        activation: Literal["softmax_both", "exp_both", "softmax", "exp", "relu", "elu"] = "softmax_both"
+        skip: bool = False
         eps: float = 1e-12
+
+        def check(self, config: KinConfig) -> None:
+            if self.skip and self.feature_dim not in (None, config.head_dim):
+                raise ValueError(
+                    f"hedgehog: feature_dim={self.feature_dim}: with skip it must be the head_dim, {config.head_dim}"
+                )
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
         self.eps, size = parameters.eps, parameters.feature_dim or self.head_dim
         self.features = features_of(parameters.activation, size)
-        self.feature_map_q = HeadwiseMap(self.num_heads, self.head_dim, size, parameters.activation)
-        self.feature_map_k = HeadwiseMap(self.num_heads, self.head_dim, size, parameters.activation)
+        sizes = (self.num_heads, self.head_dim, size)
+        self.feature_map_q = HeadwiseMap(*sizes, parameters.activation, parameters.skip)
+        self.feature_map_k = HeadwiseMap(*sizes, parameters.activation, parameters.skip)
 
     def initialise(self, std: float) -> None:
         self.feature_map_q.initialise()
@@ -44,19 +49,13 @@ class Hedgehog(Projected):
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WeightedSums:
         return WeightedSums.empty(batch, self.num_heads, self.features, self.head_dim, device, dtype)
 
-    def forward(self, x: Tensor, memory: WeightedSums | None, layout: Layout) -> tuple[Tensor, WeightedSums]:
-        q, k, v = self.queries_keys_values(x, layout, rotated=True)
-        out, state = ops.linear_attention(
-            q,
-            k,
-            v,
-            feature_map=(self.feature_map_q, self.feature_map_k),
-            normalise=True,
-            eps=self.eps,
-            initial_state=None if memory is None else memory.state(),
-            layout=layout,
-        )
-        return self.o_proj(out.flatten(-2)), WeightedSums.of(state)
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        features = features_of(parameters.activation, parameters.feature_dim or config.head_size)
+        return 2.0 * config.num_heads * features * config.head_size
+
+    def maps(self) -> tuple[HeadwiseMap, HeadwiseMap]:
+        return self.feature_map_q, self.feature_map_k
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

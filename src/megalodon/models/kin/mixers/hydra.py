@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +17,7 @@ from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
 from megalodon.models.kin.mixers.mamba2 import GroupedNorm, Mamba2, mamba2_options
 from megalodon.models.kin.mixers.state_space import DepthwiseConvolution, rates_of, step_bias_, steps_of
-from megalodon.ops.layout import Layout
+from megalodon.ops.layout import Layout, document_numbers
 
 
 class Hydra(Mixer):
@@ -86,7 +85,7 @@ class Hydra(Mixer):
 
     def forward(self, u: Tensor, memory: None, layout: Layout) -> tuple[Tensor, None]:
         z, mixed, raw = self.in_proj(u).split([self.inner, self.channels, 2 * self.heads], dim=-1)
-        documents = _documents(layout)
+        documents = document_numbers(layout)
         mixed = F.silu(_centred(mixed, self.conv1d, documents))
         weights = self.given.groups * self.given.state_size
         x, forwards, backwards = mixed.split([self.inner, 2 * weights, 2 * weights], dim=-1)
@@ -116,14 +115,6 @@ class Hydra(Mixer):
         return Reference(
             {**fields, "two_way": True}, {**parameters, "kernel_size": config.get("d_conv", 7)}, dict(tensors)
         )
-
-
-def _documents(layout: Layout) -> Tensor:
-    """int64 [B, L]: the number of each token's document in its row; padding is one of its own."""
-    starts = np.zeros((layout.batch, layout.length), dtype=np.int64) if layout.starts is None else layout.starts
-    number = starts.cumsum(axis=1)
-    number = np.where(np.arange(layout.length) < layout.lengths[:, None], number, -1)
-    return torch.from_numpy(number).to(layout.device)
 
 
 def _centred(x: Tensor, kernel: DepthwiseConvolution, documents: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megalodon import ops
 from megalodon.models.kin.mixers.base import Memory
@@ -93,6 +94,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, memory: KeysAndValues, layout: Layou
         folded = q.unflatten(2, (-1, groups))[:, 0].transpose(1, 2)
         out = ops.causal_attention(folded, after.keys, after.values, offset)
         return out.transpose(1, 2).flatten(1, 2)[:, None], after
+    if offset == 0:
+        heads, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, scale=1.0, enable_gqa=groups > 1)
+        return out.transpose(1, 2), after
     if offset is not None:
         keys, values = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in after)
         return ops.causal_attention(q, keys, values, offset), after

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters
-from megalodon.models.layers.cema import CEMA, initial_theta
+from megalodon.models.layers.cema import CEMA
 from megalodon.models.layers.chunk_attention import GatedChunkAttention
 from megalodon.models.layers.norms import RMSNorm
 from megalodon.models.layers.open_chunk import OpenChunk
@@ -68,19 +67,9 @@ class MegalodonMixer(Mixer):
         self.memory_norm = RMSNorm(own.model_dim, own.norm_eps, True)
         self.attention = GatedChunkAttention(own)
 
-    @torch.no_grad()
-    def initialise(self, std: float) -> None:
-        for norm in (self.timestep_norm, self.memory_norm):
-            for parameter in norm.parameters():
-                init.zeros_(parameter)
-        init.normal_(self.cema.alpha, 0.0, 0.2)
-        init.normal_(self.cema.delta, 0.0, 0.2)
-        init.copy_(self.cema.theta, initial_theta(self.cema.theta.shape[0]))
-        real = torch.randn(self.cema.gamma.shape[:2])
-        init.copy_(self.cema.gamma, torch.stack([real, torch.zeros_like(real)], dim=-1))
-        init.trunc_normal_(self.cema.omega, 0.0, 0.25, -1.0, 1.0)
-        init.zeros_(self.attention.qk_weight)
-        init.zeros_(self.attention.qk_bias)
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        return sizes(config, parameters).sequence_multiply_adds(length)
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> MegalodonMemory:
         own, sums = self.sizes, accumulator_dtype(device)
@@ -112,22 +101,26 @@ class MegalodonMixer(Mixer):
 
 def sizes(config: KinConfig, parameters: MegalodonMixer.Parameters) -> MegalodonConfig:
     """The sizes of one layer, as Megalodon's modules take them."""
-    dim = config.model_dim
-    z_dim = parameters.z_dim or max(dim // 4, 2)
-    heads = parameters.heads or max(
-        count for count in range(1, config.num_heads + 1) if z_dim % count == 0 and (z_dim // count) % 2 == 0
-    )
-    groups = parameters.norm_groups or max(count for count in range(1, 33) if dim % count == 0 and count < dim)
     return MegalodonConfig(
-        vocab_size=1,
-        num_layers=1,
-        model_dim=dim,
-        z_dim=z_dim,
-        value_dim=parameters.value_dim or 2 * dim,
-        num_heads=heads,
-        ffn_hidden_dim=1,
-        cema_ndim=parameters.cema_ndim,
-        chunk_size=parameters.chunk_size,
-        norm_num_groups=groups,
+        **widths(config, parameters),
         rope_base=10000.0 if config.rope_base is None else config.rope_base,
     )
+
+
+def widths(config: KinConfig, parameters: Any) -> dict[str, Any]:
+    """The fields that Megalodon's config and its successor's share, with defaults that fit the model's width."""
+    dim, z_dim = config.model_dim, parameters.z_dim or max(config.model_dim // 4, 2)
+    groups = [count for count in range(1, 33) if dim % count == 0 and count < dim]
+    fitting = [heads for heads in range(1, config.num_heads + 1) if z_dim % (2 * heads) == 0]
+    return {
+        "vocab_size": 1,
+        "num_layers": 1,
+        "model_dim": dim,
+        "z_dim": z_dim,
+        "value_dim": parameters.value_dim or 2 * dim,
+        "num_heads": parameters.heads or max(fitting, default=1),
+        "ffn_hidden_dim": 1,
+        "cema_ndim": parameters.cema_ndim,
+        "chunk_size": parameters.chunk_size,
+        "norm_num_groups": parameters.norm_groups or max(groups, default=1),
+    }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.attention import unpacked
+from megalodon.models.kin.mixers.attention import unpacked, window_multiply_adds
 from megalodon.models.kin.mixers.base import MixerParameters, Reference
 from megalodon.models.kin.mixers.projected import Projected
 from megalodon.models.kin.mixers.sums import WindowMemory
@@ -20,9 +20,10 @@ from megalodon.ops.recent import recent_after, with_recent
 
 
 class SlidingAttention(Projected):
-    """`attention` of each token over itself and the W - 1 tokens before it."""
+    """`attention` of each token over itself and the W - 1 tokens before it; two-way, those after it too."""
 
     kind = "constant"
+    two_way_mode = True
 
     class Parameters(MixerParameters):
         """window: W, the token itself included. bias, out_bias: of the projections."""
@@ -43,13 +44,20 @@ class SlidingAttention(Projected):
         shape = (batch, self.window - 1, self.num_groups, self.head_dim)
         return WindowMemory(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
 
-    def forward(self, x: Tensor, memory: WindowMemory | None, layout: Layout) -> tuple[Tensor, WindowMemory]:
+    def forward(self, x: Tensor, memory: WindowMemory | None, layout: Layout) -> tuple[Tensor, WindowMemory | None]:
         q, k, v = self.queries_keys_values(x, layout, rotated=True)
+        if self.two_way:
+            out = ops.two_way_window_attention(q / math.sqrt(self.head_dim), k, v, self.window, layout=layout)
+            return self.o_proj(out.flatten(-2)), None
         recent = None if memory is None else ops.RecentKeys(memory.keys, memory.values)
         out = ops.window_attention(q / math.sqrt(self.head_dim), k, v, self.window, recent, layout=layout)
         count, old = self.window - 1, (None, None) if recent is None else recent
         after = (recent_after(with_recent(b, x, count), count, layout) for b, x in zip(old, (k, v), strict=True))
         return self.o_proj(out.flatten(-2)), WindowMemory(*after)
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        return window_multiply_adds(config, parameters.window, length)
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

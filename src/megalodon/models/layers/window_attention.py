@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from megalodon import ops
-from megalodon.models.gecko.config import GeckoConfig
-from megalodon.models.gecko.window import Window
 from megalodon.models.layers.open_chunk import OpenChunk
+from megalodon.models.layers.window import Window
 from megalodon.ops.layout import Layout
 
 
@@ -24,7 +23,7 @@ class Turns(NamedTuple):
     before: Tensor
 
     @staticmethod
-    def of(config: GeckoConfig, places: Tensor) -> Turns | None:
+    def of(config: Any, places: Tensor) -> Turns | None:
         """Of tokens at these places of their chunks, int64 [L] or [B, L]; None where no head is rotated."""
         if not config.rotated_heads:
             return None
@@ -48,6 +47,13 @@ class Queries(NamedTuple):
         return torch.cat([self.k, self.memory_k], dim=-1)
 
 
+class Found(NamedTuple):
+    """What attention (`o`) and the working memory (`w`, None for nothing) give, [B, L, H, e] each."""
+
+    o: Tensor
+    w: Tensor | None
+
+
 class GatedWindowAttention(nn.Module):
     """`z_proj`, `v_proj`, `r_proj`, `h_proj` are the paper's Wz, Wv, Wr, Wh1; `o_proj` is Wh2.
 
@@ -55,7 +61,7 @@ class GatedWindowAttention(nn.Module):
     those of the working memory (rows 2 and 3).
     """
 
-    def __init__(self, config: GeckoConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         dim, z_dim, value_dim = config.model_dim, config.z_dim, config.value_dim
         self.num_heads, self.chunk_size, self.eps = config.num_heads, config.chunk_size, config.norm_eps
@@ -91,16 +97,17 @@ class GatedWindowAttention(nn.Module):
         Returns:
             (out [B, L, D], the window or None).
         """
-        queries = self.queries(m, turns)
         v = F.silu(self.v_proj(n)).unflatten(-1, (self.num_heads, -1))
-        o, w, window = self.attend(queries, v, window, layout, use_cache)
-        r = self.r_proj(m)
-        gated = ops.silu_product(r, o.flatten(-2).to(r.dtype))
-        gated = F.dropout(gated, self.hidden_dropout, self.training) if w is None else self._joined(gated, w)
-        return self.h_proj(m) + self.o_proj(gated), window
+        found, window = self.attend(self.queries(m, turns), v, window, layout, use_cache)
+        return self.h_proj(m) + self.o_proj(self.gated(self.r_proj(m), found)), window
 
-    def _joined(self, gated: Tensor, w: Tensor) -> Tensor:
-        return F.dropout(gated + w.flatten(-2).to(gated.dtype), self.hidden_dropout, self.training)
+    def gated(self, r: Tensor, found: Found) -> Tensor:
+        """What attention found behind the gate r [B, L, V], and what the memory gave beside it: [B, L, V], dropped
+        out."""
+        o, w = found
+        gated = ops.silu_product(r, o.flatten(-2).to(r.dtype))
+        gated = gated if w is None else gated + w.flatten(-2).to(gated.dtype)
+        return F.dropout(gated, self.hidden_dropout, self.training)
 
     def queries(self, m: Tensor, turns: Turns | None) -> Queries:
         """m [B, L, D] -> what attention and memory ask and offer: all from one normalised z."""
@@ -124,19 +131,19 @@ class GatedWindowAttention(nn.Module):
 
     def attend(
         self, queries: Queries, v: Tensor, window: Window | None, layout: Layout, use_cache: bool
-    ) -> tuple[Tensor, Tensor | None, Window | None]:
-        """What attention and the memory give for v [B, L, H, e]: ([B, L, H, e], the same or None for nothing, the
-        window after the tokens or None)."""
+    ) -> tuple[Found, Window | None]:
+        """What attention and the memory give for v [B, L, H, e], and the window after the tokens or None."""
         keys = None
         if window is None and use_cache:
             keys = queries.keys
             window = Window.empty(keys, v)
         prefix: dict[str, Any] = {} if window is None else window.prefix()
         width = queries.k.shape[-1]
-        of_attention = {name: x if x is None or name[-1] == "v" else x[..., :width] for name, x in prefix.items()}
-        of_memory = {name: x if x is None or name[-1] == "v" else x[..., width:] for name, x in prefix.items()}
+        both = {name: (x, x) if x is None or name[-1] == "v" else x.split(width, -1) for name, x in prefix.items()}
+        of_attention: dict[str, Any] = {name: parts[0] for name, parts in both.items()}
+        of_memory: dict[str, Any] = {name: parts[1] for name, parts in both.items()}
         dropout = self.attention_dropout if self.training else 0.0
-        shared = {"chunk_size": self.chunk_size, "layout": layout, "segments": layout.segments}
+        shared: dict[str, Any] = {"chunk_size": self.chunk_size, "layout": layout, "segments": layout.segments}
         o = ops.sliding_chunk_attention(
             queries.q,
             queries.k,
@@ -150,12 +157,12 @@ class GatedWindowAttention(nn.Module):
         w = memory = log_mass = None
         ends = int(layout.document_positions.max(initial=0)) if layout.length else 0
         if use_cache or ends >= 2 * self.chunk_size:  # before its third chunk, a document has nothing to read
-            carried = {} if window is None else {"memory": window.memory, "log_mass": window.log_mass}
+            carried: dict[str, Any] = {} if window is None else {"memory": window.memory, "log_mass": window.log_mass}
             w, memory, log_mass = ops.working_memory(
                 queries.memory_q, queries.memory_k, v, **of_memory, **carried, **shared
             )
         if not use_cache:
-            return o, w, None
+            return Found(o, w), None
         assert window is not None and memory is not None and log_mass is not None
         keys = queries.keys if keys is None else keys
         places = (window.bos_before, window.bos_open) if layout.segments is None else layout.segments.after
@@ -165,4 +172,4 @@ class GatedWindowAttention(nn.Module):
             if layout.fits_open_chunk
             else OpenChunk.after(window.open, keys, v, layout)
         )
-        return o, w, Window(opened, before, memory, log_mass, *places)
+        return Found(o, w), Window(opened, before, memory, log_mass, *places)

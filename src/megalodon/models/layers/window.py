@@ -148,8 +148,8 @@ class Window(NamedTuple):
             "before.values": self.before.values[:, :width],
             "memory": self.memory,
             "log_mass": self.log_mass,
-            "bos_before": self.bos_before,
-            "bos_open": self.bos_open,
+            "bos_before": self.bos_before.clone(),  # all layers share them; in a file each has its own
+            "bos_open": self.bos_open.clone(),
         }
 
     @staticmethod

@@ -1,0 +1,142 @@
+"""Gecko's own token mixer: TimestepDecayNorm, CEMA, attention over two chunks and a working memory (2601.06463)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megalodon.models.gecko.block import norm_over_time
+from megalodon.models.gecko.cema import GeckoCEMA
+from megalodon.models.gecko.config import GeckoConfig
+from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters
+from megalodon.models.kin.mixers.megalodon import widths
+from megalodon.models.layers.norms import RMSNorm
+from megalodon.models.layers.open_chunk import OpenChunk
+from megalodon.models.layers.timestep_decay_norm import DecayedMoments
+from megalodon.models.layers.window import Window
+from megalodon.models.layers.window_attention import GatedWindowAttention, Turns
+from megalodon.ops.backend import accumulator_dtype, full_precision
+from megalodon.ops.layout import Layout
+
+
+@dataclass(frozen=True)
+class GeckoMemory(Memory):
+    """count [B], mean, var [B, groups] of the norm; average [B, D, N, 2], CEMA's h as (re, im); keys [B, n, H, 2d] and
+    values [B, n, H, e] of the open chunk and of the one before it; working [B, H, d, e] and log_mass [B, H, d] of all
+    chunks before those."""
+
+    GROWING: ClassVar[frozenset[str]] = frozenset({"keys", "values", "before_keys", "before_values"})
+
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+    average: Tensor
+    keys: Tensor
+    values: Tensor
+    before_keys: Tensor
+    before_values: Tensor
+    working: Tensor
+    log_mass: Tensor
+
+    def window(self) -> Window:
+        """What attention remembers, without segments of BOS tokens."""
+        nowhere = torch.full_like(self.count, -1)
+        before = OpenChunk(self.before_keys, self.before_values)
+        return Window(OpenChunk(self.keys, self.values), before, self.working, self.log_mass, nowhere, nowhere)
+
+
+class GeckoMixer(Mixer):
+    """The first residual branch of a Gecko block."""
+
+    kind = "constant"
+
+    class Parameters(MixerParameters):
+        """z_dim, value_dim: widths of queries and keys, and of values, all heads together; None: a quarter of the
+        model's, and twice it. heads: None: as many as divide z_dim. cema_ndim: N. chunk_size: C. norm_groups: of
+        TimestepDecayNorm; None: as many of 32 as divide the width."""
+
+        z_dim: int | None = None
+        value_dim: int | None = None
+        heads: int | None = None
+        cema_ndim: int = 16
+        chunk_size: int = 2048
+        norm_groups: int | None = None
+
+        def check(self, config: KinConfig) -> None:
+            try:
+                sizes(config, self)
+            except ValueError as error:
+                raise ValueError(f"gecko: {error}") from None
+
+    def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
+        super().__init__(config, layer_index, parameters)
+        self.sizes = sizes(config, parameters)
+        self.timestep_norm = norm_over_time(self.sizes)
+        self.cema = GeckoCEMA(self.sizes.model_dim, self.sizes.cema_ndim)
+        self.memory_norm = RMSNorm(self.sizes.model_dim, self.sizes.norm_eps, True)
+        self.attention = GatedWindowAttention(self.sizes)
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        return sizes(config, parameters).sequence_multiply_adds(length)
+
+    def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> GeckoMemory:
+        own, wide, sums = self.sizes, full_precision(dtype), accumulator_dtype(device)
+        heads, key, value = own.num_heads, own.z_dim // own.num_heads, own.value_dim // own.num_heads
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(batch, *shape, device=device, dtype=dtype)
+
+        return GeckoMemory(
+            count=zeros(dtype=torch.int64),
+            mean=zeros(own.norm_num_groups, dtype=sums),
+            var=zeros(own.norm_num_groups, dtype=sums),
+            average=zeros(own.model_dim, own.cema_ndim, 2, dtype=wide),
+            keys=zeros(0, heads, 2 * key, dtype=dtype),
+            values=zeros(0, heads, value, dtype=dtype),
+            before_keys=zeros(0, heads, 2 * key, dtype=dtype),
+            before_values=zeros(0, heads, value, dtype=dtype),
+            working=zeros(heads, key, value, dtype=wide),
+            log_mass=zeros(heads, key, dtype=wide),
+        )
+
+    def forward(self, x: Tensor, memory: GeckoMemory | None, layout: Layout) -> tuple[Tensor, GeckoMemory]:
+        chunked = layout.with_chunks(self.sizes.chunk_size)
+        moments = h = window = None
+        if memory is not None:
+            moments = DecayedMoments(memory.count, memory.mean, memory.var)
+            h, window = torch.view_as_complex(memory.average.contiguous()), memory.window()
+        n, moments = self.timestep_norm(x, moments, chunked)
+        m, h = self.cema(n, h, chunked)
+        turns = Turns.of(self.sizes, chunked.chunk_positions)
+        out, window = self.attention(n, self.memory_norm(m), turns, window, chunked, True)
+        return out, self._memory(moments, h, window, chunked)
+
+    def _memory(self, moments: DecayedMoments, h: Tensor, window: Window, layout: Layout) -> GeckoMemory:
+        ends, size = layout.end_positions, self.sizes.chunk_size
+        opened = int((ends % size).max(initial=0))
+        before = size if int(ends.max(initial=0)) >= size else 0
+        return GeckoMemory(
+            moments.count,
+            moments.mean,
+            moments.var,
+            torch.view_as_real(h),
+            window.open.keys[:, :opened],
+            window.open.values[:, :opened],
+            window.before.keys[:, :before],
+            window.before.values[:, :before],
+            window.memory,
+            window.log_mass.masked_fill(window.log_mass.isinf(), 0),  # of rows that have absorbed nothing: not read
+        )
+
+
+def sizes(config: KinConfig, parameters: GeckoMixer.Parameters) -> GeckoConfig:
+    """The sizes of one layer, as Gecko's modules take them."""
+    return GeckoConfig(
+        **widths(config, parameters),
+        rope_base=500000.0 if config.rope_base is None else config.rope_base,
+    )

@@ -258,3 +258,23 @@ def test_a_tokenizer_is_found_in_the_folder(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path)("ab").input_ids == byte_tokenizer()("ab").input_ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"norm_prior_count": 2, "swiglu": True, "rescale_nffn": True}])
+def test_an_exported_forward_pass_is_exact_at_any_length(strict: bool, fields: dict[str, Any]) -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny(**fields)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, use_cache=False).logits
+
+    model = Logits()
+    anywhere = ({1: torch.export.Dim("length", min=2, max=1 << 20)},)
+    program = torch.export.export(model, (IDS,), dynamic_shapes=anywhere, strict=strict).module()
+    for length in (2, 16, 17, 100, 4500):
+        x = torch.randint(3, 90, (2, length))
+        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-5)

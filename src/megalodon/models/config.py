@@ -106,8 +106,14 @@ class Config(PreTrainedConfig):
         saved: so it comes back, with a warning that names it.
 
         Raises:
-            ValueError: the dict says no `transformers_version`, and has a field that there is not.
+            ValueError: the dict is of another architecture (`model_type`); or it says no `transformers_version`, and
+                has a field that there is not.
         """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"model_type={kind!r}: this config is not of a {cls.model_type} model, whose classes read no other"
+            )
         extra: dict[str, Any] = {}
         if "transformers_version" in config_dict:
             extra = {name: config_dict[name] for name in config_dict if not cls.knows(name)}

@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint conformance clean
+.PHONY: demo test test-slow lint docs conformance clean
 
 demo: $(INSTALLED)  ## train on the Python standard library, measure on held-out files, generate: a few minutes
 	$(RUN)/python examples/demo.py
@@ -23,8 +23,12 @@ lint: $(INSTALLED)
 conformance: $(INSTALLED)  ## Transformers' own model tests; fetches the source of the installed version with pip
 	OMP_NUM_THREADS=1 $(RUN)/python conformance/run.py $(if $(SOURCE),--source $(SOURCE))
 
+docs: $(INSTALLED)  ## the documentation site, in site/
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(RUN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megalodon needs Python 3.11 or later")'

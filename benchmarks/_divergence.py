@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def worst_gap(client: httpx.Client, length: int) -> dict[str, float]:
             break
     other.wait()
     since = times[WARM - 1 :]
-    gaps = [b - a for a, b in zip(since, since[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(since)]
     return {"worst": max(gaps), "median": statistics.median(gaps)}
 
 

@@ -18,6 +18,7 @@ from megalodon import MegalodonForCausalLM
 from megalodon.inference.static_decoding import StaticDecoder
 from megalodon.models.layers.projection import Projection
 from megalodon.models.layers.watch import Watch
+from megalodon.models.megalodon.token_step import TokenStep
 
 Change = Callable[[MegalodonForCausalLM], object]
 
@@ -99,8 +100,9 @@ def one_value(name: str) -> Change:
     return write
 
 
-@pytest.fixture
-def model() -> MegalodonForCausalLM:
+@pytest.fixture(params=["blocked", "numba"])
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MegalodonForCausalLM:
+    monkeypatch.setenv("MEGALODON_BACKEND", request.param)
     return tiny_model(model_dim=64, z_dim=32, norm_prior_count=2).eval()
 
 
@@ -195,19 +197,20 @@ def test_static_decoding_follows(change: str, model: MegalodonForCausalLM) -> No
 
 
 def test_a_generation_reads_all_weights_once(model: MegalodonForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEGALODON_BACKEND", "blocked")  # whose products are counted
     read, packed = [], []
     same, make = Watch.same_weights, Projection.__init__
     monkeypatch.setattr(Watch, "same_weights", lambda self: (read.append(1), same(self))[1])
     monkeypatch.setattr(Projection, "__init__", lambda *a, **k: (packed.append(1), make(*a, **k))[1])
     for _ in range(3):
         model.generate(tokens(1, 5), max_new_tokens=12, do_sample=False)
-    products = 5 * len(model.model.layers) + 1
-    assert (len(read), len(packed)) == (4, products), "the blocks' and the head's, at the second and third start"
+    products = 5 * len(model.model.layers)
+    assert len(read) == 4, "the blocks' and the head's, at the second and third start"
+    assert len(packed) in (products, products + 1), "once, and the head's unless a kernel reads it where it lies"
 
 
-def test_training_holds_no_second_copy(model: MegalodonForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEGALODON_BACKEND", "blocked")  # which holds copies
+def test_training_holds_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGALODON_BACKEND", "blocked")
+    model = tiny_model().eval()
     alive: set[int] = set()
     made, freed = Projection.__init__, []
     monkeypatch.setattr(Projection, "__init__", lambda self, *a, **k: (alive.add(id(self)), made(self, *a, **k))[1])
@@ -332,11 +335,10 @@ def test_modules_in_training_mode_drop_out_in_decoding(state_and_token) -> None:
 
 @torch.no_grad()
 def test_counters_of_operations_see_the_model_and_devices_change_nothing(model, state_and_token, monkeypatch) -> None:
-    monkeypatch.setenv("MEGALODON_BACKEND", "blocked")  # whose products are counted
     state, token = state_and_token
     packed = []
-    call = Projection.__call__
-    monkeypatch.setattr(Projection, "__call__", lambda *given: (packed.append(1), call(*given))[1])
+    advance = TokenStep.advance
+    monkeypatch.setattr(TokenStep, "advance", lambda *given: (packed.append(1), advance(*given))[1])
     with FlopCounterMode(display=False) as counter:
         step(model, token, state)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]

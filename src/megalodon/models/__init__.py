@@ -6,17 +6,28 @@ architecture of the list: by its config (`Config`), its language model (`CausalL
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+)
+from transformers.models.auto import modeling_auto
 
-from megalodon.models.causal_lm import CausalLM, StatefulModel
+from megalodon.models.causal_lm import CausalLM, StatefulModel, StatefulPreTrainedModel
 from megalodon.models.config import Config
+from megalodon.models.folder import auto_map_of
 from megalodon.models.gecko.config import GeckoConfig
 from megalodon.models.gecko.model import GeckoForCausalLM, GeckoModel
 from megalodon.models.gecko.state import GeckoState
+from megalodon.models.heads import heads_of
 from megalodon.models.kin import KinConfig, KinForCausalLM, KinModel
 from megalodon.models.megabyte import MegabyteConfig, MegabyteForCausalLM, MegabyteModel
 from megalodon.models.megalodon.config import PRESETS, MegalodonConfig
@@ -27,11 +38,28 @@ from megalodon.models.state import State
 
 @dataclass(frozen=True)
 class Architecture:
-    """What makes an architecture: its config, the network without a head, and the language model."""
+    """What makes an architecture: its config, the network without a head, and the language model.
+
+    Attributes:
+        heads: other heads, by the ends of their classes' names (`megalodon.models.heads`).
+    """
 
     config: type[Config]
     model: type[StatefulModel]
     causal_lm: type[CausalLM]
+    heads: dict[str, type[StatefulPreTrainedModel]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", heads_of(self.model))
+
+    def auto_classes(self) -> dict[Any, type]:
+        """Its classes, by those of Transformers' that find them."""
+        return {
+            AutoModel: self.model,
+            AutoModelForCausalLM: self.causal_lm,
+            AutoModelForSequenceClassification: self.heads["ForSequenceClassification"],
+            AutoModelForTokenClassification: self.heads["ForTokenClassification"],
+        }
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -42,10 +70,35 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """Every architecture by its `model_type`. The first is the default where none is named."""
 
+_TABLES = {
+    AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    AutoModelForSequenceClassification: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    AutoModelForTokenClassification: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+}
+"""Transformers' names of classes, which its Trainer and pipelines look up: with label smoothing, the Trainer shifts
+labels for names of language models alone."""
+
+
+def _register(name: str, architecture: Architecture) -> None:
+    """Make an architecture known to Transformers."""
+    classes = architecture.auto_classes()
+    AutoConfig.register(name, architecture.config)
+    for auto, kind in classes.items():
+        auto.register(architecture.config, kind)
+        if auto in _TABLES:
+            _TABLES[auto][name] = kind.__name__
+    named = {auto.__name__: kind for auto, kind in classes.items()}
+    architecture.config.auto_map = auto_map_of(AutoConfig=architecture.config, **named)
+
+
 for _name, _architecture in ARCHITECTURES.items():
-    AutoConfig.register(_name, _architecture.config)
-    AutoModel.register(_architecture.config, _architecture.model)
-    AutoModelForCausalLM.register(_architecture.config, _architecture.causal_lm)
+    _register(_name, _architecture)
+
+
+def auto_classes_by_name() -> dict[str, type]:
+    """Every class that a model folder may name."""
+    kinds = [kind for each in ARCHITECTURES.values() for kind in (each.config, *each.auto_classes().values())]
+    return {kind.__name__: kind for kind in kinds}
 
 
 def architecture(name: str) -> Architecture:

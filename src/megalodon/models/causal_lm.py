@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -21,11 +20,11 @@ from transformers import initialization as init
 
 from megalodon.models import documents
 from megalodon.models.config import Config
+from megalodon.models.folder import write_card
 from megalodon.models.generation import StateGenerationMixin
 from megalodon.models.keywords import refuse_unknown
 from megalodon.models.layers.head import apply_head
 from megalodon.models.loss import summed_loss
-from megalodon.models.model_card import write_model_card
 from megalodon.models.output import LanguageModelOutput, ModelOutput, the_state
 from megalodon.models.padding import RealTokens
 from megalodon.models.state import Dimensions, State
@@ -60,11 +59,15 @@ class StatefulPreTrainedModel(PreTrainedModel):
         _refuse_float16(config.dtype, torch.get_default_dtype())
         super().__init__(config, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
-        """As Transformers' own, with a model card where the folder has none."""
-        super().save_pretrained(save_directory, *arguments, **options)
-        if options.get("is_main_process", True):
-            write_model_card(Path(save_directory), self)
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: a saved folder says by itself where the class is, and needs no copy of its source."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As everywhere; and a model card, unless the folder has a README.md."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_card(save_directory, self.config, type(self).__name__)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -146,6 +149,10 @@ class StatefulModel(StatefulPreTrainedModel):
     def generation_starts(self) -> None:
         """Told where a generation begins: whatever was prepared of weights must be looked at again."""
 
+    def unread_state(self, batch: int) -> State | None:
+        """The state of sequences that have read nothing, without running the network; None where that is needed."""
+        return None
+
     @property
     def reads_in_pieces(self) -> bool:
         """Whether a long text may go through a layer piece by piece, at no cost and with the same result."""
@@ -222,7 +229,10 @@ class StatefulModel(StatefulPreTrainedModel):
         plain = attention_mask is None and segment_ids is None and bos is None and not output_hidden_states
         step = self.single_token(x, state if plain and use_cache else None)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
-        if step is not None and state is not None:
+        unread = self.unread_state(len(x)) if length == 0 and plain else None
+        if unread is not None:
+            state = unread if state is None else state
+        elif step is not None and state is not None:
             x, state = step.advance(x[:, 0], state)
             x = x[:, None]
         else:
@@ -351,10 +361,10 @@ class StatefulModel(StatefulPreTrainedModel):
             looks = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
             if looks and input_ids.numel():  # on a GPU the look would wait for the device, in a compiled graph break it
                 low, high = int(input_ids.min()), int(input_ids.max())
-                if low < 0 or high >= self.embed_tokens.num_embeddings:
+                rows = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)  # an adapter has no number
+                if low < 0 or high >= rows:
                     raise ValueError(
-                        f"input_ids has values from {low} to {high}: "
-                        f"they must lie in 0 to {self.embed_tokens.num_embeddings - 1} (vocab_size)"
+                        f"input_ids has values from {low} to {high}: they must lie in 0 to {rows - 1} (vocab_size)"
                     )
             inputs_embeds = self.embed_tokens(input_ids)
         return F.dropout(inputs_embeds * self.embedding_scale, self.config.dropout, self.training)

@@ -7,8 +7,9 @@ architecture, so what they need to know of one stands here as attributes and met
 # No `from __future__ import annotations` here: `strict` checks values against annotations that are types, not strings.
 import functools
 import math
+import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Self, TypeVar
@@ -16,6 +17,8 @@ from typing import Any, ClassVar, Self, TypeVar
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig
+
+from megalodon.models.folder import write_loader
 
 OTHER_KEYS = frozenset(
     {
@@ -53,6 +56,10 @@ class Config(PreTrainedConfig):
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    max_position_embeddings: ClassVar[int] = 1 << 30
+    """What tools that ask for a longest text are told: texts of any length are read as one."""
+    auto_map: ClassVar[dict[str, str]] = {}
+    """Of which file of a model folder the classes are, for `trust_remote_code` (`megalodon.models.folder`)."""
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     identity_fields: ClassVar[tuple[str, ...]] = ()
     free_in_fine_tuning: ClassVar[tuple[str, ...]] = ()
@@ -72,32 +79,53 @@ class Config(PreTrainedConfig):
     bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-        """The config of a dict, such as that of a saved model.
+    # --- folders that others open and write ------------------------------------------------------------------------
 
-        Libraries and users set attributes of their own on a config, and they are saved with it. Those of a saved config
-        are kept, with a warning that names them; in a dict that a person wrote they are an error, as in construction.
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: a saved folder says by itself where the class is, and needs no copy of its source."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json, and beside it what `trust_remote_code=True` asks for."""
+        write_loader(save_directory)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; other libraries find them by the names that they have in Transformers."""
+        return Fields(super().to_dict(), self.attribute_map)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: the fields, and where the classes are."""
+        return {**super().to_diff_dict(), "auto_map": dict(self.auto_map)}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """The config that a program wrote, with whatever else was set on it; what a person wrote must be right.
+
+        Programs say which version of Transformers they used. Anything may be set as an attribute of a config, and is
+        saved: so it comes back, with a warning that names it.
+
+        Raises:
+            ValueError: the dict says no `transformers_version`, and has a field that there is not.
         """
-        known = cls.known_keys()
-        others = {name: value for name, value in config_dict.items() if name not in known and not name.startswith("_")}
-        if not others or "transformers_version" not in config_dict:
-            return super().from_dict(config_dict, **options)
-        warnings.warn(
-            f"the saved config has fields that no {cls.model_type} config has, and which change nothing: "
-            f"{', '.join(sorted(others))}",
-            stacklevel=2,
-        )
-        made = super().from_dict({name: x for name, x in config_dict.items() if name not in others}, **options)
-        for name, value in others.items():
-            setattr(made[0] if isinstance(made, tuple) else made, name, value)
-        return made
+        extra: dict[str, Any] = {}
+        if "transformers_version" in config_dict:
+            extra = {name: config_dict[name] for name in config_dict if not cls.knows(name)}
+        known = {name: value for name, value in config_dict.items() if name not in extra}
+        found = super().from_dict(known, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        for name, value in extra.items():
+            setattr(config, name, value)
+            warnings.warn(
+                f"{name}={value!r} in a saved config is no field of a {cls.model_type} config: it changes nothing",
+                stacklevel=3,
+            )
+        return found
 
     @classmethod
-    def known_keys(cls) -> set[str]:
-        """What a config of this class may be given."""
-        names = {field.name for field in fields(cls)} | OTHER_KEYS | cls.attribute_map.keys()
-        return names | vars(GenerationConfig()).keys()
+    def knows(cls, name: str) -> bool:
+        """Whether a key is a field, or one that Transformers passes or saves for every model."""
+        return name in _known_names(cls) or name.startswith("_")
 
     @classmethod
     def hint(cls, name: str) -> str:
@@ -170,6 +198,31 @@ class Config(PreTrainedConfig):
         return cls(**{**cls.presets[name], **overrides})
 
 
+def _known_names(cls: type[Config]) -> set[str]:
+    names = {field.name for field in fields(cls)} | OTHER_KEYS | cls.attribute_map.keys()
+    return names | vars(GenerationConfig()).keys()
+
+
+class Fields(dict[str, Any]):
+    """A config's fields, which answer to their names in Transformers too, and are listed once."""
+
+    def __init__(self, values: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
+        super().__init__(values)
+        self._aliases = aliases
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (name in self._aliases and super().__contains__(self._aliases[str(name)]))
+
+    def __missing__(self, name: str) -> Any:
+        if name in self._aliases:
+            return self[self._aliases[name]]
+        raise KeyError(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of any dict."""
+        return super().get(name if super().__contains__(name) else self._aliases.get(name, name), default)
+
+
 C = TypeVar("C", bound=Config)
 
 
@@ -181,12 +234,13 @@ def architecture_config(cls: type[C]) -> type[C]:
 
     @functools.wraps(construct)
     def __init__(self: Config, **values: Any) -> None:
-        known = cls.known_keys()
+        known = _known_names(cls)
         for name in values.keys() - known:
             if not name.startswith("_"):
                 near = "".join(f"; did you mean {other}?" for other in get_close_matches(name, known, 1))
                 near = cls.hint(name) or near
                 raise ValueError(f"{name}={values[name]!r}: a {cls.model_type} config has no such field{near}")
+        values.pop("auto_map", None)  # the class's own, wherever the folder comes from
         try:
             construct(self, **values)
         except StrictDataclassError as error:

@@ -14,8 +14,9 @@ from megalodon.models.output import CACHE, the_state
 from megalodon.models.state import State
 
 _NO_PAGES = (
-    "continuous batching of Transformers pages keys and values, and this model's memory is a state: use "
-    "megalodon.inference.Engine or `megalodon serve`, which batch requests as they come, or `generate` on a batch"
+    'generate_batch and cache_implementation="paged" need a cache of pages: this model\'s memory is a state. For many '
+    "requests at once use megalodon.inference.engine.Engine or `megalodon serve`; for a batch of prompts, `generate` "
+    "with padding"
 )
 
 
@@ -47,20 +48,22 @@ class StateGenerationMixin(GenerationMixin):
             raise ValueError(_no_cache(asked))
         return super().generate(*arguments, **options)
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Transformers must not make a cache of its own: the model returns its state."""
+        return False
+
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
-        """Refused: Transformers' continuous batching pages keys and values, and here there is a state.
+        """Transformers' continuous batching pages keys and values of attention; a state has none to page.
 
         Raises:
-            NotImplementedError: always; the message says what to use.
+            NotImplementedError: always, with what to use instead.
         """
         raise NotImplementedError(_NO_PAGES)
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """Transformers must not make a cache of its own: the model returns its state."""
-        return False
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     # Transformers returns None as well, whatever its annotation says.
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -69,7 +72,7 @@ class StateGenerationMixin(GenerationMixin):
         """Called once by `generate`, after repeating the prompts for beams or samples: give each copy its state."""
         if generation_config.cache_implementation is not None:
             raise ValueError(_no_cache(generation_config.cache_implementation))
-        state = model_kwargs.get(CACHE)
+        state = the_state(model_kwargs.get(CACHE), None, {})
         self.model.generation_starts()
         if (head := self.get_output_embeddings()) is not None:
             generation_starts(head)

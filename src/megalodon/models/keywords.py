@@ -64,6 +64,11 @@ NEUTRAL: Mapping[str, Neutral] = {
         lambda value: value is None or value is True,
         "this model reads from left to right only",
     ),
+    "num_items_in_batch": Neutral(
+        "a network without a language model's head has no loss over tokens: the Trainer passes it to every model",
+        _any,
+        "",
+    ),
     "cache_position": Neutral(
         "the state knows how much it has read: `generate` passes it before Transformers 5.10", _any, ""
     ),

@@ -54,4 +54,5 @@ def the_state(past_key_values: State | None, cache: State | None, others: Mappin
     for name, value in others.items():
         if isinstance(value, State):
             raise ValueError(f"{name} is a {type(value).__name__}: give it as past_key_values or cache")
-    return cache if past_key_values is None else past_key_values
+    state = cache if past_key_values is None else past_key_values
+    return state

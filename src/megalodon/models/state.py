@@ -161,6 +161,16 @@ class State:
         return bytes_
 
     @classmethod
+    def row_bytes(cls, sizes: Any, open_tokens: int = 0, activations: torch.dtype = torch.float32) -> int:
+        """Bytes of a state of one row, with so many tokens in what is open."""
+        others = sum(
+            math.prod(size or 1 for size in shape) * cls.tensor_dtype(name, activations, torch.float64).itemsize
+            for name, shape in cls.shapes(sizes).items()
+            if not name.startswith("layers.")
+        )
+        return sizes.num_layers * cls.layer_bytes(sizes, open_tokens, activations) + others
+
+    @classmethod
     def nothing(cls, name: str) -> float:
         """What a tensor of `state_dict` is full of, of rows that have read nothing."""
         return 0.0
@@ -399,26 +409,6 @@ class State:
         """Whether `crop` can take tokens away, as assisted decoding asks: what was averaged cannot be told apart."""
         return False
 
-    def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` tokens (negative: all but so many), in place, as Transformers asks of caches.
-
-        Only nothing or everything can be taken away: a memory of constant size does not hold the tokens one by one. To
-        go back, keep the state from before: a state is a value, and running a model on it never changes it.
-
-        Raises:
-            ValueError: some but not all tokens would have to be taken away.
-        """
-        length = self.get_seq_length()
-        kept = max(length + max_length, 0) if max_length < 0 else min(max_length, length)
-        if kept == length:
-            return
-        if kept:
-            raise ValueError(
-                f"crop({max_length}) of {length} tokens: a state cannot be cut back; keep the state from before these "
-                "tokens and go on from it (a state is a value), or read the text again"
-            )
-        self.__dict__.update(vars(self.reset(torch.ones(self.batch_size, dtype=torch.bool))))
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read by the row that has read most."""
         return int(self.position.max()) if self.batch_size else 0
@@ -426,6 +416,25 @@ class State:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the rows by those at `beam_idx`, in place, as beam search needs."""
         self.__dict__.update(vars(self[beam_idx.cpu()]))
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first `max_length` tokens, in place, as Transformers asks of a cache; negative: drop so many.
+
+        A state does not hold the tokens that it has read: it can be left as it is, or forget all.
+
+        Raises:
+            ValueError: for any other length; the message says what to do instead.
+        """
+        longest = self.get_seq_length()
+        kept = longest + max_length if max_length < 0 else max_length
+        if kept >= longest:
+            return
+        if kept > 0 or max_length < -longest:
+            raise ValueError(
+                f"crop({max_length}): a state that has read {longest} tokens cannot unread some of them; keep the "
+                "state from before them (states are values, and stay as they are), or crop(0) to begin afresh"
+            )
+        self.__dict__.update(vars(self.reset(torch.ones(self.batch_size, dtype=torch.bool))))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """`repeat` in place."""

@@ -9,7 +9,7 @@ share: two to three times as quick from 1 row to 64.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -63,17 +63,13 @@ def can_pack(layers: Iterable[nn.Module], dtype: torch.dtype) -> bool:
     """Whether these layers' weights are worth a second copy in `dtype`: plain layers on a CPU, not too large."""
     size = 0
     for layer in layers:
-        if type(layer) is not nn.Linear or not is_plain(layer._parameters.get("weight")):
+        weight = layer._parameters.get("weight")
+        if type(layer) is not nn.Linear or not is_plain(weight) or weight.dtype not in COLUMNS:
             return False
         size += layer.weight.numel() * dtype.itemsize
     return size <= PACKED_AT_MOST
 
 
-def is_plain(weight: Tensor | None) -> bool:
+def is_plain(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
     """Whether a weight is numbers side by side on a CPU, and not another library's tensor that stands for some."""
-    return (
-        type(weight) is nn.Parameter
-        and weight.device.type == "cpu"
-        and weight.layout is torch.strided
-        and weight.dtype in COLUMNS
-    )
+    return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.layout is torch.strided

@@ -47,6 +47,13 @@ class Based(NormalisedLinear):
         features = 1 + self.feature_dim + self.feature_dim**2
         return WeightedSums.empty(batch, self.num_groups, features, self.value_dim, device, dtype)
 
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        features = 1 + parameters.feature_dim + parameters.feature_dim**2
+        return float(
+            (config.num_heads + config.key_value_heads) * features * (parameters.value_dim or config.head_size)
+        )
+
     def maps(self) -> str:
         return "taylor"
 

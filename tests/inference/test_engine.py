@@ -36,6 +36,14 @@ def with_cache(memory: int = 1 << 24, folder: Path | None = None, disk: int = 0,
     return make_engine(prefixes=lambda identity: PrefixStore(identity, memory, folder, disk), **options)
 
 
+def test_a_new_engine_is_not_made_anew_at_its_first_request() -> None:
+    engine = with_cache()
+    made = engine.decoder, engine.prefixes
+    assert engine.decoder.is_current()
+    run(engine, submit(engine, text_tokens(1, 20), max_tokens=2))
+    assert (engine.decoder, engine.prefixes) == made
+
+
 # --- determinism ----------------------------------------------------------------------------------------------------
 
 

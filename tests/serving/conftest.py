@@ -27,7 +27,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
         )
         chosen = {"model_name": "tiny", "contexts": str(tmp_path_factory.mktemp("contexts")), "drain_seconds": 5}
         made = Settings(**{**chosen, **settings})
-        config = uvicorn.Config(create_app(engine, made), port=0, log_level="warning", timeout_graceful_shutdown=5)
+        app = create_app(engine, made)
+        config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
@@ -35,7 +36,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
             time.sleep(0.01)
         running.append((server, thread))
         port = server.servers[0].sockets[0].getsockname()[1]
-        return Server(f"http://127.0.0.1:{port}", engine, made)
+        return Server(f"http://127.0.0.1:{port}", engine, made, app.state.drain)
 
     yield start
     for server, thread in running:

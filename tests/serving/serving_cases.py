@@ -11,6 +11,7 @@ from openai import OpenAI
 
 from megalodon.inference.engine import Engine
 from megalodon.serving import Settings
+from megalodon.serving.gate import Drain
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Server:
     url: str
     engine: Engine
     settings: Settings
+    drain: Drain
 
     def http(self, key: str | None = None) -> httpx.Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}

@@ -154,9 +154,9 @@ def test_too_many_contexts(narrow: Server) -> None:
 
 def test_time_limit_of_a_request(narrow: Server) -> None:
     with narrow.http() as client:
-        answer = client.post("/v1/completions", json={**LONG, "stream": False})
+        answer = client.post("/v1/completions", json={**LONG, "max_tokens": 8000, "n": 8, "stream": False})
         assert answer.status_code == 408 and answer.json()["error"]["code"] == "timeout"
-        with client.stream("POST", "/v1/completions", json=LONG) as stream:
+        with client.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 8000, "n": 8}) as stream:
             lines = [line for line in stream.iter_lines() if line]
         assert stream.status_code == 200 and '"code": "timeout"' in lines[-1]
     assert eventually(lambda: narrow.engine.idle)
@@ -333,11 +333,13 @@ class Process:
 
 def test_sigterm_lets_running_requests_finish(folder: Path, tmp_path: Path) -> None:
     with Process(folder, tmp_path) as server:
-        body = {**LONG, "max_tokens": 400}
+        body = {**LONG, "max_tokens": 2000}
         with server.client.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.process.send_signal(signal.SIGTERM)
+            with httpx.Client(base_url=server.client.base_url) as late:  # a new connection, which is answered
+                assert eventually(lambda: late.post("/v1/completions", json=BODY).status_code == 503)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
         assert server.process.wait(30) in (0, -signal.SIGTERM)

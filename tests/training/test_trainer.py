@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalodon.files import load_tensors
-from megalodon.training import DivergedError, contents, heldout, launch, metrics, trainer
+from megalodon.training import DivergedError, contents, heldout, launch, metrics, start, trainer
 from megalodon.training.checkpoint import find_damage, list_checkpoints
 from megalodon.training.config_file import check_config, load_config
 from megalodon.training.metrics import read_lines
@@ -26,7 +26,7 @@ def no_measuring(monkeypatch):
 
 
 def train(values):
-    return launch.train(launch.resolve(check_config(values, "test"), "test"), LineDisplay(values["run"]["steps"]))
+    return start.train(launch.resolve(check_config(values, "test"), "test"), LineDisplay(values["run"]["steps"]))
 
 
 def names(folder):
@@ -101,7 +101,7 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_next_process(tiny, tmp_path,
 
     def interrupted(*args, **kwargs):
         calls.append(None)
-        if len(calls) == 9:
+        if len(calls) == 25:
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(*args, **kwargs)
 

@@ -81,12 +81,12 @@ class Engine:
         """
         self.model, self.tokenizer, self.counters = model, tokenizer, Counters()
         self.schedule, self._make_prefixes = Schedule(queue_length), prefixes
-        decoder = make_decoder(model, slots)
+        if model.device.type == "cpu":  # there making them anew is a third of the time of a short prompt
+            model.keep_tables()
+        decoder = make_decoder(model, slots)  # after what changes the model: it is made anew when it sees a change
         block, piece = block_and_piece(model.model.dimensions.alignment, piece)
         self.identity = ModelIdentity.of(model, tokenizer, block, piece, context_storage)
         store = None if prefixes is None else prefixes(self.identity)
-        if model.device.type == "cpu":  # there making them anew is a third of the time of a short prompt
-            model.keep_tables()
         self.decoding = Decoding(decoder, tokenizer, block, self.counters)
         empty = empty_snapshot(unread_state(model), START)
         self.reading = Reading(model, self.decoding, empty, piece, self.counters, self._wake, store, share_prefixes)

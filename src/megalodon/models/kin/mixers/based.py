@@ -50,9 +50,8 @@ class Based(NormalisedLinear):
     @classmethod
     def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
         features = 1 + parameters.feature_dim + parameters.feature_dim**2
-        return float(
-            (config.num_heads + config.key_value_heads) * features * (parameters.value_dim or config.head_size)
-        )
+        heads, values = config.num_heads + config.key_value_heads, parameters.value_dim or config.head_size
+        return float(heads * features * values)
 
     def maps(self) -> str:
         return "taylor"

@@ -35,7 +35,13 @@ from megalodon.ops.timestep_decay_norm import timestep_decay_norm
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM
 from megalodon.ops.timestep_norm import Prior, Statistics, timestep_norm
 from megalodon.ops.window_attention import IMPLEMENTATIONS as _WINDOW_ATTENTION
-from megalodon.ops.window_attention import RecentKeys, WindowSums, two_way_window_attention, window_attention, window_sums
+from megalodon.ops.window_attention import (
+    RecentKeys,
+    WindowSums,
+    two_way_window_attention,
+    window_attention,
+    window_sums,
+)
 from megalodon.ops.working_memory import IMPLEMENTATIONS as _WORKING_MEMORY
 from megalodon.ops.working_memory import absorb, working_memory
 
@@ -74,9 +80,9 @@ __all__ = [
     "sparse_attention",
     "timestep_decay_norm",
     "timestep_norm",
+    "two_chunk_attention",
     "two_way_linear_attention",
     "two_way_window_attention",
-    "two_chunk_attention",
     "window_attention",
     "window_sums",
     "working_memory",

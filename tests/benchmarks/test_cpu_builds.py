@@ -14,7 +14,7 @@ import cpu_builds
 
 @pytest.mark.parametrize("case", ["weights", "decode-2-20", "slots-2", "prefill-16", "train-1-16", "trainbf16-1-16"])
 def test_each_kind_of_case_runs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = {"num_layers": 1, "model_dim": 32, "z_dim": 16, "value_dim": 32, "ffn_hidden_dim": 32, "chunk_size": 16}
+    tiny = {"num_layers": 1, "model_dim": 64, "z_dim": 16, "value_dim": 32, "ffn_hidden_dim": 32, "chunk_size": 16}
     monkeypatch.setitem(cpu_builds.MODELS, "16m", tiny)
     assert cpu_builds.prepare(case, "16m", "float32")() > 0
 

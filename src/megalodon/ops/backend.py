@@ -126,6 +126,8 @@ def choose(
         raise ValueError(
             f"{source}={name!r} is not a back end of this operator: choose from {', '.join(implementations)}"
         )
+    if name == "numba" and source != "default" and (reason := compiled.absent()):
+        raise ValueError(f"{source}={name!r} cannot run here: {reason}; 'blocked' runs everywhere")
     if name.startswith("triton"):
         if reason := without_kernels(device.type, device.index):
             raise ValueError(f"{source}={name!r} cannot run here: {reason}; 'blocked' runs everywhere")

@@ -296,7 +296,8 @@ class StatefulModel(StatefulPreTrainedModel):
 
     def empty_state(self, batch: int) -> State:
         """The state of rows that have read nothing; the network is not run, whatever its layers have become."""
-        return self.state_class.empty(self.config, batch, self.device, self.dtype)
+        here = [weight.device for weight in self.parameters() if weight.device.type != "meta"]  # others are offloaded
+        return self.state_class.empty(self.config, batch, here[0] if here else self.device, self.dtype)
 
     def new_state(self, layers: Sequence[Any], final: Any, position: Tensor) -> State:
         """A state of this model."""

@@ -1,0 +1,83 @@
+// What this browser remembers: the conversations as one tree. A node is a text that was read, a turn, or a context that
+// was found on the server; its `context` is the model's state after it, so any node can be gone on from. Each node is an
+// entry of its own, so that two tabs never write over each other.
+
+const NODE = "megalodon.node.", HEAD = "megalodon.head";
+const nodes = new Map();
+let head = null;
+
+export function load() {
+  for (let place = 0; place < localStorage.length; place++) {
+    const name = localStorage.key(place);
+    if (!name.startsWith(NODE)) continue;
+    const node = JSON.parse(localStorage.getItem(name));
+    nodes.set(node.id, node);
+  }
+  const kept = sessionStorage.getItem(HEAD) ?? localStorage.getItem(HEAD);
+  head = nodes.has(kept) ? kept : null;
+}
+
+/** Keep a node. Raises what the browser raises when its room is used up. */
+export function put(node) {
+  nodes.set(node.id, node);
+  localStorage.setItem(NODE + node.id, JSON.stringify(node));
+  return node;
+}
+
+export const get = id => nodes.get(id);
+export const all = () => [...nodes.values()];
+export const current = () => nodes.get(head) ?? null;
+
+/** From where the next turn goes on; null for a new text. */
+export function go(id) {
+  head = id;
+  for (const storage of [sessionStorage, localStorage]) {
+    if (id === null) storage.removeItem(HEAD); else storage.setItem(HEAD, id);
+  }
+  document.dispatchEvent(new Event("head"));
+}
+
+/** The nodes from the first to this one. */
+export function path(id) {
+  const found = [];
+  for (let node = nodes.get(id); node; node = nodes.get(node.parent)) found.unshift(node);
+  return found;
+}
+
+export const children = id => all().filter(node => node.parent === id).sort((a, b) => a.at - b.at);
+
+/** The newest end of what goes on from a node. */
+export function latest(id) {
+  for (let after = children(id); after.length; after = children(id)) id = after.at(-1).id;
+  return id;
+}
+
+export const ofContext = context => all().find(node => node.context === context);
+
+export function drop(id) {
+  const {parent} = nodes.get(id);
+  nodes.delete(id);
+  localStorage.removeItem(NODE + id);
+  if (head === id) go(nodes.has(parent) ? parent : null);
+}
+
+/** Forget the nodes of contexts that are gone, but for those that others go on from. */
+export function forget(contexts) {
+  const gone = new Set(contexts);
+  for (let before = -1; before !== nodes.size;) {
+    before = nodes.size;
+    for (const node of all()) if (gone.has(node.context) && !children(node.id).length) drop(node.id);
+  }
+  for (const node of all()) if (gone.has(node.context)) put({...node, context: null});
+}
+
+/** Hold a name while `work` runs, so that another tab or a reload can tell whether it still does. */
+export function holding(name, work) {
+  return navigator.locks ? navigator.locks.request("megalodon." + name, work) : work();
+}
+
+/** Run `work` if nobody holds the name. Without locks (plain HTTP on another machine) nobody is known to. */
+export function ifFree(name, work) {
+  if (!navigator.locks) return work();
+  return navigator.locks.request("megalodon." + name, {ifAvailable: true}, lock => lock && work());
+}

@@ -6,6 +6,7 @@ import {$, element, number, random, say, short, size, view} from "./dom.js";
 import * as store from "./store.js";
 
 export const UNDO_MILLISECONDS = 8000;
+const compact = new Intl.NumberFormat("en", {notation: "compact"});
 let known = [], leaving = null;
 
 const labelOf = context => {
@@ -52,7 +53,7 @@ function item(row) {
   const pick = element("button", {
     type: "button", className: "pick", title: `${label}: ${number(last.tokens)} tokens, ${size(last.bytes)}${until}`,
     onclick: () => choose(last),
-  }, element("span", {className: "label", textContent: label}), element("small", {textContent: number(last.tokens)},
+  }, element("span", {className: "label", textContent: label}), element("small", {textContent: compact.format(last.tokens)},
     element("span", {className: "unseen", textContent: " tokens"})));
   pick.dataset.context = last.id;
   pick.setAttribute("aria-current", open);

@@ -21,7 +21,7 @@ async function begin() {
 
 function theme(name) {
   if (name === "auto") delete document.documentElement.dataset.theme; else document.documentElement.dataset.theme = name;
-  $("theme").textContent = name;
+  $("theme").textContent = "◐ " + name;
   $("theme").setAttribute("aria-label", `colours: ${name}`);
   localStorage.setItem("megalodon.theme", name);
 }
@@ -44,7 +44,7 @@ $("stop-reading").onclick = reading.stop;
 $("new").onclick = startAnew;
 $("undo").onclick = library.undo;
 $("key").onchange = begin;
-$("theme").onclick = () => theme(THEMES[(THEMES.indexOf($("theme").textContent) + 1) % THEMES.length]);
+$("theme").onclick = () => theme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme ?? "auto") + 1) % THEMES.length]);
 $("file").onchange = event => { reading.read([...event.target.files]); event.target.value = ""; };
 for (const button of document.querySelectorAll("#views button")) button.onclick = () => view(button.dataset.view);
 
@@ -68,7 +68,8 @@ for (const name of SETTINGS) {
   $(name).addEventListener("change", () => localStorage.setItem("megalodon.setting." + name, $(name).value));
 }
 $("prompt").value = sessionStorage.getItem("megalodon.draft") ?? "";
-$("prompt").addEventListener("input", () => sessionStorage.setItem("megalodon.draft", $("prompt").value));
+window.addEventListener("pagehide", () => sessionStorage.setItem("megalodon.draft", $("prompt").value));
+window.addEventListener("storage", store.follow);
 
 theme(localStorage.getItem("megalodon.theme") ?? "auto");
 store.load();

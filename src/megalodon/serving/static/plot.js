@@ -3,7 +3,7 @@
 
 import {number, size} from "./dom.js";
 
-const LEFT = 56, RIGHT = 388, TOP = 14, BOTTOM = 184;
+const LEFT = 56, RIGHT = 388, TOP = 18, BOTTOM = 150;
 
 function shape(tag, attributes, text) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -29,8 +29,9 @@ function decades(sizes) {
 /** Draw points of [tokens, bytes] beside a cache of `cache` bytes a token. */
 export function draw(svg, points, cache) {
   points = points.filter(([tokens, bytes]) => tokens > 0 && bytes > 0);
+  svg.setAttribute("viewBox", points.length ? "0 0 400 186" : "0 0 400 70");
   if (!points.length) {
-    svg.replaceChildren(shape("text", {x: 200, y: 100, class: "empty"}, "Drop in a text: memory is drawn here"));
+    svg.replaceChildren(shape("text", {x: 200, y: 40, class: "empty"}, "Drop in a text: memory is drawn here"));
     svg.setAttribute("aria-label", "Nothing has been read yet");
     return;
   }
@@ -59,12 +60,12 @@ export function draw(svg, points, cache) {
   made.push(shape("polyline", {id: "cache-line", points: line(over), class: "cache"}));
   made.push(shape("polyline", {id: "line", points: line(points), class: "state"}));
   made.push(shape("circle", {cx: x(across), cy: y(bytes), r: 3.5, class: "state"}));
-  // each line bears its name, the upper above it and the lower below
-  const above = cache * across >= bytes;
-  made.push(shape("text", {x: RIGHT - 6, y: y(bytes) + (above ? 17 : -8), class: "label state"}, "memory: " + size(bytes)));
+  // each line bears its name above it, or below where the other is close above
+  const place = (mine, other) => y(mine) + (mine < other && y(mine) - y(other) < 26 ? 17 : -8);
+  made.push(shape("text", {x: RIGHT - 6, y: place(bytes, cache * across), class: "label state"}, "memory: " + size(bytes)));
   if (over.length) {
     const [, end] = over.at(-1);
-    made.push(shape("text", {x: RIGHT - 6, y: y(end) + (above ? -7 : 17), class: "label cache"}, "KV cache: " + size(end)));
+    made.push(shape("text", {x: RIGHT - 6, y: place(end, bytes), class: "label cache"}, "KV cache: " + size(end)));
   }
   svg.replaceChildren(...made);
   svg.setAttribute("aria-label", `Memory against tokens read: ${size(bytes)} after ${number(across)} tokens, where it ` +

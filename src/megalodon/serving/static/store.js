@@ -2,6 +2,8 @@
 // was found on the server; its `context` is the model's state after it, so any node can be gone on from. Each node is an
 // entry of its own, so that two tabs never write over each other.
 
+import {say} from "./dom.js";
+
 const NODE = "megalodon.node.", HEAD = "megalodon.head";
 const nodes = new Map();
 let head = null;
@@ -17,10 +19,21 @@ export function load() {
   head = nodes.has(kept) ? kept : null;
 }
 
-/** Keep a node. Raises what the browser raises when its room is used up. */
+/** What another tab changed. */
+export function follow({key, newValue}) {
+  if (!key?.startsWith(NODE)) return;
+  if (newValue === null) nodes.delete(key.slice(NODE.length)); else nodes.set(key.slice(NODE.length), JSON.parse(newValue));
+  go(nodes.has(head) ? head : null);
+}
+
+/** Keep a node. If the browser has no room for it, it lasts until the page is left, and the person is told. */
 export function put(node) {
   nodes.set(node.id, node);
-  localStorage.setItem(NODE + node.id, JSON.stringify(node));
+  try {
+    localStorage.setItem(NODE + node.id, JSON.stringify(node));
+  } catch (error) {
+    say(`this browser has no room for what is written here, a reload will lose it: ${error.message}`, true);
+  }
   return node;
 }
 

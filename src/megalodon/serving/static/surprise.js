@@ -17,13 +17,15 @@ export function parts({text, logprobs}) {
   logprobs.text_offset.forEach((offset, place) => {
     const value = logprobs.token_logprobs[place], bits = value === null ? null : -value / Math.LN2;
     const last = found.at(-1);
-    if (last && last.offset === offset) last.bits = last.bits === null ? bits : last.bits + (bits ?? 0);
-    else found.push({offset, bits});
+    if (last && last.offset === offset) {
+      last.bits = last.bits === null ? bits : last.bits + (bits ?? 0);
+      last.tokens++;
+    } else found.push({offset, bits, tokens: 1});
   });
   return found.map((part, place) => ({...part, text: letters.slice(part.offset, found[place + 1]?.offset).join("")}));
 }
 
-/** Words with the bits of all their parts, the most surprising first. */
+/** Different words with the bits of all their parts, the most surprising first. */
 function words(parts) {
   const found = [{text: "", bits: 0}];
   for (const part of parts) {
@@ -32,7 +34,8 @@ function words(parts) {
     found.at(-1).bits += part.bits ?? 0;
     if (/\s$/.test(part.text)) found.push({text: "", bits: 0});
   }
-  return found.filter(word => word.text.trim()).sort((a, b) => b.bits - a.bits);
+  found.sort((a, b) => b.bits - a.bits);
+  return found.filter((word, place) => word.text.trim() && found.findIndex(other => other.text === word.text) === place);
 }
 
 async function passage(node) {
@@ -62,7 +65,8 @@ export async function look() {
 function show(found, again) {
   const told = found.map(part => part.bits).filter(bits => bits !== null).sort((a, b) => a - b);
   const top = Math.max(LEAST_TOP, told[Math.floor(told.length * 0.95)] ?? 0);
-  const mean = told.reduce((sum, bits) => sum + bits, 0) / (told.length || 1);
+  const tokens = found.reduce((sum, part) => sum + (part.bits === null ? 0 : part.tokens), 0);
+  const mean = told.reduce((sum, bits) => sum + bits, 0) / (tokens || 1);
   $("heat").replaceChildren(...found.map(part => {
     const level = part.bits === null ? 0 : Math.min(LEVELS - 1, Math.floor(part.bits / top * LEVELS));
     return element("span", {className: "h" + level, textContent: part.text, title: part.bits === null ? "nothing before it" : part.bits.toFixed(1) + " bits"});

@@ -6,6 +6,7 @@ import {speed} from "./reading.js";
 import * as store from "./store.js";
 
 const KEPT_SECONDS = 7 * 86400, SAVE_EVERY = 400;
+const LOST = "the message before is not kept on the server: branch from an earlier one";
 let running = null;
 
 const button = (text, act, more = {}) => element("button", {type: "button", textContent: text, onclick: act, ...more});
@@ -34,12 +35,13 @@ export async function send() {
   const user = $("prompt").value, chat = $("mode").value === "chat", before = store.current();
   if (running) return;
   if (!user && (chat || !before)) { say("write something first, or drop in a text"); return; }
-  if (before && !before.context) { say("that message is not kept on the server: branch from one before it", true); return; }
+  if (before && !before.context) { say(LOST, true); return; }
   $("prompt").value = "";
   await turn(user, chat, before?.id ?? null);
 }
 
 async function turn(user, chat, parent) {
+  if (parent && !store.get(parent)?.context) { say(LOST, true); return; }
   const node = {id: random(), parent, kind: "turn", at: Date.now(), user, chat, answer: "", running: true};
   running = new AbortController();
   $("send").disabled = true; $("stop").disabled = false;
@@ -80,7 +82,7 @@ function finish(node, {usage, context}, wait, took) {
   node.note = `${number(usage.completion_tokens)} tokens${known} · first text after ${Math.round(wait)} ms` +
     (rate ? ` · ${Math.round(rate)} tokens/s` : "") + ` · ${size(context.bytes)} kept`;
   store.put(node);
-  store.go(node.id);
+  refresh();
   say("");
   $("announce").textContent = "Answer: " + node.answer;
 }
@@ -113,8 +115,11 @@ async function keep(node, why) {
     say(node.note, true);
   }
   store.put(node);
-  store.go(store.current()?.id ?? null);
+  refresh();
 }
+
+/** Show what changed, wherever the person has gone meanwhile. */
+const refresh = () => store.go(store.current()?.id ?? null);
 
 export const stop = () => running?.abort();
 

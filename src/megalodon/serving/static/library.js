@@ -24,7 +24,7 @@ export function rows(list) {
     const chain = [first];
     for (;;) {
       const after = below.get(chain.at(-1).id) ?? [];
-      if (after.length !== 1 || after[0].name || chain.at(-1).name) {
+      if (after.length !== 1 || chain.at(-1).name) {
         return {contexts: chain, below: [...after].sort((a, b) => a.created_at - b.created_at).map(row)};
       }
       chain.push(after[0]);
@@ -47,7 +47,7 @@ export function render() {
 }
 
 function item(row) {
-  const last = row.contexts.at(-1), label = labelOf(row.contexts[0]);
+  const last = row.contexts.at(-1), label = labelOf(last.name ? last : row.contexts[0]);
   const open = row.contexts.some(context => context.id === store.current()?.context);
   const until = last.expires_at ? `, kept until ${new Date(last.expires_at * 1e3).toLocaleDateString()}` : "";
   const pick = element("button", {

@@ -15,7 +15,7 @@ async function begin() {
     await meet();
     await library.refresh();
     reading.show();
-    await talk.resume();
+    talk.resume();
   } catch (error) { say(error.message, true); }
 }
 

@@ -36,14 +36,14 @@ export function draw(svg, points, cache) {
     return;
   }
   const across = points.at(-1)[0], bytes = points.at(-1)[1];
-  const caches = Array.from({length: 65}, (_, place) => Math.max(1, across * place / 64)).map(at => [at, at * cache]);
-  const levels = decades([...points.map(point => point[1]), cache * across]);
+  const caches = Array.from({length: 65}, (_, place) => Math.max(1, across * place / 64)).map(at => [at, at * cache]); // none before the server was asked
+  const levels = decades([...points.map(point => point[1]), cache * across || bytes]);
   if (levels.length < 2) levels.push(levels[0] * 10);
   const bottom = Math.log10(levels[0]), top = Math.log10(levels.at(-1));
   const x = tokens => LEFT + (RIGHT - LEFT) * tokens / across;
   const y = bytes => BOTTOM - (BOTTOM - TOP) * (Math.log10(bytes) - bottom) / (top - bottom);
   const line = points => points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ");
-  const over = caches.filter(point => point[1] >= levels[0]);
+  const over = cache ? caches.filter(point => point[1] >= levels[0]) : [];
 
   const made = [];
   for (const level of levels) {

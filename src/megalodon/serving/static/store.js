@@ -84,13 +84,11 @@ export function forget(contexts) {
   for (const node of all()) if (gone.has(node.context)) put({...node, context: null});
 }
 
-/** Hold a name while `work` runs, so that another tab or a reload can tell whether it still does. */
+/** Run `work` when no other tab holds the name. Browsers have no locks on plain HTTP from another machine: there,
+    a second tab takes a turn that the first still runs for one that was broken off. */
 export function holding(name, work) {
   return navigator.locks ? navigator.locks.request("megalodon." + name, work) : work();
 }
 
-/** Run `work` if nobody holds the name. Without locks (plain HTTP on another machine) nobody is known to. */
-export function ifFree(name, work) {
-  if (!navigator.locks) return work();
-  return navigator.locks.request("megalodon." + name, {ifAvailable: true}, lock => lock && work());
-}
+/** The node as it is kept now: another tab may have got on with it. */
+export const kept = id => JSON.parse(localStorage.getItem(NODE + id));

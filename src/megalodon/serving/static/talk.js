@@ -7,7 +7,9 @@ import * as store from "./store.js";
 
 const KEPT_SECONDS = 7 * 86400, SAVE_EVERY = 400;
 const LOST = "the message before is not kept on the server: branch from an earlier one";
-let running = null;
+let running = null, leaving = false;
+window.addEventListener("pagehide", () => { leaving = true; });
+window.addEventListener("pageshow", () => { leaving = false; });
 
 const button = (text, act, more = {}) => element("button", {type: "button", textContent: text, onclick: act, ...more});
 
@@ -49,7 +51,10 @@ async function turn(user, chat, parent) {
     store.put(node);
     store.go(node.id);
     await store.holding(node.id, () => stream(node));
-  } catch (error) { await ended(node, error); }
+  } catch (error) {
+    if (leaving) return; // the page that comes next takes the turn up
+    await ended(node, error);
+  }
   running = null;
   $("send").disabled = false; $("stop").disabled = true;
   document.dispatchEvent(new Event("contexts"));
@@ -123,13 +128,17 @@ const refresh = () => store.go(store.current()?.id ?? null);
 
 export const stop = () => running?.abort();
 
-/** Take up turns that a reload broke off. */
-export async function resume() {
-  for (const node of store.all().filter(node => node.running)) {
-    await store.ifFree(node.id, () => node.answer
-      ? keep(node, "broken off by a reload") : ended(node, new Error("broken off by a reload before anything came")));
+/** Take up turns that a reload broke off; one that another tab runs is left to it. */
+export function resume() {
+  for (const {id} of store.all().filter(node => node.running)) {
+    store.holding(id, async () => {
+      const node = store.kept(id);
+      if (!node?.running) return;
+      if (node.answer) await keep(node, "broken off by a reload");
+      else await ended(node, new Error("broken off by a reload before anything came"));
+      document.dispatchEvent(new Event("contexts"));
+    });
   }
-  document.dispatchEvent(new Event("contexts"));
 }
 
 function branch(node) {

@@ -63,8 +63,8 @@ class Page:
 
     def set(self, **values: object) -> None:
         self.browser.execute_script(
-            "for (const [name, value] of Object.entries(arguments[0])) {"
-            " const field = document.getElementById(name); field.value = value; field.dispatchEvent(new Event('change')) }",
+            "for (const [name, value] of Object.entries(arguments[0])) { const field = document.getElementById(name);"
+            " field.value = value; field.dispatchEvent(new Event('change')) }",
             values,
         )
 
@@ -170,16 +170,14 @@ def test_a_reload_loses_nothing(page: Page, tmp_path: Path) -> None:
     page.read(tmp_path)
     page.say("Who?")
     page["prompt"].send_keys("half a thought")
-    seen = page.turns("read"), page.turns("user"), page.turns("model"), page.text("tokens"), page.text("memory")
+
+    def shown() -> list[object]:
+        return [page.turns(kind) for kind in ("read", "user", "model")] + [page.text("tokens"), page.text("memory")]
+
+    seen = shown()
     line = page["line"].get_attribute("points")
     page.reload()
-    assert seen == (
-        page.turns("read"),
-        page.turns("user"),
-        page.turns("model"),
-        page.text("tokens"),
-        page.text("memory"),
-    )
+    assert seen == shown()
     assert page["line"].get_attribute("points") == line
     assert page["prompt"].get_property("value") == "half a thought"
     assert page["max_tokens"].get_property("value") == "24"
@@ -365,7 +363,7 @@ def test_on_a_desk_and_on_a_phone(page: Page, tmp_path: Path, scheme: str) -> No
         page.all(f"#views [data-view={name}]")[0].click()
         assert [one for one in ("talk", "reading", "library") if page[one].is_displayed()] == [name]
         width = page.browser.execute_script(
-            "return Math.max(...[document.documentElement, ...document.querySelectorAll('section')].map(e => e.scrollWidth))"
+            "return Math.max(...[...document.querySelectorAll('html, section')].map(one => one.scrollWidth))"
         )
         assert width <= PHONE[0], "nothing lies beside the screen"
         page.browser.save_screenshot(str(tmp_path / f"{PHONE[0]}-{name}-{scheme}.png"))

@@ -1,4 +1,4 @@
-"""What the page is made of: files that are served to everybody, refer to each other alone, and ask nothing of others."""
+"""What the page is made of: files for everybody, which refer to each other and ask nothing of others."""
 
 from __future__ import annotations
 

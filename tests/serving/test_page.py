@@ -232,8 +232,12 @@ def test_a_file_is_read_with_axes_beside_a_cache(page: Page, tmp_path: Path) -> 
     across = [one.text for one in page.all("#plot .across, #plot .last")]
     assert across == ["0", "10,000", "20,000", "30,000"]
     up = [one.text for one in page.all("#plot .up")]
-    assert up[0] == "1.00 kB" and up[-1] == "10.0 MB" and len(up) == 5
+    assert up == ["100 B", "1.00 kB", "10.0 kB", "100 kB", "1.00 MB", "10.0 MB"]
     assert page.all("#plot .name")[0].text == "tokens read"
+    kept = page.kept()[0]["bytes"]
+    labels = [one.text for one in page.all("#plot .label")]
+    assert labels[0].startswith("kept: ") and abs(float(labels[0].split()[1]) * 1000 - kept) < 10
+    assert labels[1] == f"memory: {page.text('memory')}" and labels[2] == "KV cache: 7.68 MB"
     cache = [float(point.split(",")[1]) for point in page["cache-line"].get_attribute("points").split()]
     assert cache == sorted(cache, reverse=True) and cache[-1] < min(y for _, y in points), "it grows, far above"
     assert "30,000 tokens" in page["plot"].get_attribute("aria-label")

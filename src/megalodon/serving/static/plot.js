@@ -26,18 +26,19 @@ function decades(sizes) {
   return Array.from({length: Math.ceil((high - low) / every) + 1}, (_, place) => 10 ** (low + place * every));
 }
 
-/** Draw points of [tokens, bytes] beside a cache of `cache` bytes a token. */
-export function draw(svg, points, cache) {
-  points = points.filter(([tokens, bytes]) => tokens > 0 && bytes > 0);
+/** Draw points of [tokens, bytes] beside a cache of `cache` bytes a token: a line of those of a state in memory, dots for
+    those of files that contexts are kept in. */
+export function draw(svg, states, files, cache) {
+  const points = [...states, ...files].filter(([tokens, bytes]) => tokens > 0 && bytes > 0).sort((a, b) => a[0] - b[0]);
   svg.setAttribute("viewBox", points.length ? "0 0 400 186" : "0 0 400 70");
   if (!points.length) {
     svg.replaceChildren(shape("text", {x: 200, y: 40, class: "empty"}, "Drop in a text: memory is drawn here"));
     svg.setAttribute("aria-label", "Nothing has been read yet");
     return;
   }
-  const across = points.at(-1)[0], bytes = points.at(-1)[1];
+  const across = points.at(-1)[0];
   const caches = Array.from({length: 65}, (_, place) => Math.max(1, across * place / 64)).map(at => [at, at * cache]); // none before the server was asked
-  const levels = decades([...points.map(point => point[1]), cache * across || bytes]);
+  const levels = decades([...points.map(point => point[1] / 3), cache * across || points.at(-1)[1]]); // a third: room for a name below
   if (levels.length < 2) levels.push(levels[0] * 10);
   const bottom = Math.log10(levels[0]), top = Math.log10(levels.at(-1));
   const x = tokens => LEFT + (RIGHT - LEFT) * tokens / across;
@@ -58,16 +59,15 @@ export function draw(svg, points, cache) {
   made.push(shape("line", {x1: LEFT, x2: LEFT, y1: TOP, y2: BOTTOM, class: "axis"}));
   made.push(shape("text", {x: (LEFT + RIGHT) / 2, y: BOTTOM + 33, class: "name"}, "tokens read"));
   made.push(shape("polyline", {id: "cache-line", points: line(over), class: "cache"}));
-  made.push(shape("polyline", {id: "line", points: line(points), class: "state"}));
-  made.push(shape("circle", {cx: x(across), cy: y(bytes), r: 3.5, class: "state"}));
-  // each line bears its name above it, or below where the other is close above
-  const place = (mine, other) => y(mine) + (mine < other && y(mine) - y(other) < 26 ? 17 : -8);
-  made.push(shape("text", {x: RIGHT - 6, y: place(bytes, cache * across), class: "label state"}, "memory: " + size(bytes)));
-  if (over.length) {
-    const [, end] = over.at(-1);
-    made.push(shape("text", {x: RIGHT - 6, y: place(end, bytes), class: "label cache"}, "KV cache: " + size(end)));
-  }
+  made.push(shape("polyline", {id: "line", points: line(states), class: "state"}));
+  made.push(...files.map(([tokens, bytes]) => shape("circle", {cx: x(tokens), cy: y(bytes), r: 3.5, class: "state"})));
+  const name = (bytes, text, kind, y0) => made.push(shape("text", {x: RIGHT - 8, y: y0, class: "label " + kind}, `${text}: ${size(bytes)}`));
+  if (files.length) name(files.at(-1)[1], "kept", "state", y(files.at(-1)[1]) - 8);
+  if (states.length) name(states.at(-1)[1], "memory", "state", y(states.at(-1)[1]) + (files.length ? 15 : -8));
+  if (over.length) name(over.at(-1)[1], "KV cache", "cache", y(over.at(-1)[1]) + (y(over.at(-1)[1]) < TOP + 10 ? 17 : -8));
   svg.replaceChildren(...made);
-  svg.setAttribute("aria-label", `Memory against tokens read: ${size(bytes)} after ${number(across)} tokens, where it ` +
-    `was ${size(points[0][1])} after ${number(points[0][0])}. A KV cache would have ${size(cache * across)}.`);
+  const told = states.length ? `${size(states.at(-1)[1])} after ${number(states.at(-1)[0])} tokens, where it was ` +
+    `${size(states[0][1])} after ${number(states[0][0])}` : "not measured";
+  const kept = files.length ? ` ${size(files.at(-1)[1])} are kept after ${number(across)} tokens.` : "";
+  svg.setAttribute("aria-label", `Memory against tokens read: ${told}.${kept} A KV cache would have ${size(cache * across)}.`);
 }

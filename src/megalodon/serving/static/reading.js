@@ -10,11 +10,14 @@ const MOST_POINTS = 200, EXCERPT = 4000;
 export const files = new Map();
 let stopping = null, waiting = Promise.resolve();
 
-function figures(tokens, bytes, points) {
+/** Show the figures: `states` are [tokens, bytes in memory] while a text was read, `kept` [tokens, bytes of files]. */
+function figures(states, kept) {
+  const tokens = Math.max(0, ...[...states, ...kept].map(point => point[0]));
   $("tokens").textContent = number(tokens);
-  $("memory").textContent = size(bytes);
+  $("memory").textContent = size((states.at(-1) ?? kept.at(-1) ?? [0, 0])[1]);
+  $("memory-name").textContent = states.length || !kept.length ? "memory" : "kept on disk";
   $("cache").textContent = size(tokens * server.cache);
-  draw($("plot"), points, server.cache);
+  draw($("plot"), states, kept, server.cache);
 }
 
 export const speed = rate => { $("speed").textContent = rate ? `${number(Math.round(rate))} tokens/s` : "–"; };
@@ -23,8 +26,7 @@ export const speed = rate => { $("speed").textContent = rate ? `${number(Math.ro
 export function show() {
   if (stopping) return;
   const before = store.path(store.current()?.id).filter(node => node.tokens);
-  const points = before.flatMap(node => [...(node.points ?? []), [node.tokens, node.bytes]]);
-  figures(before.at(-1)?.tokens ?? 0, before.at(-1)?.bytes ?? 0, points);
+  figures(before.flatMap(node => node.points ?? []), before.map(node => [node.tokens, node.bytes]));
   speed(before.at(-1)?.rate);
 }
 
@@ -50,17 +52,19 @@ export async function beginning(file, from = 0, most = EXCERPT) {
   return Array.from(text.replace(/^\uFFFD+|\uFFFD+$/g, "")).slice(0, most).join("");
 }
 
+/** Ask how far the reading is until it is over, and once more then. */
 async function watch(key, file, started, points, over) {
-  while (!over()) {
-    await new Promise(wake => setTimeout(wake, 200));
+  for (let last = false; !last;) {
+    await new Promise(wake => setTimeout(wake, over() ? 0 : 200));
+    last = over();
     const now = await (await api("v1/contexts/progress/" + key)).json().catch(() => null);
-    if (over() || !now || !now.read) continue;
+    if (!now || !now.read || now.read === points.at(-1)?.[0]) continue;
     points.push([now.read, now.state_bytes]);
     if (points.length > MOST_POINTS) points.splice(0, points.length, ...points.filter((_, place) => place % 2 === 0));
     $("progress").value = now.received_bytes / file.size * now.read / now.arrived;
     $("now-text").textContent = `Reading ${file.name}: ${number(now.read)} tokens`;
     speed(now.read / (performance.now() - started) * 1e3);
-    figures(now.read, now.state_bytes, points);
+    figures(points, []);
   }
 }
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from _machine import describe_machine
-from _report import RESULTS
+from _report import RESULTS, document, new_run, save
 
 MODELS: dict[str, dict[str, Any]] = {
     "16m": {"num_layers": 8, "model_dim": 384, "z_dim": 96, "value_dim": 768, "ffn_hidden_dim": 768, "chunk_size": 512},
@@ -57,6 +57,9 @@ CASES = (
     "trainbf16-1-2048",
 )
 DECODED = 16
+CPU_TIME = "MEGALODON_BENCHMARK_CPU_TIME"
+"""Set for the processes of builds where one thread's time on a processor is what counts."""
+CLOCK = time.thread_time if os.environ.get(CPU_TIME) else time.perf_counter
 
 
 # --- in the process of a build ---
@@ -91,11 +94,11 @@ def decoding(model: Any, rows: int, context: int) -> Callable[[], float]:
     def run() -> float:
         state = start.clone()
         token = torch.zeros(rows, 1, dtype=torch.int64)
-        began = time.perf_counter()
+        began = CLOCK()
         for _ in range(DECODED):
             output = model(token, past_key_values=state, use_cache=True, logits_to_keep=1)
             state, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
-        return (time.perf_counter() - began) / DECODED
+        return (CLOCK() - began) / DECODED
 
     return run
 
@@ -116,10 +119,10 @@ def slots(model: Any, rows: int) -> Callable[[], float]:
     def run() -> float:
         for slot in range(rows):
             decoder.load(slot, one)
-        began = time.perf_counter()
+        began = CLOCK()
         for i in range(DECODED):
             decoder.step([i] * rows, range(rows))
-        return (time.perf_counter() - began) / DECODED
+        return (CLOCK() - began) / DECODED
 
     return run
 
@@ -131,9 +134,9 @@ def reading(model: Any, length: int) -> Callable[[], float]:
 
     @torch.inference_mode()
     def run() -> float:
-        began = time.perf_counter()
+        began = CLOCK()
         model(tokens, use_cache=True, logits_to_keep=1)
-        return time.perf_counter() - began
+        return CLOCK() - began
 
     return run
 
@@ -145,13 +148,13 @@ def training(model: Any, rows: int, length: int, bf16: bool) -> Callable[[], flo
     tokens = torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(0))
 
     def run() -> float:
-        began = time.perf_counter()
+        began = CLOCK()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(tokens, labels=tokens, return_logits=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return time.perf_counter() - began
+        return CLOCK() - began
 
     return run
 
@@ -162,10 +165,10 @@ def reading_weights(model: Any) -> Callable[[], float]:
     rows = {matrix.shape[1]: torch.ones(matrix.shape[1], dtype=matrix.dtype) for matrix in matrices}
 
     def run() -> float:
-        began = time.perf_counter()
+        began = CLOCK()
         for matrix in matrices:
             torch.mv(matrix, rows[matrix.shape[1]])
-        return time.perf_counter() - began
+        return CLOCK() - began
 
     return run
 
@@ -197,7 +200,7 @@ def work() -> None:
                 answer: Any = []
             else:
                 assert run is not None
-                answer, end = [], time.perf_counter() + order["seconds"]
+                answer, end = [], CLOCK() + order["seconds"]
                 while not answer or time.perf_counter() < end:
                     answer.append(run())
             print(json.dumps(answer), flush=True)
@@ -278,13 +281,18 @@ def main(
     dtype: str = "float32",
     rounds: int = 10,
     seconds: Annotated[float, typer.Option(help="of a case in one build in a round, at least")] = 0.3,
+    cpu_time: Annotated[
+        bool, typer.Option(help="the time of one thread on a processor: for a machine that others use too")
+    ] = False,
     output: Annotated[str, typer.Option(help="name of the files in results/; empty for none")] = "",
 ) -> None:
     """Compare."""
     here = Path(__file__).parents[1] / "src"
-    builds = [Build("now", here, {}), Build("now, blocked", here, {"MEGALODON_BACKEND": "blocked"})]
+    shared = {CPU_TIME: "1", "OMP_NUM_THREADS": "1"} if cpu_time else {}
     if before is not None:
-        builds = [Build("before", before, {}), builds[0]]
+        builds = [Build("before", before, shared), Build("now", here, shared)]
+    else:
+        builds = [Build("blocked", here, {**shared, "MEGALODON_BACKEND": "blocked"}), Build("now", here, shared)]
     results = []
     machine = describe_machine()
     for one in case:
@@ -294,11 +302,17 @@ def main(
             print(f"{one}: {error}", file=sys.stderr)
             continue
         print(table(results[-1:], builds[0].name).splitlines()[-1], flush=True)
-    text = table(results, "before" if before is not None else "now, blocked")
+    text = table(results, builds[0].name)
     print(text)
     if output:
-        (RESULTS / f"{output}.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1))
-        (RESULTS / f"{output}.md").write_text(f"# This build beside an earlier one\n\n{text}\n")
+        clock = "CPU time of one thread" if cpu_time else f"wall time, {machine['threads']} threads"
+        result = new_run("cpu_builds", machine, {"clock": clock, "rounds": rounds}) | {"results": results}
+        save(
+            result,
+            document("This build beside an earlier one", result, [f"Clock: {clock}.", text], False),
+            RESULTS,
+            output,
+        )
     for build in builds:
         build.close()
 

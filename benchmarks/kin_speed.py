@@ -23,7 +23,7 @@ from _measure import Cell, Meter, Seconds, Spread, Timed, Workload, gigabytes
 from _report import RESULTS, document, markdown_table, new_run, save
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megalodon import KinConfig, KinForCausalLM
+from megalodon import KinConfig, KinForCausalLM, KinModel
 from megalodon.models.kin.mixers import MIXERS, mixer_class
 
 VOCABULARY = 512
@@ -37,18 +37,23 @@ class Section(StrEnum):
     train = "train"
     read = "read"
     decode = "decode"
+    two_way = "two_way"
 
 
 TITLES = {
     Section.train: "Training: forward and backward, batch 1, tokens/s (memory added)",
     Section.read: "Reading: a text and its state, batch 1, tokens/s (memory added)",
     Section.decode: "Decoding: milliseconds a token after a context, batch 1 (bytes of the state)",
+    Section.two_way: "Encoders: every token sees all, batch 1, tokens/s (memory added)",
 }
 
 
-def causal_mixers() -> list[str]:
-    """Every mixer that a language model can have."""
-    return [name for name in MIXERS if mixer_class(name).causal_mode]
+def contestants(section: Section, mixers: list[str] | None, peers: bool) -> list[str]:
+    """Who takes part in a section."""
+    if section == Section.two_way:
+        return [name for name in mixers or MIXERS if mixer_class(name).two_way_mode]
+    names = [name for name in mixers or MIXERS if mixer_class(name).causal_mode]
+    return [*names, *(PEERS if peers else ())]
 
 
 def peer_config(name: str, sizes: dict[str, int]) -> Any:
@@ -70,18 +75,19 @@ def peer_config(name: str, sizes: dict[str, int]) -> Any:
 
 
 @cache
-def build(name: str, quick: bool) -> torch.nn.Module:
-    """A mixer's model, or a peer's; the same weights whoever asks."""
+def build(name: str, quick: bool, two_way: bool = False) -> torch.nn.Module:
+    """A mixer's model or encoder, or a peer's model; the same weights whoever asks."""
     sizes = SMALL if quick else WIDE
     torch.manual_seed(0)
     if name in PEERS:
         return AutoModelForCausalLM.from_config(peer_config(name, sizes))
-    return KinForCausalLM(KinConfig(mixers=name, vocab_size=VOCABULARY, **sizes))
+    config = KinConfig(mixers=name, vocab_size=VOCABULARY, two_way=two_way, **sizes)
+    return KinModel(config) if two_way else KinForCausalLM(config)
 
 
 def prepare(section: Section, name: str, quick: bool, length: int) -> Timed:
     """The call whose seconds are taken."""
-    model, x = build(name, quick), torch.randint(0, VOCABULARY, (1, length))
+    model, x = build(name, quick, section == Section.two_way), torch.randint(0, VOCABULARY, (1, length))
 
     def train() -> Seconds:
         model.train()
@@ -98,6 +104,15 @@ def prepare(section: Section, name: str, quick: bool, length: int) -> Timed:
         model(x, use_cache=True, logits_to_keep=1)
         return {"read": perf_counter() - start}
 
+    @torch.no_grad()
+    def encode() -> Seconds:
+        model.eval()
+        start = perf_counter()
+        model(x, use_cache=False)
+        return {"two_way": perf_counter() - start}
+
+    if section == Section.two_way:
+        return encode
     if section == Section.decode:
         return decoder(model, x)
     return train if section == Section.train else read
@@ -144,15 +159,31 @@ def cell_text(section: Section, name: str, quick: bool, cell: Cell) -> str:
     return f"{cell.length / seconds:,.0f}{memory}"
 
 
+def efficiency_length(name: str, by_length: dict[int, dict[str, Cell]]) -> str:
+    """The shortest measured length from which on a contestant is faster than `attention`, PyTorch's own kernel."""
+    faster = ""
+    for length, cells in sorted(by_length.items(), reverse=True):
+        if name == "attention" or any(cells[each].status != "measured" for each in (name, "attention")):
+            continue
+        own, exact = (
+            Spread.of([sample.total for sample in cells[each].samples]).median for each in (name, "attention")
+        )
+        if own >= exact:
+            break
+        faster = f"{length:,}"
+    return faster
+
+
 def measure(
-    sections: list[Section], names: list[str], lengths: list[int], quick: bool, meter: Meter
+    sections: list[Section], names: dict[Section, list[str]], lengths: list[int], quick: bool, meter: Meter
 ) -> dict[Section, dict[int, dict[str, Cell]]]:
     """Cells by section, length and contestant."""
     found: dict[Section, dict[int, dict[str, Cell]]] = {}
     for section in sections:
         for length in lengths:
             workloads = {
-                name: Workload(name, section.value, length, partial(prepare, section, name, quick)) for name in names
+                name: Workload(name, section.value, length, partial(prepare, section, name, quick))
+                for name in names[section]
             }
             found.setdefault(section, {})[length] = meter.measure(workloads)
     return found
@@ -172,8 +203,8 @@ def main(
 ) -> None:
     """Measure and write benchmarks/results/kin_speed-MACHINE.json and .md."""
     torch.set_num_threads(threads)
-    names = [*(mixers or causal_mixers()), *(PEERS if peers else ())]
     sections, lengths = section or list(Section), length or ([64] if quick else [512, 2048, 8192, 16384])
+    names = {part: contestants(part, mixers, peers) for part in sections}
     settings = {"sizes": SMALL if quick else WIDE, "threads": threads, "rounds": rounds, "budget_seconds": budget}
     result = new_run("kin_speed", describe_machine(64 if quick else 2048), settings)
     talk: Callable[[str], None] = print if say else lambda _: None
@@ -185,8 +216,12 @@ def main(
     }
     parts = []
     for part, by_length in found.items():
-        rows = [[name, *(cell_text(part, name, quick, by_length[n][name]) for n in lengths)] for name in names]
-        parts += [f"## {TITLES[part]}", "", markdown_table(["mixer ", *(f"{n:,}" for n in lengths)], rows), ""]
+        rows = [[name, *(cell_text(part, name, quick, by_length[n][name]) for n in lengths)] for name in names[part]]
+        head = ["mixer ", *(f"{n:,}" for n in lengths)]
+        if part in (Section.train, Section.two_way) and "attention" in names[part]:
+            head.append("faster than attention from")
+            rows = [[*row, efficiency_length(row[0], by_length)] for row in rows]
+        parts += [f"## {TITLES[part]}", "", markdown_table(head, rows), ""]
     for path in save(result, document("The kin: speed and memory", result, parts, quick), folder, "kin_speed"):
         talk(f"wrote {path}")
 

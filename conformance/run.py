@@ -1,4 +1,4 @@
-"""Run Transformers' own model tests on MegalodonForCausalLM: `python conformance/run.py`.
+"""Run Transformers' own model tests on MegalodonForCausalLM and GeckoForCausalLM: `python conformance/run.py`.
 
 The tests come from the source distribution of the *installed* Transformers, fetched with pip into `.conformance/` (once
 per version, ignored by git); none of their code lives in this repository. `suite.py` points them at a tiny Megalodon,

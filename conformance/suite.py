@@ -1,4 +1,4 @@
-"""Transformers' model tests, pointed at a tiny Megalodon. Run by `run.py`, which puts their `tests` on the path."""
+"""Transformers' model tests, pointed at a tiny Megalodon and a tiny Gecko; `run.py` puts their `tests` on the path."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from tests.test_modeling_common import ids_tensor
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 
-from megalodon import MegalodonConfig, MegalodonForCausalLM, MegalodonModel, MegalodonState
+from megalodon import (
+    GeckoConfig,
+    GeckoForCausalLM,
+    GeckoModel,
+    GeckoState,
+    MegalodonConfig,
+    MegalodonForCausalLM,
+    MegalodonModel,
+    MegalodonState,
+)
 
 # Several tests find out what a class is for (does it take labels?) in these tables of Transformers' own models.
 modeling_auto.MODEL_MAPPING_NAMES["megalodon"] = MegalodonModel.__name__
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["megalodon"] = MegalodonForCausalLM.__name__
+modeling_auto.MODEL_MAPPING_NAMES["gecko"] = GeckoModel.__name__
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gecko"] = GeckoForCausalLM.__name__
 
 
 class MegalodonModelTester:
@@ -32,22 +43,26 @@ class MegalodonModelTester:
     pad_token_id = 0
     bos_token_id = 1
     eos_token_id = 2
-    config_class = MegalodonConfig
-    base_model_class = MegalodonModel
-    causal_lm_class = MegalodonForCausalLM
+    config_class: Any = MegalodonConfig
+    base_model_class: Any = MegalodonModel
+    causal_lm_class: Any = MegalodonForCausalLM
+    state_class: Any = MegalodonState
     question_answering_class = sequence_classification_class = token_classification_class = None
-    all_model_classes = (MegalodonModel, MegalodonForCausalLM)
 
     def __init__(self, parent: unittest.TestCase) -> None:
         self.parent = parent
 
     @property
-    def pipeline_model_mapping(self) -> dict[str, type]:
-        return {"feature-extraction": MegalodonModel, "text-generation": MegalodonForCausalLM}
+    def all_model_classes(self) -> tuple[type, ...]:
+        return self.base_model_class, self.causal_lm_class
 
-    def get_config(self) -> MegalodonConfig:
+    @property
+    def pipeline_model_mapping(self) -> dict[str, type]:
+        return {"feature-extraction": self.base_model_class, "text-generation": self.causal_lm_class}
+
+    def get_config(self) -> Any:
         # Chunks of 5 tokens, so that every input of 7 crosses a chunk boundary.
-        return MegalodonConfig(
+        return self.config_class(
             vocab_size=self.vocab_size,
             num_layers=self.num_hidden_layers,
             model_dim=self.hidden_size,
@@ -63,13 +78,22 @@ class MegalodonModelTester:
             eos_token_id=self.eos_token_id,
         )
 
-    def prepare_config_and_inputs_for_common(self) -> tuple[MegalodonConfig, dict[str, Any]]:
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Any]]:
         input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
         return self.get_config(), {"input_ids": input_ids, "attention_mask": input_ids.new_ones(input_ids.shape).tril()}
 
 
+class GeckoModelTester(MegalodonModelTester):
+    """The same of a Gecko, whose window of two chunks an input of 7 tokens crosses too."""
+
+    config_class = GeckoConfig
+    base_model_class = GeckoModel
+    causal_lm_class = GeckoForCausalLM
+    state_class = GeckoState
+
+
 class MegalodonModelTest(CausalLMModelTest, unittest.TestCase):
-    model_tester_class = MegalodonModelTester
+    model_tester_class: Any = MegalodonModelTester
     model_tester = None  # type: ignore[assignment]
     has_attentions = False  # no pass keeps a whole attention matrix to return
 
@@ -80,10 +104,10 @@ class MegalodonModelTest(CausalLMModelTest, unittest.TestCase):
             super().test_left_padding_compatibility()
 
     def setUp(self) -> None:
-        self.model_tester = MegalodonModelTester(self)
+        self.model_tester = self.model_tester_class(self)
         self.config_tester = ConfigTester(
             self,
-            config_class=MegalodonConfig,
+            config_class=self.model_tester.config_class,
             common_properties=["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"],
         )
         self.all_model_classes = self.model_tester.all_model_classes
@@ -94,7 +118,7 @@ class MegalodonModelTest(CausalLMModelTest, unittest.TestCase):
 
     def test_model(self) -> None:
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        model = MegalodonModel(config).to(torch_device).eval()
+        model = self.model_tester.base_model_class(config).to(torch_device).eval()
         shape = (self.model_tester.batch_size, self.model_tester.seq_length, self.model_tester.hidden_size)
         self.assertEqual(model(**inputs).last_hidden_state.shape, shape)
         self.assertEqual(model(inputs["input_ids"]).last_hidden_state.shape, shape)
@@ -102,12 +126,16 @@ class MegalodonModelTest(CausalLMModelTest, unittest.TestCase):
     # What the generation tests ask of a model whose memory is not one of Transformers' caches.
 
     def _check_past_key_values_for_generate(
-        self, batch_size: int, past_key_values: MegalodonState, seq_length: int, config: MegalodonConfig
+        self, batch_size: int, past_key_values: Any, seq_length: int, config: Any
     ) -> None:
-        self.assertIsInstance(past_key_values, MegalodonState)
+        self.assertIsInstance(past_key_values, self.model_tester.state_class)
         self.assertEqual(past_key_values.batch_size, batch_size)
         self.assertLessEqual(past_key_values.get_seq_length(), seq_length)  # it counts no padding
         self.assertEqual(len(past_key_values.layers), config.num_layers)
 
-    def _check_caches_are_equal(self, cache1: MegalodonState, cache2: MegalodonState) -> None:
+    def _check_caches_are_equal(self, cache1: Any, cache2: Any) -> None:
         torch.testing.assert_close(cache1.state_dict(), cache2.state_dict())
+
+
+class GeckoModelTest(MegalodonModelTest):
+    model_tester_class = GeckoModelTester

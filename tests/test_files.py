@@ -120,3 +120,9 @@ def test_free_space_is_checked(tmp_path):
     with pytest.raises(OSError, match="are free") as caught:
         files.require_free_space(tmp_path, 10**18)
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports a test file by its name alone, where folders are no packages: the second would hide."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

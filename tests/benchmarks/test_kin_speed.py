@@ -16,5 +16,5 @@ def test_a_quick_run_writes_every_section(tmp_path: Path, monkeypatch: pytest.Mo
     kin_speed.main(mixers=["gla", "attention"], threads=1, rounds=1, quick=True, folder=tmp_path, say=False)
     (page,) = tmp_path.glob("*.md")
     text = page.read_text()
-    assert text.count("| gla |") == text.count("| llama (transformers) |") == 3
+    assert text.count("| gla |") == 4 and text.count("| llama (transformers) |") == 3
     assert "(failed)" not in text

@@ -56,3 +56,56 @@ def test_packed_documents_train_as_each_alone(options: dict[str, Any], tmp_path:
         losses = [summed_loss(untrained, document, split) for document in documents]
     alone = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
     assert first == pytest.approx(alone, rel=1e-4), "the loss of the first step, before the weights change"
+
+
+# --- from a path ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    tiny().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def trained(trainer: Any) -> list[float]:
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert any(not torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses and all(loss == loss for loss in losses)
+    return losses
+
+
+def steps(tmp_path: Path) -> dict[str, Any]:
+    return {"output_dir": str(tmp_path / "out"), "max_steps": 2, "save_strategy": "no", "learning_rate": 1e-3, **QUIET}
+
+
+PAIRS = Dataset.from_list([{"prompt": f"{i} and", "chosen": f" {i + 1}", "rejected": " no no"} for i in range(8)])
+PROMPTS = Dataset.from_list([{"prompt": f"{i} and "} for i in range(8)])
+
+
+def test_sft_from_a_path(folder: str, tmp_path: Path) -> None:
+    arguments = trl.SFTConfig(**steps(tmp_path), per_device_train_batch_size=4)
+    assert len(trained(trl.SFTTrainer(folder, arguments, train_dataset=Dataset.from_list(ROWS)))) == 2
+
+
+def test_dpo_begins_at_log_two(folder: str, tmp_path: Path) -> None:
+    arguments = trl.DPOConfig(**steps(tmp_path), per_device_train_batch_size=4)
+    losses = trained(trl.DPOTrainer(folder, args=arguments, train_dataset=PAIRS))
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # model and reference are one
+
+
+def test_reward_models_learn(folder: str, tmp_path: Path) -> None:
+    arguments = trl.RewardConfig(**steps(tmp_path), per_device_train_batch_size=4)
+    trained(trl.RewardTrainer(folder, args=arguments, train_dataset=PAIRS))
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_policies_with_a_reference(kind: str, folder: str, tmp_path: Path) -> None:
+    given = {**steps(tmp_path), "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6}
+    arguments = getattr(trl, f"{kind}Config")(**given, beta=0.1)
+    rewards = lambda completions, **_: [float(len(set(text))) for text in completions]  # noqa: E731
+    trainer = getattr(trl, f"{kind}Trainer")(folder, rewards, args=arguments, train_dataset=PROMPTS)
+    assert trainer.ref_model is not None
+    trained(trainer)

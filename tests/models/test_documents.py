@@ -205,6 +205,7 @@ def test_neutral_keywords_change_nothing_and_have_their_reasons() -> None:
         "output_attentions": False,
         "output_router_logits": False,
         "is_causal": True,
+        "num_items_in_batch": 7,
         "cache_position": torch.arange(6),
         "token_type_ids": torch.zeros(1, 6, dtype=torch.long),
         "mm_token_type_ids": torch.zeros(1, 6, dtype=torch.long),
@@ -212,7 +213,7 @@ def test_neutral_keywords_change_nothing_and_have_their_reasons() -> None:
     assert neutral.keys() == NEUTRAL.keys() and all(entry.reason for entry in NEUTRAL.values())
     assert torch.equal(MODEL(x, **neutral).logits, expected)
     assert torch.equal(MODEL(x, **dict.fromkeys(neutral)).logits, expected)
-    for name in neutral.keys() - {"cache_position"}:
+    for name in neutral.keys() - {"cache_position", "num_items_in_batch"}:
         with pytest.raises(ValueError, match=name):
             MODEL(x, **{name: changing(neutral[name])})
     with pytest.raises(ValueError, match="output_hidden_states=True or register a forward hook"):

@@ -5,14 +5,34 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalodon.ops import ENVIRONMENT_VARIABLE, causal_attention, cema, chunk_attention, timestep_norm
+from megalodon import ops
+from megalodon.ops import ENVIRONMENT_VARIABLE, causal_attention, cema, chunk_attention, compiled, timestep_norm
 from megalodon.ops import backend as backends
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_kernels_must_be_asked_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_for_a_gpu_must_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
-    assert backends.default_backend(torch.device(device), torch.bfloat16) == "blocked"
+    assert backends.default_backend(torch.device("cuda"), torch.bfloat16) == "blocked"
+
+
+def test_compiled_loops_that_cannot_be_had_say_why_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 3, 4)
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(compiled, "_MISSING", "Numba is not installed")
+    timestep_norm(x, None, None, 2)
+    with pytest.raises(ValueError, match="backend='numba' cannot run here: Numba is not installed; 'blocked' runs"):
+        timestep_norm(x, None, None, 2, backend="numba")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "numba")
+    with pytest.raises(ValueError, match="MEGALODON_BACKEND='numba'"):
+        timestep_norm(x, None, None, 2)
+
+
+def test_operators_without_compiled_loops_take_the_blocked_form() -> None:
+    for chosen, available in ops.backends("cpu").values():
+        assert chosen in available
+    q = torch.randn(1, 5, 2, 4)
+    expected = chunk_attention(q, q, q, 4, backend="blocked")
+    assert torch.equal(chunk_attention(q, q, q, 4), expected)
 
 
 def test_the_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

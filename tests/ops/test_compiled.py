@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +161,12 @@ def test_compiled_code_is_kept_and_found_again(fresh: pytest.MonkeyPatch, tmp_pa
     compiled._address.cache_clear()
     assert compiled.address(PRODUCT) is not None
     assert kept == {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_numba_is_not_imported_before_a_kernel_is_needed() -> None:
+    code = "import sys, megalodon, megalodon.inference, megalodon.training; print('numba' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 def run(balance: Balance, team: float, alone: float, calls: int) -> list[int]:

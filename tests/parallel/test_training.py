@@ -22,7 +22,7 @@ from megalodon import MegalodonConfig, cli
 from megalodon.data import Loader
 from megalodon.inference import load_model
 from megalodon.parallel import ParallelModel, sharded
-from megalodon.training import launch, mesh_run, processes
+from megalodon.training import launch, mesh_run, processes, start
 from megalodon.training.checkpoint import list_checkpoints
 from megalodon.training.config_file import check_config
 from megalodon.training.metrics import read_lines
@@ -79,7 +79,7 @@ def train(values: dict) -> str:
     for module in (launch, mesh_run):
         module.measure_peak_flops = lambda device, dtype: 1e9
     try:
-        stop = launch.train(launch.resolve(check_config(values, "test"), "test"))
+        stop = start.train(launch.resolve(check_config(values, "test"), "test"))
     except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
     return "done" if stop.signal is None else stop.signal.name
@@ -187,7 +187,7 @@ def test_a_mesh_that_cannot_work_is_one_error(ranks, values, changes, message):
 
 def test_a_mesh_without_a_launcher_says_how_to_launch(values):
     with pytest.raises(ValueError, match="torchrun --nproc-per-node=4"):
-        launch.train(launch.resolve(check_config(with_changes(values, shard=2, tensor=2), "test"), "test"))
+        start.train(launch.resolve(check_config(with_changes(values, shard=2, tensor=2), "test"), "test"))
 
 
 def test_another_process_leaves_bad_input_to_the_first(monkeypatch, capsys):

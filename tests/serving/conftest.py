@@ -14,6 +14,7 @@ from serving_cases import Server
 from engine_cases import make_engine
 from megalodon.inference.prefix_cache import PrefixStore
 from megalodon.serving import Settings, create_app
+from megalodon.serving.protocol import PacedProtocol
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +29,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
         chosen = {"model_name": "tiny", "contexts": str(tmp_path_factory.mktemp("contexts")), "drain_seconds": 5}
         made = Settings(**{**chosen, **settings})
         app = create_app(engine, made)
-        config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(app, http=PacedProtocol, port=0, log_level="warning", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

@@ -199,11 +199,12 @@ def test_a_change_of_expiry_does_not_cost_a_running_extension(client: httpx.Clie
     thread.start()
     begun.wait(30)
     time.sleep(0.3)
-    assert client.patch("/v1/contexts/extended", json={"expires_in": 500, "name": "renamed"}).status_code == 200
+    changed = client.patch("/v1/contexts/extended", json={"expires_in": 500, "name": "renamed meanwhile"})
+    assert changed.status_code == 200
     go_on.set()
     thread.join()
     assert found[0].status_code == 200, found[0].text
-    now = client.get("/v1/contexts/renamed").json()
+    now = client.get("/v1/contexts/renamed meanwhile").json()
     assert now["tokens"] == len("once upon a time") and now["expires_at"] is not None
 
 

@@ -82,3 +82,29 @@ def test_the_measured_peak_is_a_speed(monkeypatch):
     before = torch.get_rng_state()
     assert throughput.measure_peak_flops(torch.device("cpu"), torch.float32) > 1e6
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_peak_of_a_cpu_is_one_threads_time_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else runs: time that other programs had does not count."""
+    times = iter(range(0, 10_000, 4))
+    monkeypatch.setattr(throughput, "MATRIX_SIZE", 32)
+    monkeypatch.setattr(throughput, "SECONDS", 0.01)
+    monkeypatch.setattr(throughput.time, "thread_time", lambda: float(next(times)))
+    monkeypatch.setattr(throughput, "_processors", lambda: 3)
+    before = torch.get_num_threads()
+    assert throughput.measure_peak_flops(torch.device("cpu"), torch.float32) == 3 * 2 * 32**3 / 1.0
+    assert torch.get_num_threads() == before
+
+
+def test_busy_neighbours_are_told_of_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(throughput.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(throughput.os, "getloadavg", lambda: (8.25, 1.0, 1.0))
+    said = throughput.neighbours()
+    assert said is not None and "8.2 of this machine's 2 processors" in said and "OMP_WAIT_POLICY=passive" in said
+    monkeypatch.setattr(throughput.os, "getloadavg", lambda: (0.5, 9.0, 9.0))
+    assert throughput.neighbours() is None
+    monkeypatch.setattr(throughput.os, "getloadavg", lambda: (8.0, 1.0, 1.0))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert throughput.neighbours() is None

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from megalodon.files import load_tensors
-from megalodon.training import launch
+from megalodon.training import launch, start
 from megalodon.training.checkpoint import list_checkpoints
 from megalodon.training.config_file import check_config
 from megalodon.training.metrics import read_lines
@@ -27,7 +27,7 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 import matplotlib.pyplot, torch.utils.tensorboard, yaml  # once, before forking
-from megalodon.training import launch, metrics
+from megalodon.training import launch, metrics, start
 from megalodon.training.config_file import check_config
 
 config = launch.resolve(check_config(yaml.safe_load(Path(sys.argv[1]).read_text()), "test"), "test")
@@ -46,7 +46,7 @@ def train_and_die_at(number):
     Path.rename = deadly(Path.rename)
     Path.replace = deadly(Path.replace)
     metrics.JsonLines.write = deadly(metrics.JsonLines.write)
-    launch.train(config)
+    start.train(config)
 
 launch.measure_peak_flops = lambda device, dtype: 1e9
 kills = 0
@@ -75,7 +75,7 @@ def no_measuring(monkeypatch):
 
 
 def train(values):
-    return launch.train(launch.resolve(check_config(values, "test"), "test"), LineDisplay(values["run"]["steps"]))
+    return start.train(launch.resolve(check_config(values, "test"), "test"), LineDisplay(values["run"]["steps"]))
 
 
 def outcome(folder: Path):

@@ -38,7 +38,7 @@ def reference(
 ) -> None:
     """The authors' implementation of Megalodon: checkpoints of any model-parallel size, exact to the bit."""
     from megalodon.convert.folders import pretrained_to_reference, reference_to_pretrained
-    from megalodon.data.tokenizer import load_tokenizer
+    from megalodon.data import load_tokenizer
 
     if to_reference:
         if tokenizer is not None:

@@ -1,4 +1,4 @@
-"""`megalodon info`: versions, hardware and the back ends in use; what a bug report needs."""
+"""`megalodon info`: versions, hardware and back ends in use, what a bug report needs; or what a model's state takes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -13,16 +14,52 @@ import typer
 import megalodon
 from megalodon import ops
 from megalodon.inference import choose_device
+from megalodon.models import all_presets, architecture, build_model, load_config
 from megalodon.ops.backend import TRITON_VERSION, cpu_multiplies_bfloat16, without_kernels
+
+WIDTH = 36
+"""Columns of the names."""
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 
 @app.command()
-def info() -> None:
-    """Show versions, hardware and the back ends in use."""
-    for name, value in facts():
-        print(f"{name:<26} {value}")
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="a model folder, or a published size by name: tells what a state of it takes")
+    ] = None,
+) -> None:
+    """Show versions, hardware and the back ends in use; of a model, its parameters and the bytes of its state."""
+    for name, value in facts() if model is None else model_facts(model):
+        print(f"{name:<{WIDTH}} {value}")
+
+
+def model_facts(model: str) -> list[tuple[str, str]]:
+    """What is shown of a model, in order.
+
+    Raises:
+        ValueError: there is no such folder or size.
+    """
+    presets = all_presets()
+    if model in presets:
+        config = presets[model].from_preset(model)
+    elif (Path(model) / "config.json").is_file():
+        config = load_config(model)
+    else:
+        raise ValueError(f"{model!r} is neither a model folder nor one of {', '.join(presets)}")
+    kind = architecture(config.model_type)
+    with torch.device("meta"):
+        parameters = build_model(config).num_parameters()
+    rows = [("architecture", config.model_type), ("parameters", f"{parameters:,}")]
+    state, chunk = kind.model.state_class, getattr(config, "chunk_size", None)
+    if chunk is None:
+        return rows
+    sizes = state.dimensions_class.of(config)
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        least, most = (state.row_bytes(sizes, tokens, dtype) for tokens in (0, chunk - 1))
+        rows.append((f"state, {name}", f"{least:,} bytes where a chunk ends, at most {most:,}; for any length of text"))
+    return rows
 
 
 def facts() -> list[tuple[str, str]]:

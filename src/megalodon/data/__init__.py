@@ -5,10 +5,11 @@ from megalodon.data.corpus import Corpus, CorpusConfig, Document
 from megalodon.data.documents import DocumentSet
 from megalodon.data.loader import Batch, Loader, Origin, held_out_batches
 from megalodon.data.mixture import Mixture, another_text
+from megalodon.data.named_tokenizer import load_tokenizer
 from megalodon.data.reading import TextFile, read_text
 from megalodon.data.split import HeldOutConfig, check_sizes, prepare_documents, split_documents, without_shared
 from megalodon.data.tokenized import TokenizedCorpus, check_vocabulary
-from megalodon.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer, same_tokens
+from megalodon.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, same_tokens
 
 __all__ = [
     "Batch",

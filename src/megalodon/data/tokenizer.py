@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
@@ -211,7 +210,7 @@ class ByteTokenizer(Tokenizer):
         return ByteStreamDecoder(self)
 
     def save(self, folder: Path | str) -> None:
-        from megalodon.data.pretrained import byte_tokenizer_for_transformers
+        from megalodon.data.byte_transformers import byte_tokenizer_for_transformers
 
         save_pretrained(byte_tokenizer_for_transformers(), folder)
 
@@ -225,28 +224,6 @@ def save_pretrained(tokenizer: object, folder: Path | str) -> None:
             tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
         for path in sorted(Path(temporary).iterdir()):
             path.replace(target / path.name)
-
-
-def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that `spec` names: `bytes`, a `tokenizer.json` of the tokenizers library, a folder that
-    Transformers' AutoTokenizer loads (a model's folder, say), or a name on the Hugging Face hub.
-
-    Raises FileNotFoundError or ValueError that say what would be right.
-    """
-    name = os.fspath(spec)
-    if name == "bytes":
-        return ByteTokenizer()
-    from megalodon.data.pretrained import tokenizer_from_file, tokenizer_from_pretrained
-
-    path = Path(name).expanduser()
-    if path.is_file():
-        return tokenizer_from_file(path)
-    if path.is_dir() or (HUB_NAME.fullmatch(name) and path.suffix != ".json"):
-        return tokenizer_from_pretrained(path if path.is_dir() else name)
-    raise FileNotFoundError(
-        f"tokenizer {name!r}: no such file or folder (from folder {Path.cwd()}). Give `bytes`, a tokenizer.json, a "
-        "folder with a tokenizer, or a name on the Hugging Face hub"
-    )
 
 
 def same_tokens(one: Tokenizer, other: Tokenizer) -> str | None:

@@ -341,7 +341,7 @@ class StatefulModel(StatefulPreTrainedModel):
         Pieces end where the first row's chunks do.
         """
         length, chunk = x.shape[1], self.chunk_size or 1
-        if length <= max(READ_AT_ONCE, chunk) or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or length <= max(READ_AT_ONCE, chunk) or x.device.type != "cpu":
             return [length]
         called_often = (*self.layers.modules(), self.final_norm)
         if any(module._forward_hooks or module._forward_pre_hooks for module in called_often):

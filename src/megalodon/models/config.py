@@ -91,17 +91,12 @@ class Config(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, those with a name in Transformers by that name too, which other libraries look for."""
-        aliases = {alias: getattr(self, name) for alias, name in self.attribute_map.items()}
-        return {**super().to_dict(), **aliases}
+        """All fields; other libraries find them by the names that they have in Transformers."""
+        return Fields(super().to_dict(), self.attribute_map)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved: every field once, and where the classes are."""
-        kept = super().to_diff_dict()
-        return {
-            **{name: kept[name] for name in kept if name not in self.attribute_map},
-            "auto_map": dict(self.auto_map),
-        }
+        """What is saved: the fields, and where the classes are."""
+        return {**super().to_diff_dict(), "auto_map": dict(self.auto_map)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
@@ -111,8 +106,14 @@ class Config(PreTrainedConfig):
         saved: so it comes back, with a warning that names it.
 
         Raises:
-            ValueError: the dict says no `transformers_version`, and has a field that there is not.
+            ValueError: the dict is of another architecture (`model_type`); or it says no `transformers_version`, and
+                has a field that there is not.
         """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"model_type={kind!r}: this config is not of a {cls.model_type} model, whose classes read no other"
+            )
         extra: dict[str, Any] = {}
         if "transformers_version" in config_dict:
             extra = {name: config_dict[name] for name in config_dict if not cls.knows(name)}
@@ -208,16 +209,24 @@ def _known_names(cls: type[Config]) -> set[str]:
     return names | vars(GenerationConfig()).keys()
 
 
-def _without_aliases(values: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """Values by the fields' own names where both are given.
+class Fields(dict[str, Any]):
+    """A config's fields, which answer to their names in Transformers too, and are listed once."""
 
-    Raises:
-        ValueError: the two differ.
-    """
-    for alias, name in aliases.items():
-        if alias in values and name in values and values[alias] != values[name]:
-            raise ValueError(f"{alias}={values[alias]!r} contradicts {name}={values[name]!r}: they are one field")
-    return {name: value for name, value in values.items() if aliases.get(name) not in values}
+    def __init__(self, values: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
+        super().__init__(values)
+        self._aliases = aliases
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (name in self._aliases and super().__contains__(self._aliases[str(name)]))
+
+    def __missing__(self, name: str) -> Any:
+        if name in self._aliases:
+            return self[self._aliases[name]]
+        raise KeyError(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of any dict."""
+        return super().get(name if super().__contains__(name) else self._aliases.get(name, name), default)
 
 
 C = TypeVar("C", bound=Config)
@@ -232,7 +241,6 @@ def architecture_config(cls: type[C]) -> type[C]:
     @functools.wraps(construct)
     def __init__(self: Config, **values: Any) -> None:
         known = _known_names(cls)
-        values = _without_aliases(values, cls.attribute_map)
         for name in values.keys() - known:
             if not name.startswith("_"):
                 near = "".join(f"; did you mean {other}?" for other in get_close_matches(name, known, 1))

@@ -161,6 +161,16 @@ class State:
         return bytes_
 
     @classmethod
+    def row_bytes(cls, sizes: Any, open_tokens: int = 0, activations: torch.dtype = torch.float32) -> int:
+        """Bytes of a state of one row, with so many tokens in what is open."""
+        others = sum(
+            math.prod(size or 1 for size in shape) * cls.tensor_dtype(name, activations, torch.float64).itemsize
+            for name, shape in cls.shapes(sizes).items()
+            if not name.startswith("layers.")
+        )
+        return sizes.num_layers * cls.layer_bytes(sizes, open_tokens, activations) + others
+
+    @classmethod
     def nothing(cls, name: str) -> float:
         """What a tensor of `state_dict` is full of, of rows that have read nothing."""
         return 0.0
@@ -422,8 +432,7 @@ class State:
         if kept > 0 or max_length < -longest:
             raise ValueError(
                 f"crop({max_length}): a state that has read {longest} tokens cannot unread some of them; keep the "
-                "state from before them (states are values, which running a model leaves alone), or crop(0) to begin "
-                "afresh"
+                "state from before them (states are values, and stay as they are), or crop(0) to begin afresh"
             )
         self.__dict__.update(vars(self.reset(torch.ones(self.batch_size, dtype=torch.bool))))
 

@@ -106,4 +106,7 @@ OPERATORS = {
 def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, tuple[str, ...]]]:
     """For each operator: the back end that runs on `device` unless one is named, and all that there are."""
     chosen = default_backend(torch.device(device))
-    return {name: (chosen, tuple(implementations)) for name, implementations in OPERATORS.items()}
+    return {
+        name: (chosen if chosen in implementations else "blocked", tuple(implementations))
+        for name, implementations in OPERATORS.items()
+    }

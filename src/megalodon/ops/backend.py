@@ -120,12 +120,14 @@ def choose(
             does not run on this device or in this dtype.
     """
     name, source = (backend, "backend") if backend is not None else backend_for(device, dtype)
-    if name == "numba" and source != "backend" and name not in implementations:
-        name = "blocked"  # not every operator gains
+    if name in ("numba", "triton") and source != "backend" and name not in implementations:
+        name = "blocked"  # asked of all operators at once, of which not every one has it
     if name not in implementations:
         raise ValueError(
             f"{source}={name!r} is not a back end of this operator: choose from {', '.join(implementations)}"
         )
+    if name == "numba" and source != "default" and (reason := compiled.absent()):
+        raise ValueError(f"{source}={name!r} cannot run here: {reason}; 'blocked' runs everywhere")
     if name.startswith("triton"):
         if reason := without_kernels(device.type, device.index):
             raise ValueError(f"{source}={name!r} cannot run here: {reason}; 'blocked' runs everywhere")

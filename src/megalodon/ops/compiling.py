@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megalodon.ops.backend import backend_for
+from megalodon.ops.exported import EXPORTED
 from megalodon.ops.layout import PlainLayout
 
 Arguments = ParamSpec("Arguments")
@@ -27,6 +28,9 @@ def one_break_at_most(operator: Callable[Arguments, Result]) -> Callable[Argumen
 
     @wraps(operator)
     def run(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        if torch.compiler.is_exporting() and (opaque := EXPORTED.get(operator.__name__)) is not None:
+            exported: Result = opaque(*arguments, **named)
+            return exported
         if torch.compiler.is_compiling() and not _traceable(arguments, named):
             return as_written(*arguments, **named)
         return operator(*arguments, **named)

@@ -99,8 +99,9 @@ def silu_product(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(f"a is {a.dtype} {tuple(a.shape)} and b {b.dtype} {tuple(b.shape)}: they must be alike")
-    in_cache = a.numel() <= CACHEFUL and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
-    if in_cache or torch.compiler.is_compiling():  # the compiler fuses better than tiles do
+    if torch.compiler.is_compiling():  # the compiler fuses better than tiles do, and would ask how much there is
+        return F.silu(a) * b
+    if a.numel() <= CACHEFUL and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         return F.silu(a) * b
     if _compiles(a, b):
         result: Tensor = _Compiled.apply(a.contiguous(), b.contiguous())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -62,7 +63,11 @@ class Gate:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if scope["path"] not in ALIVE:
-            self._check_host(scope, headers)
+            try:
+                check_host(scope, self._settings.allowed_hosts, self._keys.required)
+            except ApiError:
+                self._metrics.refused.labels("host").inc()
+                raise
             if self._drain.begun:
                 raise ApiError(503, "the server is stopping", "stopping", retry_after=5)
         if scope["path"] not in OPEN and not scope["path"].startswith(PAGE_FILES):
@@ -103,20 +108,6 @@ class Gate:
 
         return bounded
 
-    def _check_host(self, scope: Scope, headers: Headers) -> None:
-        """Raise ApiError 403 for a host that is not ours: a page whose name was made to lead here after it was loaded
-        (DNS rebinding) has its own name there."""
-        allowed, host = self._settings.allowed_hosts, _name_of(headers.get("host", ""))
-        address = (scope.get("server") or ("", 0))[0]
-        if allowed:
-            good = "*" in allowed or any(host == one.lower() for one in allowed)
-        else:
-            good = self._keys.required or not is_loopback(address) or is_loopback(host)
-        if not good:
-            self._metrics.refused.labels("host").inc()
-            message = f"the host {host[:80]!r} is not served here: the operator can allow it with --allowed-host"
-            raise ApiError(403, message, "host_not_allowed")
-
     def _refuse_other_sites(self, headers: Headers) -> None:
         """Raise ApiError 403 for what another site's page sends from a visitor's browser, keys or not."""
         origin = headers.get("origin")
@@ -129,6 +120,25 @@ class Gate:
         if not own:
             message = f"requests from pages of {origin[:80]} are not accepted"
             raise ApiError(403, f"{message}: the operator can allow them with --allowed-origin", "cross_origin")
+
+
+def check_host(scope: Scope, allowed: Collection[str], keyed: bool) -> None:
+    """Refuse a host that is not ours: a page whose name was made to lead here after it was loaded (DNS rebinding) has
+    its own name there.
+
+    Raises:
+        ApiError: 403 for a host that is not among `allowed`; if there are none, for one that is no loopback name, on a
+            loopback address of a server without keys.
+    """
+    host = _name_of(Headers(scope=scope).get("host", ""))
+    address = (scope.get("server") or ("", 0))[0]
+    if allowed:
+        good = "*" in allowed or any(host == one.lower() for one in allowed)
+    else:
+        good = keyed or not is_loopback(address) or is_loopback(host)
+    if not good:
+        message = f"the host {host[:80]!r} is not served here: the operator can allow it with --allowed-host"
+        raise ApiError(403, message, "host_not_allowed")
 
 
 def _name_of(host: str) -> str:

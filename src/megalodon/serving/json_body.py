@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from json import scanner
@@ -27,6 +28,8 @@ MOST_VALUES = 1 << 16
 MOST_DEPTH = 64
 PIECE = 1 << 16
 """Bytes that one call of the interpreter works on; the others run in between."""
+BREATH = 1e-4
+"""Seconds between two pieces: who waits for the interpreter gets it now, not when this thread's turn is over."""
 SHORT = 64
 """Strings of so many bytes stay in the JSON that is read as a whole."""
 FEW = 16
@@ -240,6 +243,7 @@ def _text(body: Raw, begin: int, end: int) -> str | LongText:
             raise ValueError("a string has an escape that stands for no character")
         pieces.append(json.loads(b'"' + body[begin:cut] + b'"').encode())
         begin = cut
+        time.sleep(BREATH)
     return LongText(pieces)
 
 
@@ -259,4 +263,5 @@ def _numbers(body: Raw, begin: int, end: int) -> Numbers:
         parts.append(np.array(values, dtype=np.int32 if max(values) < 2**31 and min(values) >= -(2**31) else np.int64))
         count += len(values)
         begin = cut + 1
+        time.sleep(BREATH)
     return Numbers(np.concatenate(parts))

@@ -18,6 +18,7 @@ from megalodon.inference.loading import load_model, load_tokenizer_for, torch_dt
 from megalodon.inference.prefix_cache import PrefixStore
 from megalodon.models.storage import Storage
 from megalodon.serving.app import create_app
+from megalodon.serving.protocol import PacedProtocol
 from megalodon.serving.settings import Settings
 
 
@@ -100,6 +101,7 @@ def serve_here(options: EngineOptions, settings: Settings, host: str, port: int)
     )
     config = uvicorn.Config(
         app,
+        http=PacedProtocol,
         log_level="warning",
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
         h11_max_incomplete_event_size=2**16,

@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 import httpx
@@ -35,8 +35,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from megalodon.serving.app import create_app
+from megalodon.serving.auth import ApiKeys
 from megalodon.serving.errors import ApiError, body_timeout
-from megalodon.serving.gate import ALIVE, Drain
+from megalodon.serving.gate import ALIVE, Drain, check_host
 from megalodon.serving.launch import EndingServer, EngineOptions
 from megalodon.serving.settings import Settings
 
@@ -48,7 +49,7 @@ REMEMBERED = 10_000
 RETRY_SECONDS = 60.0
 KEPT_BODY = 16 * 2**20
 """Bodies up to this size are kept until they are answered, so that they can be sent again."""
-_HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "upgrade", "te", "trailer", "host", "content-length"}
+_HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "upgrade", "te", "trailer", "content-length"}
 
 
 class Replica:
@@ -106,9 +107,12 @@ def affinity(path: str, authorization: str, body: bytes, progress: str | None = 
 class Front:
     """The ASGI application that passes requests on."""
 
-    def __init__(self, handle: Any, body_seconds: float) -> None:
-        """`body_seconds`: between two parts of a body, as in `Settings`."""
+    def __init__(
+        self, handle: Any, body_seconds: float, allowed_hosts: Collection[str] = (), keyed: bool = False
+    ) -> None:
+        """`body_seconds` and `allowed_hosts` as in `Settings`; `keyed`: the replicas ask for keys."""
         self._handle, self._body_seconds = handle, body_seconds
+        self._allowed_hosts, self._keyed = allowed_hosts, keyed
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), limits=limits)
         methods = ["GET", "POST", "PATCH", "DELETE", "PUT", "HEAD", "OPTIONS"]
@@ -122,11 +126,13 @@ class Front:
             return
         self.drain.running += 1
         try:
-            if self.drain.begun and scope["path"] not in ALIVE:
-                stopping = ApiError(503, "the server is stopping", "stopping", retry_after=5)
-                await stopping.response()(scope, receive, send)
-            else:
-                await self.app(scope, receive, send)
+            if scope["path"] not in ALIVE:
+                check_host(scope, self._allowed_hosts, self._keyed)
+                if self.drain.begun:
+                    raise ApiError(503, "the server is stopping", "stopping", retry_after=5)
+            await self.app(scope, receive, send)
+        except ApiError as error:  # pass_on answers its own
+            await error.response()(scope, receive, send)
         finally:
             self.drain.running -= 1
 
@@ -241,10 +247,12 @@ def serve_replicas(options: EngineOptions, settings: Settings, replicas: int, ho
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=settings.drain_seconds,
     )
-    handle = serve.run(deployment.bind(options, settings), name=APP, route_prefix=None)
+    behind = settings.model_copy(update={"allowed_hosts": ("*",)})  # the front has looked at the host
+    handle = serve.run(deployment.bind(options, behind), name=APP, route_prefix=None)
     address = listening.getsockname()
     print(f"megalodon: {settings.model_name} at http://{host}:{address[1]}/ on {replicas} replicas", flush=True)
-    front = Front(handle, settings.body_seconds)
+    keyed = ApiKeys(settings.key_file).required
+    front = Front(handle, settings.body_seconds, settings.allowed_hosts, keyed)
     config = uvicorn.Config(front, log_level="warning", timeout_graceful_shutdown=max(1, round(settings.drain_seconds)))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn passes the signal on once it has ended itself
     try:

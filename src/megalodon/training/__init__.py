@@ -4,11 +4,12 @@ from megalodon.training.checkpoint import CheckpointError
 from megalodon.training.config import TrainConfig
 from megalodon.training.config_file import check_config, config_text, load_config
 from megalodon.training.heldout import HeldOutLoss, measure_heldout
-from megalodon.training.launch import Resolved, build_parts, resolve, train
+from megalodon.training.launch import Resolved, build_parts, resolve
 from megalodon.training.model_section import count_parameters
 from megalodon.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients
 from megalodon.training.processes import UnresponsiveError, is_first_rank
 from megalodon.training.schedule import ScheduleConfig, learning_rate_ratio
+from megalodon.training.start import train
 from megalodon.training.step import NonFiniteError, StepResult, split_batch, train_step
 from megalodon.training.trainer import DivergedError, Parts, Trainer
 

@@ -1,6 +1,6 @@
 """What a training checkpoint holds, written to and read from a folder: nothing but safetensors, JSON and YAML.
 
-model/                   the model and its tokenizer, as Transformers saves them
+model/                   the model and its tokenizer as Transformers saves them, a card, a loader for other tools
 optimizer.safetensors    AdamW's moments by parameter name
 random.safetensors       every generator
 carried.safetensors      the states that streamed rows carry to the next step

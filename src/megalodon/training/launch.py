@@ -9,26 +9,19 @@ from pathlib import Path
 import torch
 
 from megalodon.data import Tokenizer, load_tokenizer, same_tokens
-from megalodon.files import is_full, write_text
-from megalodon.inference import choose_device
 from megalodon.inference.loading import has_tokenizer, model_folder
 from megalodon.models import CausalLM, Config
-from megalodon.parallel.sharded import is_sharded
 from megalodon.training.checkpoint import CheckpointError, checkpoint_step, choose_checkpoint, list_checkpoints
 from megalodon.training.config import TrainConfig, differences
-from megalodon.training.config_file import config_text, load_config
-from megalodon.training.corpora import Texts, build_loader, held_out_rows, held_out_sets, prepare
-from megalodon.training.interrupt import StopRequest
+from megalodon.training.config_file import load_config
+from megalodon.training.corpora import Texts, build_loader, held_out_rows, held_out_sets
 from megalodon.training.model_section import count_parameters, make_model, resolve_model, resolved_section
 from megalodon.training.optimizer import build_optimizer
-from megalodon.training.processes import under_torchrun
-from megalodon.training.progress import Display, make_display
-from megalodon.training.records import records_of
 from megalodon.training.run_folder import RunFolder
 from megalodon.training.snapshot import seed_everything
-from megalodon.training.throughput import MATRIX_SIZE, measure_peak_flops, training_flops_per_token
+from megalodon.training.throughput import MATRIX_SIZE, measure_peak_flops, neighbours, training_flops_per_token
 from megalodon.training.trackers import require_libraries
-from megalodon.training.trainer import Parts, Trainer
+from megalodon.training.trainer import Parts
 
 
 @dataclass(frozen=True)
@@ -75,58 +68,6 @@ def _require_own_tokenizer(tokenizer: Tokenizer, init_from: str) -> None:
             f"tokenizer: {tokenizer.name!r} is another than that of model.init_from ({folder}): {told}. Leave "
             "tokenizer out to train on with the model's own, or leave init_from out to train from the start"
         )
-
-
-def train(resolved: Resolved, display: Display | None = None) -> StopRequest:
-    """Train as the config says, from the start or from where the run's folder stands, on the processes that there are.
-
-    Returns:
-        The request that stopped the run; false if it reached its last step.
-
-    Raises:
-        ValueError, OSError: before any work, if something does not fit; or as `Trainer.train`.
-        DivergedError: as `Trainer.train`.
-    """
-    config = resolved.config
-    assert config.run.folder is not None
-    folder = RunFolder(Path(config.run.folder).expanduser())
-    if under_torchrun() or has_sharded_checkpoints(folder):
-        from megalodon.training.mesh_run import train_on_mesh  # which builds on this module
-
-        return train_on_mesh(resolved, display)
-    if (processes := config.mesh.sizes.world_size) > 1:
-        raise ValueError(
-            f"mesh: {config.mesh.sizes} needs {processes} processes: "
-            f"torchrun --nproc-per-node={processes} -m megalodon train ..."
-        )
-    display = display or make_display(config.run.steps)
-    device = choose_device(None if config.run.device == "auto" else config.run.device)
-    lock = folder.open()
-    try:
-        checkpoint = find_checkpoint(config, folder, display.say)
-        texts = prepare(config, resolved.tokenizer, display)
-        parts = build_parts(resolved, texts, device)
-        trainer = Trainer(config, folder, parts, display, records_of(config, folder))
-        display.say(introduction(resolved, parts, folder))
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-            display.say(f"resuming from {checkpoint}")
-        write_text(folder.config, config_text(config))
-        with display, StopRequest() as stop:
-            trainer.train(stop)
-        return stop
-    except OSError as error:
-        if is_full(error):
-            raise full_disk(error, folder) from error
-        raise
-    finally:
-        lock.release()
-
-
-def has_sharded_checkpoints(folder: RunFolder) -> bool:
-    """Whether the run in a folder was last saved by processes on a mesh, which one process can go on from too."""
-    found = list_checkpoints(folder.checkpoints)
-    return bool(found) and is_sharded(found[-1])
 
 
 def full_disk(error: OSError, folder: RunFolder) -> OSError:
@@ -209,9 +150,10 @@ def compile_blocks(model: CausalLM) -> None:
 
 def introduction(resolved: Resolved, parts: Parts, folder: RunFolder) -> str:
     run = resolved.config.run
+    beside = neighbours() if parts.device.type == "cpu" else None
     return (
         f"model: {count_parameters(resolved.model_config):,} parameters on {parts.device}, {run.precision}\n"
         f"peak: {parts.peak_flops / 1e9:,.0f} GFLOP/s, measured with {run.precision} matrix products of {MATRIX_SIZE}; "
         f"a token's training takes {parts.flops_per_token / 1e9:.3g} GFLOP\n"
-        f"run: {run.steps:,} steps, kept in {folder.path}"
+        f"run: {run.steps:,} steps, kept in {folder.path}" + (f"\n{beside}" if beside else "")
     )

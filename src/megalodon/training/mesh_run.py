@@ -1,4 +1,4 @@
-"""A run on a mesh, from a checked config: what `launch.train` does for one process, agreed on by all."""
+"""A run on a mesh, from a checked config: what `start.train` does for one process, agreed on by all."""
 
 from __future__ import annotations
 

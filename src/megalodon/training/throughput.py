@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -30,21 +32,58 @@ def training_flops_per_token(model: nn.Module, config: Config, length: int) -> f
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square matrix products of 1024 in `dtype` on `device`: the best of a third of a second's worth."""
-    a = torch.ones(MATRIX_SIZE, MATRIX_SIZE, device=device, dtype=dtype)
-    best = float("inf")
-    deadline = time.perf_counter() + SECONDS
-    while time.perf_counter() < deadline:
-        best = min(best, _seconds_of_product(a))
+    """FLOP/s of square matrix products of 1024 in `dtype` on `device`: the best of a third of a second's worth.
+
+    Of a CPU: what one thread reaches in the time that it has a processor for itself, times the threads that PyTorch
+    uses and the machine has. So it is the same whatever else runs there, and no step is above it.
+    """
+    if device.type == "cpu":
+        return _processors() * _best_rate(device, dtype, alone=True)
+    return _best_rate(device, dtype, alone=False)
+
+
+def neighbours() -> str | None:
+    """One line for the user where other programs keep this machine's processors busy; None where all is well.
+
+    PyTorch's threads wait for one another at every operation, at full speed, also for those that do not run at all.
+    """
+    if not hasattr(os, "getloadavg") or "OMP_WAIT_POLICY" in os.environ or torch.get_num_threads() == 1:
+        return None
+    load, processors = os.getloadavg()[0], os.cpu_count() or 1
+    if load < processors:
+        return None
+    return (
+        f"other programs keep {load:.1f} of this machine's {processors} processors busy: set OMP_WAIT_POLICY=passive, "
+        "so that waiting threads make room, or OMP_NUM_THREADS=1"
+    )
+
+
+def _processors() -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(torch.get_num_threads(), available)
+
+
+def _best_rate(device: torch.device, dtype: torch.dtype, alone: bool) -> float:
+    """The best rate; `alone`: of one thread, by the time that it was given."""
+    threads, clock = torch.get_num_threads(), time.thread_time if alone else time.perf_counter
+    if alone:
+        torch.set_num_threads(1)
+    try:
+        a = torch.ones(MATRIX_SIZE, MATRIX_SIZE, device=device, dtype=dtype)
+        best, deadline = float("inf"), time.perf_counter() + SECONDS
+        while best == float("inf") or time.perf_counter() < deadline:
+            best = min(best, _seconds_of_product(a, clock))
+    finally:
+        torch.set_num_threads(threads)
     return 2.0 * MATRIX_SIZE**3 / best
 
 
-def _seconds_of_product(a: torch.Tensor, repeats: int = 4) -> float:
+def _seconds_of_product(a: torch.Tensor, clock: Callable[[], float], repeats: int = 4) -> float:
     if a.is_cuda:
         torch.cuda.synchronize(a.device)
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(repeats):
         a @ a
     if a.is_cuda:
         torch.cuda.synchronize(a.device)
-    return (time.perf_counter() - begin) / repeats
+    return (clock() - begin) / repeats

@@ -78,10 +78,12 @@ def test_hip_is_attention_where_everything_is_found() -> None:
 
 @torch.no_grad()
 def test_hip_reads_ragged_rows_by_lists_of_their_own() -> None:
-    model, x = hip_model(mask_size=4, query_block=4, window=3, sinks=2), tokens(2, 41)
-    ids = (torch.arange(41) >= 17).long().expand(2, -1)
-    packed = model(x, segment_ids=ids).logits
-    assert relative(packed[:, 17:], model(x[:, 17:]).logits) < 1e-5
+    model = hip_model(mask_size=4, query_block=4, window=3, sinks=2)
+    for rows in (1, 2):
+        x, ids = tokens(rows, 41), (torch.arange(41) >= 17).long().expand(rows, -1)
+        packed = model(x, segment_ids=ids).logits
+        assert relative(packed[:, :17], model(x[:, :17]).logits) < 1e-5
+        assert relative(packed[:, 17:], model(x[:, 17:]).logits) < 1e-5
 
 
 # --- HAX ------------------------------------------------------------------------------------------------------------

@@ -178,6 +178,10 @@ def test_gla_operators(shared: Path, kind: str, backend: str) -> None:
         ("hedgehog", "softmax_dim", "softmax_both"),
         ("hedgehog", "exp_dim", "exp_both"),
         ("hedgehog", "pos_elu", "elu"),
+        ("hedgehog", "softmax_dim_half", "softmax"),
+        ("hedgehog", "exp_dim_half", "exp"),
+        ("hedgehog", "relu_bias", "relu"),
+        ("hedgehog", "softmax_skip", "softmax_both"),
     ],
 )
 def test_feature_maps(shared: Path, file: str, theirs: str, ours: str) -> None:
@@ -185,8 +189,11 @@ def test_feature_maps(shared: Path, file: str, theirs: str, ours: str) -> None:
     x = case.tensors["in.x"].double().requires_grad_()
     if file == "hedgehog":
         weight = case.tensors[f"param.{theirs}.mlp.layer"].double()
-        feature_map = HeadwiseMap(*weight.shape, ours).double()
-        feature_map.load_state_dict({"weight": weight})
+        feature_map = HeadwiseMap(*weight.shape, ours, skip=theirs == "softmax_skip").double()
+        parameters = {"weight": weight}
+        if ours == "relu":
+            parameters["bias"] = case.tensors[f"param.{theirs}.mlp.bias"].double().flatten()
+        feature_map.load_state_dict(parameters)
         out = feature_map(x.transpose(1, 2)).transpose(1, 2)
     else:
         out = FEATURE_MAPS[ours](x)

@@ -174,6 +174,10 @@ class KinConfig(Config):
         kinds = {mixer_class(name).kind_with(parameters) for name, parameters in layers}
         return next((kind for kind in ("none", "growing") if kind in kinds), "constant")
 
+    def sequence_multiply_adds(self, length: int) -> float:
+        layers = [self.mixer_of(layer) for layer in range(self.num_layers)]
+        return sum(mixer_class(name).multiply_adds(self, parameters, length) for name, parameters in layers)
+
     def streaming_problem(self) -> str | None:
         if self.two_way:
             return "two_way=True sees the text before and after each token: use packed batches"

@@ -144,6 +144,8 @@ class FusedStep:
         places, slots = np.full(rows, offset), np.arange(rows)
         wide = x.to(torch.float32, copy=True).contiguous()
         out = self.run(wide, 1 / seen, places, slots, np.array(table), tables.KINDS[x.dtype])
+        if offset + 1 == sizes.chunk_size:  # nobody attends to a chunk that is complete
+            layers = [layer._replace(chunk=layer.chunk.first(0)) for layer in layers]
         return out.to(x.dtype), MegalodonState(layers, final, state.position + 1, sizes)
 
     def run(

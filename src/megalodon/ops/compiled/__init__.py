@@ -38,6 +38,11 @@ def _missing() -> str | None:
 _MISSING = _missing()
 
 
+def absent() -> str | None:
+    """Why no kernel can be compiled for this process, as one knows without trying."""
+    return _MISSING
+
+
 def missing() -> str | None:
     """Why no kernel can run in this process; None where they can, as far as one knows before compiling one."""
     return _FAILED[0] if _FAILED else _MISSING

@@ -235,3 +235,39 @@ class _Gate(NamedTuple):
 
 Gate = _Gate(*range(len(_Gate._fields)))
 """Where each number of a gate stands."""
+
+
+class _Norm(NamedTuple):
+    """TimestepNorm of whole texts."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    rows: int  # B
+    length: int
+    dim: int
+    groups: int
+    x: int  # [B, L, D]
+    y: int  # [B, L, D]; the gradient of x in the backward pass
+    weight: int  # [D]; the effective scale
+    bias: int  # [D]
+    before: int  # int64 [B, L]: tokens of the document, the prior's included, before each
+    fresh: int  # uint8 [B, L]: 1 where a token begins a document and t > 0
+    real: int  # uint8 [B, L]: 0 where a token is padding
+    means: int  # float64 [B, L, G]: after each token
+    scales: int  # [B, L, G]: 1 / sqrt(var + eps)
+    mean: int  # float64 [B, G]: before the first token, then after the last; gradients the other way
+    var: int
+    initial: int  # float64 [B, G]: the mean before the first token, in the backward pass
+    prior_mean: int  # float64 [G]
+    prior_var: int
+    eps: int  # float64 [1]
+    dy: int  # [B, L, D]
+    d_weight: int  # [B, D]; these four are added to
+    d_bias: int
+    d_prior_mean: int  # float64 [B, G]
+    d_prior_var: int
+
+
+Norm = _Norm(*range(len(_Norm._fields)))
+"""Where each number of a norm stands."""

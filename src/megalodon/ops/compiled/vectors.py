@@ -283,6 +283,7 @@ def _make_pointer(element: Any, llvm_type: Any) -> Any:
 f32 = _make_pointer(types.float32, ir.FloatType())
 f64 = _make_pointer(types.float64, ir.DoubleType())
 i64 = _make_pointer(types.int64, ir.IntType(64))
+u8 = _make_pointer(types.uint8, ir.IntType(8))
 u16 = _make_pointer(types.uint16, ir.IntType(16))
 
 

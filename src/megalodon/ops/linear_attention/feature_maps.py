@@ -51,6 +51,16 @@ def exp_both(x: Tensor) -> Tensor:
     return torch.cat([positive, negative], dim=-1).clamp(min=LEAST)
 
 
+def softmax_half(x: Tensor) -> Tensor:
+    """`softmax(x)`, d features: half of `softmax_both`."""
+    return x.softmax(-1).clamp(min=LEAST)
+
+
+def exp_half(x: Tensor) -> Tensor:
+    """`exp(x - max x)`, d features: half of `exp_both`."""
+    return (x - x.amax(-1, keepdim=True)).exp().clamp(min=LEAST)
+
+
 def positive_elu(x: Tensor) -> Tensor:
     """`1 + elu(x)` (2006.16236)."""
     return 1 + F.elu(x)
@@ -61,6 +71,8 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
     "taylor_packed": taylor_packed,
     "softmax_both": softmax_both,
     "exp_both": exp_both,
+    "softmax": softmax_half,
+    "exp": exp_half,
     "elu": positive_elu,
     "relu": F.relu,
     "silu": F.silu,

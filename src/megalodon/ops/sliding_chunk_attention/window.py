@@ -9,6 +9,7 @@ copied.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,19 @@ class Visible(NamedTuple):
 
     offset: int | Tensor = 0
     first: Tensor | None = None
+
+    @property
+    def by_row(self) -> int | None:
+        """How many rows differ; None: none."""
+        if self.first is not None:
+            return len(self.first)
+        return None if isinstance(self.offset, int) else len(self.offset)
+
+    def of_rows(self, rows: slice, unit: int) -> Visible:
+        """That of some rows, each of which counts `unit` times."""
+        part = slice(rows.start // unit, rows.stop // unit)
+        offset = self.offset if isinstance(self.offset, int) else self.offset[part]
+        return Visible(offset, None if self.first is None else self.first[part])
 
     def hidden(self, rows: range, keys: int, width: int, device: torch.device) -> Tensor | None:
         """bool, True where a query of `rows` may not see a key; it covers the last columns of [before, own].
@@ -74,6 +88,31 @@ def _befores(k: Tensor, v: Tensor, before_k: Tensor | None, before_v: Tensor | N
     if 0 < chain < len(k):
         found.append(Before(slice(chain, len(k)), k[:-chain], v[:-chain]))
     return found
+
+
+AT_ONCE = 1 << 21
+"""Values of own keys that a CPU works on together: scores of a strip exist for so many at a time."""
+
+
+def _groups(
+    k: Tensor, v: Tensor, befores: list[Before], visible: Visible
+) -> Iterator[tuple[slice, list[Before], Visible]]:
+    """Rows that are worked on together, with what they see before their chunk, and how."""
+    edges = {0, len(k), *(edge for before in befores for edge in (before.rows.start, before.rows.stop))}
+    unit = 1 if visible.by_row is None else len(k) // visible.by_row  # heads of a row have its mask
+    size = len(k) if v.device.type != "cpu" else max(AT_ONCE // max(v[0].numel(), 1) // unit, 1) * unit
+    for start, stop in pairwise(sorted(edges)):
+        for first in range(start, stop, size):
+            rows = slice(first, min(first + size, stop))
+            seen = []
+            for before in befores:
+                if before.rows.start <= first < before.rows.stop:
+                    part = slice(first - before.rows.start, rows.stop - before.rows.start)
+                    seen.append(Before(slice(0, rows.stop - first), before.keys[part], before.values[part]))
+            own = visible.of_rows(rows, unit)
+            if not seen and befores and own.first is not None:  # their frame has no chunk before
+                own = own._replace(first=own.first - befores[0].keys.shape[1])
+            yield rows, seen, own
 
 
 def _side_by_side(own: Tensor, parts: list[tuple[slice, Tensor]], width: int, filling: float) -> Tensor:
@@ -121,18 +160,10 @@ class _WindowAttention(torch.autograd.Function):
         offset = None if isinstance(visible.offset, int) else visible.offset
         ctx.save_for_backward(q, q_before, k, v, before_k, before_v, visible.first, offset)
         ctx.offset, ctx.chain = visible.offset if offset is None else None, chain
-        befores = _befores(k, v, before_k, before_v, chain)
-        width = befores[0].keys.shape[1] if befores else 0
         turned = q if q_before is None else q_before
         out = v.new_empty(*q.shape[:2], v.shape[-1])
-        for rows, keys, mask in visible.strips(q.shape[1], k.shape[1], width, q.device):
-            own = torch.bmm(q[:, rows], k[:, :keys].mT)
-            parts = [(b.rows, torch.bmm(turned[b.rows, rows], b.keys.mT)) for b in befores]
-            weights = _weights(own, parts, width, mask).to(v.dtype)
-            strip = torch.bmm(weights[..., width:], v[:, :keys])
-            for b in befores:
-                strip[b.rows].baddbmm_(weights[b.rows, :, :width], b.values)
-            out[:, rows] = strip
+        for n, befores, seen in _groups(k, v, _befores(k, v, before_k, before_v, chain), visible):
+            _forward(q[n], turned[n], k[n], v[n], befores, seen, out[n])
         return out
 
     @staticmethod
@@ -140,37 +171,69 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         q, q_before, k, v, before_k, before_v, first, offset = ctx.saved_tensors
         visible = Visible(ctx.offset if offset is None else offset, first)
-        befores = _befores(k, v, before_k, before_v, ctx.chain)
-        width = befores[0].keys.shape[1] if befores else 0
         turned = q if q_before is None else q_before
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        d_turned = dq if q_before is None else torch.zeros_like(q_before)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_turned = dq if q_before is None else torch.empty_like(q_before)
         d_before_k, d_before_v = (None if x is None else torch.zeros_like(x) for x in (before_k, before_v))
+        befores = _befores(k, v, before_k, before_v, ctx.chain)
         d_befores = _befores(dk, dv, d_before_k, d_before_v, ctx.chain)
-        written = 0  # own keys that have a gradient: the last strip needs most of them, so strips run backwards
-        for rows, keys, mask in reversed(list(visible.strips(q.shape[1], k.shape[1], width, q.device))):
-            q_s, k_s, v_s, grad_s = q[:, rows], k[:, :keys], v[:, :keys], grad[:, rows]
-            parts = [(b.rows, torch.bmm(turned[b.rows, rows], b.keys.mT)) for b in befores]
-            weights = _weights(torch.bmm(q_s, k_s.mT), parts, width, mask)
-            parts = [(b.rows, torch.bmm(grad_s[b.rows], b.values.mT)) for b in befores]
-            d_weights = _side_by_side(torch.bmm(grad_s, v_s.mT), parts, width, 0).to(weights.dtype)
-            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(q.dtype)
-            weights = weights.to(grad.dtype)
-            dq[:, rows] = torch.bmm(d_scores[..., width:], k_s)
-            own = (dv, weights[..., width:], grad_s), (dk, d_scores[..., width:], q_s)
-            for total, left, right in own:
-                if written:
-                    total[:, :keys].baddbmm_(left.mT, right)
-                else:
-                    total[:, :keys] = torch.bmm(left.mT, right)
-                    total[:, keys:] = 0
-            for b, d in zip(befores, d_befores, strict=True):
-                d_scores_b = d_scores[b.rows, :, :width]
-                d_turned[b.rows, rows].baddbmm_(d_scores_b, b.keys)
-                d.keys.baddbmm_(d_scores_b.mT, turned[b.rows, rows])
-                d.values.baddbmm_(weights[b.rows, :, :width].mT, grad_s[b.rows])
-            written = max(written, keys)
+        groups = _groups(k, v, befores, visible), _groups(k, v, d_befores, visible)
+        for (n, seen_before, seen), (_, totals, _) in zip(*groups, strict=True):
+            gradients = dq[n], None if q_before is None else d_turned[n], dk[n], dv[n]
+            _backward(grad[n], q[n], turned[n], k[n], v[n], seen_before, seen, gradients, totals)
         return dq, None if q_before is None else d_turned, dk, dv, d_before_k, d_before_v, None, None
+
+
+def _forward(
+    q: Tensor, turned: Tensor, k: Tensor, v: Tensor, befores: list[Before], visible: Visible, out: Tensor
+) -> None:
+    """Of rows that all see a chunk before, or none of which does, into out [n, L, e]."""
+    width = befores[0].keys.shape[1] if befores else 0
+    for rows, keys, mask in visible.strips(q.shape[1], k.shape[1], width, q.device):
+        parts = [(b.rows, torch.bmm(turned[:, rows], b.keys.mT)) for b in befores]
+        weights = _weights(torch.bmm(q[:, rows], k[:, :keys].mT), parts, width, mask).to(v.dtype)
+        strip = torch.bmm(weights[..., width:], v[:, :keys])
+        for b in befores:
+            strip.baddbmm_(weights[..., :width], b.values)
+        out[:, rows] = strip
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    turned: Tensor,
+    k: Tensor,
+    v: Tensor,
+    befores: list[Before],
+    visible: Visible,
+    gradients: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    totals: list[Before],
+) -> None:
+    """The gradients of the same rows: those of queries are written, those of keys and values added to."""
+    width = befores[0].keys.shape[1] if befores else 0
+    dq, d_turned, dk, dv = gradients
+    if d_turned is not None and not befores:
+        d_turned.zero_()
+    for rows, keys, mask in visible.strips(q.shape[1], k.shape[1], width, q.device):
+        q_s, k_s, grad_s = q[:, rows], k[:, :keys], grad[:, rows]
+        parts = [(b.rows, torch.bmm(turned[:, rows], b.keys.mT)) for b in befores]
+        weights = _weights(torch.bmm(q_s, k_s.mT), parts, width, mask)
+        parts = [(b.rows, torch.bmm(grad_s, b.values.mT)) for b in befores]
+        d_weights = _side_by_side(torch.bmm(grad_s, v[:, :keys].mT), parts, width, 0).to(weights.dtype)
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(q.dtype)
+        weights = weights.to(grad.dtype)
+        own, before = d_scores[..., width:], d_scores[..., :width]
+        d_query = torch.bmm(own, k_s)
+        dv[:, :keys].baddbmm_(weights[..., width:].mT, grad_s)
+        dk[:, :keys].baddbmm_(own.mT, q_s)
+        for b, d in zip(befores, totals, strict=True):
+            if d_turned is None:
+                d_query.baddbmm_(before, b.keys)
+            else:
+                d_turned[:, rows] = torch.bmm(before, b.keys)
+            d.keys.baddbmm_(before.mT, turned[:, rows])
+            d.values.baddbmm_(weights[..., :width].mT, grad_s)
+        dq[:, rows] = d_query
 
 
 def two_chunk_attention(

@@ -39,7 +39,20 @@ def _triton(x: Tensor, *arguments: Any, layout: Layout, eps: float) -> tuple[Ten
     return run(x, *arguments, layout=layout, eps=eps)
 
 
-IMPLEMENTATIONS: Implementations = {"reference": _reference, "blocked": _blocked, "triton": _triton}
+def _numba(x: Tensor, *arguments: Any, layout: Layout, eps: float) -> tuple[Tensor, Statistics]:
+    """The compiled loops, imported when they are first asked for."""
+    from megalodon.ops.timestep_norm import numba
+
+    run = _by_document_starts(numba.timestep_norm) if numba.fits(x) else _blocked
+    return run(x, *arguments, layout=layout, eps=eps)
+
+
+IMPLEMENTATIONS: Implementations = {
+    "reference": _reference,
+    "blocked": _blocked,
+    "numba": _numba,
+    "triton": _triton,
+}
 
 
 @one_break_at_most
@@ -73,7 +86,7 @@ def timestep_norm(
         segment_ids: int [B, L]; a change along L starts a document with fresh statistics. The row's first document
             continues count, mean and var.
         eps: added to the variance.
-        backend: "reference", "blocked" or "triton"; None chooses (see `megalodon.ops.backend`).
+        backend: "reference", "blocked", "numba" or "triton"; None chooses (see `megalodon.ops.backend`).
         prior: what a fresh document starts from. None: count 0, mean 0, variance 1.
         layout: the batch's layout, in place of `segment_ids` and `padding_mask`, where it is already known.
 

@@ -43,6 +43,10 @@ class Attention(Projected):
         out, memory = attend(q / math.sqrt(self.head_dim), k, v, memory, layout)
         return self.o_proj(out.flatten(-2)), memory
 
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        return window_multiply_adds(config, length, length)
+
     def cross(self, x: Tensor, source: Tensor, padding: Tensor | None = None) -> Tensor:
         q, k, v = (
             project(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -58,6 +62,12 @@ class Attention(Projected):
         dim, heads = config["d_model"], config["num_heads"]
         fields = {"model_dim": dim, "num_heads": heads, "rope_base": None}
         return Reference(fields, {"bias": True, "out_bias": True}, unpacked(tensors))
+
+
+def window_multiply_adds(config: KinConfig, window: int, length: int) -> float:
+    """Scores and weighted values of one token over the last `window` of a row of `length`, on average."""
+    seen = length / 2 if window >= length else window * (1 - window / (2 * length))
+    return 2.0 * config.num_heads * config.head_size * seen
 
 
 def _both_sides(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:

@@ -239,6 +239,12 @@ class Mixer(nn.Module):
         """
         raise ValueError(f"{cls.__name__} has no published code whose parameters could be read")
 
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        """Multiply-adds of one token in rows of `length` that belong to no parameter: of scores, weighted values, and
+        products with a state. Averages and scans do not count."""
+        return 0.0
+
     def cross(self, x: Tensor, source: Tensor, padding: Tensor | None = None) -> Tensor:
         """Read another sequence, of which every token sees all: x [B, L, D] and source [B, M, D], both normalised ->
         [B, L, D]. `padding` bool [B, M]: True where the source has no token.

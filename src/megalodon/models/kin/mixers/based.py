@@ -47,6 +47,12 @@ class Based(NormalisedLinear):
         features = 1 + self.feature_dim + self.feature_dim**2
         return WeightedSums.empty(batch, self.num_groups, features, self.value_dim, device, dtype)
 
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        features = 1 + parameters.feature_dim + parameters.feature_dim**2
+        heads, values = config.num_heads + config.key_value_heads, parameters.value_dim or config.head_size
+        return float(heads * features * values)
+
     def maps(self) -> str:
         return "taylor"
 

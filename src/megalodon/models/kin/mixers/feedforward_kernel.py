@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megalodon.models.kin.config import KinConfig
@@ -36,6 +38,11 @@ class FeedForwardKernel(Projected, NormalisedLinear):
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WeightedSums:
         return WeightedSums.empty(batch, self.num_groups, self.features, self.head_dim, device, dtype)
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        features = parameters.feature_dim or config.head_size
+        return float((config.num_heads + config.key_value_heads) * features * config.head_size)
 
     def maps(self) -> FeedForwardMap:
         return self.feature_map

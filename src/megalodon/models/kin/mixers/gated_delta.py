@@ -81,6 +81,11 @@ class GatedDelta(Mixer):
         init.ones_(self.decay_bias)
         init.copy_(self.decay_log, torch.empty_like(self.decay_log).uniform_(0.01, 16).log())
 
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        key, value = parameters.key_dim or config.head_size, parameters.value_dim or config.head_size
+        return 3.0 * config.num_heads * key * value
+
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> DeltaMemory:
         sums = sums_of((batch, self.num_heads, self.key_dim, self.value_dim), device, dtype)
         shape = (batch, self.conv_weight.shape[1] - 1, sum(self.sizes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,10 @@ class GeckoMixer(Mixer):
         self.cema = GeckoCEMA(self.sizes.model_dim, self.sizes.cema_ndim)
         self.memory_norm = RMSNorm(self.sizes.model_dim, self.sizes.norm_eps, True)
         self.attention = GatedWindowAttention(self.sizes)
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        return sizes(config, parameters).sequence_multiply_adds(length)
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> GeckoMemory:
         own, wide, sums = self.sizes, full_precision(dtype), accumulator_dtype(device)

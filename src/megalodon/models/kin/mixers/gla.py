@@ -63,6 +63,11 @@ class GLA(Mixer):
         self.head_norm = nn.RMSNorm(self.value_dim, parameters.norm_eps)
         self.o_proj = nn.Linear(heads * self.value_dim, dim, bias=False)
 
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        key, value = config.model_dim * parameters.expand_k, config.model_dim * parameters.expand_v
+        return (1 + config.key_value_heads / config.num_heads) * key * value / config.num_heads
+
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> Sums:
         return Sums(sums_of((batch, self.num_groups, self.key_dim, self.value_dim), device, dtype))
 

@@ -21,18 +21,26 @@ class Hedgehog(Projected, NormalisedLinear):
 
     class Parameters(MixerParameters):
         """feature_dim: m, columns of W_h; None: the config's head_dim. activation: of the features, "relu" for T2R's.
-        eps: added to the normaliser."""
+        skip: add x to x W_h. eps: added to the normaliser."""
 
         feature_dim: int | None = None
-        activation: Literal["softmax_both", "exp_both", "relu", "elu"] = "softmax_both"
+        activation: Literal["softmax_both", "exp_both", "softmax", "exp", "relu", "elu"] = "softmax_both"
+        skip: bool = False
         eps: float = 1e-12
+
+        def check(self, config: KinConfig) -> None:
+            if self.skip and self.feature_dim not in (None, config.head_dim):
+                raise ValueError(
+                    f"hedgehog: feature_dim={self.feature_dim}: with skip it must be the head_dim, {config.head_dim}"
+                )
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
         self.eps, size = parameters.eps, parameters.feature_dim or self.head_dim
         self.features = features_of(parameters.activation, size)
-        self.feature_map_q = HeadwiseMap(self.num_heads, self.head_dim, size, parameters.activation)
-        self.feature_map_k = HeadwiseMap(self.num_heads, self.head_dim, size, parameters.activation)
+        sizes = (self.num_heads, self.head_dim, size)
+        self.feature_map_q = HeadwiseMap(*sizes, parameters.activation, parameters.skip)
+        self.feature_map_k = HeadwiseMap(*sizes, parameters.activation, parameters.skip)
 
     def initialise(self, std: float) -> None:
         self.feature_map_q.initialise()
@@ -40,6 +48,11 @@ class Hedgehog(Projected, NormalisedLinear):
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WeightedSums:
         return WeightedSums.empty(batch, self.num_heads, self.features, self.head_dim, device, dtype)
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        features = features_of(parameters.activation, parameters.feature_dim or config.head_size)
+        return 2.0 * config.num_heads * features * config.head_size
 
     def maps(self) -> tuple[HeadwiseMap, HeadwiseMap]:
         return self.feature_map_q, self.feature_map_k

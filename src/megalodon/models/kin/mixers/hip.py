@@ -171,7 +171,7 @@ class _Plan:
         self.below[where] = np.where(inside, 0, read[row])
         self.move[where] = np.where(inside, known + token - position[row, token], known - read[row])
         self.blocks = np.maximum(self.first + 1 - given.window, 0) // given.key_block
-        plain = len(position) == 1 and not begins[:, 1:][:, (position[0, 1:] % given.query_block) != 0].any()
+        plain = len(position) == 1 and not document.any()
         self.aligned = int(position[0, 0] % given.query_block) if plain and known == position[0, 0] else None
         self.groups = np.arange(count)[None]
         self.block_ends = np.minimum(self.first + given.query_block, self.size) - 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers.attention import window_multiply_adds
 from megalodon.models.kin.mixers.base import MixerParameters
 from megalodon.models.kin.mixers.feature_maps import HeadwiseMap
 from megalodon.models.kin.mixers.projected import Projected
@@ -59,6 +62,12 @@ class Lizard(Projected):
         init.ones_(self.alpha)
         if self.sinks is not None:
             init.zeros_(self.sinks)
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        features = 2 * (parameters.feature_dim or config.head_size)
+        window = window_multiply_adds(config, parameters.window, length)
+        return window + 2.0 * config.num_heads * features * config.head_size
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WindowedSums:
         heads, features, recent = self.num_heads, 2 * self.feature_dim, (batch, self.window - 1, self.num_groups)

@@ -12,6 +12,7 @@ from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers.attention import window_multiply_adds
 from megalodon.models.kin.mixers.base import MixerParameters, Reference
 from megalodon.models.kin.mixers.feature_maps import HeadwiseMap
 from megalodon.models.kin.mixers.hedgehog import distilled, distilled_fields
@@ -53,6 +54,12 @@ class LoLCATs(Projected):
         self.feature_map_q.initialise()
         self.feature_map_k.initialise()
         init.constant_(self.window_logit, math.log(0.1 / 0.9))
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        features = 2 * (parameters.feature_dim or config.head_size)
+        window = window_multiply_adds(config, parameters.window, length)
+        return window + 2.0 * config.num_heads * features * config.head_size
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WindowedSums:
         heads, features, recent = self.num_heads, 2 * self.feature_dim, (batch, self.window, self.num_groups)

@@ -67,6 +67,10 @@ class MegalodonMixer(Mixer):
         self.memory_norm = RMSNorm(own.model_dim, own.norm_eps, True)
         self.attention = GatedChunkAttention(own)
 
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        return sizes(config, parameters).sequence_multiply_adds(length)
+
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> MegalodonMemory:
         own, sums = self.sizes, accumulator_dtype(device)
         moments = (torch.zeros(batch, own.norm_num_groups, device=device, dtype=sums) for _ in range(2))

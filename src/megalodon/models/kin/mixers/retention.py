@@ -48,6 +48,10 @@ class Retention(Projected):
         self.k_norm = nn.LayerNorm(width, bias=False) if parameters.qk_norm else None
         self.slopes = slopes(self.num_heads, parameters.decay, parameters.first_slope)
 
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        return 2.0 * config.num_heads * config.head_size**2
+
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> Sums:
         return Sums(sums_of((batch, self.num_heads, self.head_dim, self.head_dim), device, dtype))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.attention import unpacked
+from megalodon.models.kin.mixers.attention import unpacked, window_multiply_adds
 from megalodon.models.kin.mixers.base import MixerParameters, Reference
 from megalodon.models.kin.mixers.projected import Projected
 from megalodon.models.kin.mixers.sums import WindowMemory
@@ -54,6 +54,10 @@ class SlidingAttention(Projected):
         count, old = self.window - 1, (None, None) if recent is None else recent
         after = (recent_after(with_recent(b, x, count), count, layout) for b, x in zip(old, (k, v), strict=True))
         return self.o_proj(out.flatten(-2)), WindowMemory(*after)
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        return window_multiply_adds(config, parameters.window, length)
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

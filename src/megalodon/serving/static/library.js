@@ -14,23 +14,25 @@ const labelOf = context => {
   return context.name || (node && short(node.user || node.answer || node.name || "")) || "unnamed text";
 };
 
-/** Rows as {contexts: from first to last, below: rows}. */
+/** Rows as {contexts: from first to last, below: rows} of a list that begins with the newest. */
 export function rows(list) {
-  const names = new Map(list.map(context => [context.id, context]));
-  const below = Map.groupBy
-    ? Map.groupBy(list, context => names.has(context.parent) ? context.parent : null)
-    : list.reduce((map, one) => { const to = names.has(one.parent) ? one.parent : null; return map.set(to, [...(map.get(to) ?? []), one]); }, new Map());
+  const there = new Set(list.map(context => context.id)), below = new Map();
+  for (const context of [...list].reverse()) { // forks in the order in which they were made
+    const parent = there.has(context.parent) ? context.parent : null;
+    if (!below.has(parent)) below.set(parent, []);
+    below.get(parent).push(context);
+  }
   function row(first) {
     const chain = [first];
     for (;;) {
       const after = below.get(chain.at(-1).id) ?? [];
       if (after.length !== 1 || chain.at(-1).name) {
-        return {contexts: chain, below: [...after].sort((a, b) => a.created_at - b.created_at).map(row)};
+        return {contexts: chain, below: after.map(row)};
       }
       chain.push(after[0]);
     }
   }
-  return (below.get(null) ?? []).map(row);
+  return (below.get(null) ?? []).reverse().map(row);
 }
 
 export async function refresh() {

@@ -246,6 +246,35 @@ def test_a_file_is_read_with_axes_beside_a_cache(page: Page, tmp_path: Path) -> 
     assert page.text("tokens").startswith("30,0")
 
 
+def test_files_are_dropped_anywhere_and_read_one_after_the_other(page: Page) -> None:
+    page.browser.execute_script(
+        "const dropped = new DataTransfer();"
+        "for (const name of ['one.txt', 'two.txt']) dropped.items.add(new File([`The text of ${name}. `.repeat(20)], name));"
+        "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: dropped, bubbles: true, cancelable: true}))"
+    )
+    page.until(lambda: page.rows() == ["two.txt", "one.txt"] and not page["now"].is_displayed())
+    assert page.turns("read") == ["two.txt"] and page.text("tokens") == str(20 * len("The text of two.txt. "))
+    page.until(lambda: page["heat"].is_displayed())
+
+
+def test_two_tabs_do_not_write_over_each_other(page: Page) -> None:
+    page.say("In the first")
+    first = page.browser.current_window_handle
+    page.browser.switch_to.new_window("tab")
+    try:
+        page.browser.get(page.server.url)
+        page.until(lambda: page.text("model") == "tiny" and page.turns("user") == ["In the first"])
+        page.set(max_tokens=8)
+        page.say("and in the second")
+    finally:
+        page.browser.close()
+        page.browser.switch_to.window(first)
+    page.until(lambda: [one.text for one in page.all(".onward button")] == ["and in the second"])
+    assert page.turns("user") == ["In the first"], "this tab stays where it was"
+    page.say("go on in the first")
+    assert "2 of 2" in page.all(".ways")[0].text
+
+
 def test_surprise_is_the_loss_of_each_character(page: Page, tmp_path: Path) -> None:
     page.read(tmp_path, text=BOOK)
     page.until(lambda: page["heat"].is_displayed())

@@ -56,6 +56,7 @@ document.addEventListener("keydown", event => {
 
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, event => {
+    if (!event.dataTransfer.types.includes("Files")) return; // words that are dragged into the box stay words
     event.preventDefault();
     document.body.classList.toggle("over", kind === "dragenter" || kind === "dragover");
   });

@@ -249,7 +249,8 @@ def test_a_file_is_read_with_axes_beside_a_cache(page: Page, tmp_path: Path) -> 
 def test_files_are_dropped_anywhere_and_read_one_after_the_other(page: Page) -> None:
     page.browser.execute_script(
         "const dropped = new DataTransfer();"
-        "for (const name of ['one.txt', 'two.txt']) dropped.items.add(new File([`The text of ${name}. `.repeat(20)], name));"
+        "for (const name of ['one.txt', 'two.txt'])"
+        " dropped.items.add(new File([`The text of ${name}. `.repeat(20)], name));"
         "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: dropped, bubbles: true, cancelable: true}))"
     )
     page.until(lambda: page.rows() == ["two.txt", "one.txt"] and not page["now"].is_displayed())

@@ -6,18 +6,17 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from anyio import to_thread
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 import megalodon
 from megalodon.inference.context_store import ContextStore
 from megalodon.inference.engine import Engine
-from megalodon.serving import bodies, completions, contexts, errors, response_api, tokens
+from megalodon.serving import bodies, completions, contexts, errors, page, response_api, tokens
 from megalodon.serving.asking import Asking
 from megalodon.serving.auth import ApiKeys
 from megalodon.serving.calls import Service
@@ -27,7 +26,6 @@ from megalodon.serving.metrics import Metrics
 from megalodon.serving.room import Room
 from megalodon.serving.settings import Settings
 
-PAGE = Path(__file__).with_name("static") / "index.html"
 SWEEP_SECONDS = 60.0
 _log = logging.getLogger(__name__)
 
@@ -67,6 +65,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(response_api.router(asking, template))
     app.include_router(tokens.router(asking, template))
     app.include_router(contexts.router(service, store, asking.room))
+    app.include_router(page.router())
     _add_operations(app, engine, metrics)
     bodies.describe_in(app)
     gate = {"keys": keys, "settings": settings, "metrics": metrics, "drain": app.state.drain}
@@ -97,12 +96,6 @@ def _add_operations(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     async def scrape() -> Response:
         """Prometheus metrics."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        """The playground."""
-        policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
-        return FileResponse(PAGE, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
 
 
 async def _sweep(store: ContextStore) -> None:

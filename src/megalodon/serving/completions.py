@@ -18,13 +18,20 @@ from megalodon.serving.generating import respond
 from megalodon.serving.schemas import ChatRequest, CompletionRequest
 
 
+def kv_cache_bytes(config: Any) -> int:
+    """Bytes that a transformer with as many layers of this width keeps per token, to compare with: a key and a value
+    of the full width in each layer, two bytes a number."""
+    return 2 * int(config.num_hidden_layers) * int(config.hidden_size) * 2
+
+
 def router(asking: Asking, template: ChatTemplate) -> APIRouter:
     """The endpoints."""
     routes = APIRouter(prefix="/v1", responses=ERRORS)
     service, store = asking.service, asking.store
     name, tokenizer = service.settings.model_name, service.engine.tokenizer
     started = int(time.time())
-    model = {"id": name, "object": "model", "created": started, "owned_by": "megalodon"}
+    model: dict[str, Any] = {"id": name, "object": "model", "created": started, "owned_by": "megalodon"}
+    model["kv_cache_bytes_per_token"] = kv_cache_bytes(service.engine.model.config)
 
     @routes.get("/models")
     async def models() -> dict[str, Any]:

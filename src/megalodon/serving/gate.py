@@ -16,7 +16,8 @@ from megalodon.serving.metrics import Metrics
 from megalodon.serving.settings import Settings
 
 OPEN = frozenset(("/", "/health", "/ready", "/metrics", "/docs", "/redoc", "/openapi.json"))
-"""Paths that need no key."""
+"""Paths that need no key, as does what the page is made of."""
+PAGE_FILES = "/static/"
 ALIVE = frozenset(("/health", "/ready", "/metrics"))
 """Paths that are answered whatever the host and while the server ends."""
 
@@ -69,7 +70,7 @@ class Gate:
                 raise
             if self._drain.begun:
                 raise ApiError(503, "the server is stopping", "stopping", retry_after=5)
-        if scope["path"] not in OPEN:
+        if scope["path"] not in OPEN and not scope["path"].startswith(PAGE_FILES):
             self._refuse_other_sites(headers)
             scope.setdefault("state", {})["owner"] = self._keys.owner(headers.get("authorization"))
         limit = self._limit(scope, headers)

@@ -51,6 +51,7 @@ def expected_accuracy() -> float:
 
 def test_lm_eval(server: Server, base_url: str, tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("tenacity", reason="lm-eval's API model needs its extra `api`")
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
     from lm_eval.tasks import TaskManager

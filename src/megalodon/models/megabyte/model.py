@@ -160,7 +160,8 @@ class MegabyteModel(MegabytePreTrainedModel, StatefulModel):
         said = state.final.context[:, None].to(e.dtype)
         if (longest := int(counts.max(initial=0))) > 0:
             read = torch.cat([frame.start.to(e.dtype).expand(len(e), 1, -1), e], dim=1)
-            x = read[rows, torch.arange(longest, device=e.device) + 1 - fresh]
+            columns = torch.arange(longest, device=e.device) + 1 - fresh
+            x = read[rows, columns.clamp(max=read.shape[1] - 1)]  # beyond a row's own count it is padding
             layout = layout_of(
                 len(x),
                 longest,

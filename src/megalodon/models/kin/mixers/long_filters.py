@@ -17,9 +17,10 @@ from megalodon.ops.layout import Layout
 def time_features(length: int, features: int) -> Tensor:
     """[length, features]: the time in [0, 1], then cosines and minus sines of it at rising frequencies."""
     bands = (features - 1) // 2
-    frequencies = torch.linspace(1e-4, bands - 1, bands)
-    angles = frequencies * (2 * torch.pi * torch.arange(length)[:, None] / length)
-    time = torch.linspace(0, 1, length)[:, None]
+    here = torch.device("cpu")  # while it loads a model, Transformers makes some of these on the meta device, some not
+    frequencies = torch.linspace(1e-4, bands - 1, bands, device=here)
+    angles = frequencies * (2 * torch.pi * torch.arange(length, device=here)[:, None] / length)
+    time = torch.linspace(0, 1, length, device=here)[:, None]
     return torch.cat([time, torch.cos(angles), -torch.sin(angles)], dim=1)
 
 

@@ -88,6 +88,21 @@ def test_size_does_not_depend_on_what_was_read() -> None:
     assert sizes.keys() == {0, 4} and all(len(seen) == 1 for seen in sizes.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("length", [0, 5])
+@torch.no_grad()
+def test_the_state_of_nothing_has_the_dtypes_of_any(dtype: torch.dtype, length: int) -> None:
+    model = tiny_model().to(dtype).eval()
+    empty, state = model.model.empty_state(2), model(tokens(2, length), use_cache=True).past_key_values
+    kinds = {name: tensor.dtype for name, tensor in state.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in empty.state_dict().items()} == kinds
+    assert empty.position.tolist() == [0, 0]
+    x = tokens(2, 11)
+    assert relative(model(x, past_key_values=empty).logits, model(x).logits) < (
+        1e-2 if dtype == torch.bfloat16 else 1e-6
+    )
+
+
 @torch.no_grad()
 def state_at(*lengths: int) -> MegalodonState:
     longest = max(lengths)

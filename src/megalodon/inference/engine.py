@@ -33,7 +33,7 @@ from megalodon.inference.slots import BUCKETS, SlotDecoder, choose_buckets, slot
 from megalodon.inference.snapshot import START, Snapshot
 from megalodon.inference.snapshot_file import ModelIdentity
 from megalodon.inference.work import Counters, Work
-from megalodon.models import CausalLM, State
+from megalodon.models import CausalLM
 from megalodon.models.storage import Storage
 
 PIECE = 512
@@ -88,7 +88,7 @@ class Engine:
         self.identity = ModelIdentity.of(model, tokenizer, block, piece, context_storage)
         store = None if prefixes is None else prefixes(self.identity)
         self.decoding = Decoding(decoder, tokenizer, block, self.counters)
-        empty = empty_snapshot(unread_state(model), START)
+        empty = empty_snapshot(model.model.empty_state(1), START)
         self.reading = Reading(model, self.decoding, empty, piece, self.counters, self._wake, store, share_prefixes)
         self._changed = threading.Condition()
         self._dirty = self._stopping = self._abandon = self._stepping = False
@@ -238,7 +238,7 @@ class Engine:
             part.forget_ended()
         self.decoding.decoder = make_decoder(self.model, self.slots)
         self.identity = ModelIdentity.of(self.model, self.tokenizer, self.block, self.piece, self.identity.storage)
-        self.reading.empty = empty_snapshot(unread_state(self.model), START)
+        self.reading.empty = empty_snapshot(self.model.model.empty_state(1), START)
         if self.prefixes is not None and self._make_prefixes is not None:
             self.prefixes.close()
             self.prefixes = self._make_prefixes(self.identity)
@@ -287,9 +287,3 @@ def make_decoder(model: CausalLM, slots: int) -> SlotDecoder:
     """Slots for so many sequences, in sizes of a step that give a row the same bits."""
     largest = [size for size in BUCKETS if size >= slots][:1] or [max(BUCKETS)]
     return slot_decoder(model, slots, choose_buckets(model, [size for size in BUCKETS if size <= largest[0]]))
-
-
-@torch.inference_mode()
-def unread_state(model: CausalLM) -> State:
-    """The state of a sequence that has read nothing."""
-    return model.model.empty_state(1)

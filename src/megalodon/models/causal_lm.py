@@ -149,10 +149,6 @@ class StatefulModel(StatefulPreTrainedModel):
     def generation_starts(self) -> None:
         """Told where a generation begins: whatever was prepared of weights must be looked at again."""
 
-    def unread_state(self, batch: int) -> State | None:
-        """The state of sequences that have read nothing, without running the network; None where that is needed."""
-        return None
-
     @property
     def reads_in_pieces(self) -> bool:
         """Whether a long text may go through a layer piece by piece, at no cost and with the same result."""
@@ -229,10 +225,7 @@ class StatefulModel(StatefulPreTrainedModel):
         plain = attention_mask is None and segment_ids is None and bos is None and not output_hidden_states
         step = self.single_token(x, state if plain and use_cache else None)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
-        unread = self.unread_state(len(x)) if length == 0 and plain else None
-        if unread is not None:
-            state = unread if state is None else state
-        elif step is not None and state is not None:
+        if step is not None and state is not None:
             x, state = step.advance(x[:, 0], state)
             x = x[:, None]
         else:

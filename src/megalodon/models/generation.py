@@ -63,8 +63,6 @@ class StateGenerationMixin(GenerationMixin):
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
-    generate_batch = continuous_batching_context_manager = init_continuous_batching
-
     # Transformers returns None as well, whatever its annotation says.
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: Any, batch_size: int, length: int

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalodon.models.storage import Storage, check_storage, compressed, restored
-from megalodon.ops.backend import accumulator_dtype
+from megalodon.ops.backend import accumulator_dtype, full_precision
 
 FORMAT = "megalodon-state-1"
 """What a saved state's metadata says under `format`."""
@@ -148,7 +148,9 @@ class State:
         kind = name.rsplit(".", 1)[-1]
         if kind in ("position", "count"):
             return torch.int64
-        return activations if kind in ("keys", "values") else torch.float32 if kind == "cema" else statistics
+        if kind == "cema":
+            return full_precision(activations)
+        return activations if kind in ("keys", "values") else statistics
 
     @classmethod
     def layer_bytes(cls, sizes: Any, open_tokens: int = 0, activations: torch.dtype = torch.float32) -> int:

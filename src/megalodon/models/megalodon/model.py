@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megalodon import ops
@@ -13,11 +12,10 @@ from megalodon.models.layers.timestep_norm import TimestepNorm
 from megalodon.models.megalodon.block import MegalodonBlock
 from megalodon.models.megalodon.config import MegalodonConfig
 from megalodon.models.megalodon.slots import MegalodonSlots
-from megalodon.models.megalodon.state import MegalodonDimensions, MegalodonState
+from megalodon.models.megalodon.state import MegalodonState
 from megalodon.models.megalodon.static_step import StaticStep
 from megalodon.models.megalodon.token_step import TokenStep, generation_starts
 from megalodon.models.state import State
-from megalodon.ops.backend import accumulator_dtype, full_precision
 from megalodon.ops.layout import Layout
 
 
@@ -53,18 +51,6 @@ class MegalodonModel(MegalodonPreTrainedModel, StatefulModel):
 
     def generation_starts(self) -> None:
         generation_starts(self)
-
-    def unread_state(self, batch: int) -> MegalodonState:
-        weight = next(self.final_norm.parameters())
-        sizes, dtype = MegalodonDimensions.of(self.config), weight.dtype
-        tensors = {"position": torch.zeros(batch, dtype=torch.int64)}
-        for name, shape in MegalodonState.shapes(sizes).items():
-            if name not in tensors:
-                size = [batch if n is None else max(n, 0) for n in shape]
-                kind = MegalodonState.tensor_dtype(name, dtype, accumulator_dtype(weight.device))
-                kind = full_precision(dtype) if name.endswith("cema") else kind
-                tensors[name] = torch.full(size, float(name.endswith(".var")), dtype=kind, device=weight.device)
-        return MegalodonState.from_state_dict(tensors, sizes)
 
 
 class MegalodonForCausalLM(MegalodonPreTrainedModel, CausalLM):

@@ -73,6 +73,10 @@ class MegalodonState(State):
         return shapes
 
     @classmethod
+    def nothing(cls, name: str) -> float:
+        return float(name.endswith(".var"))
+
+    @classmethod
     def layer_from(cls, tensors: Mapping[str, Tensor], sizes: Any, layer: int) -> LayerState:
         return LayerState.from_tensors(tensors, Moments, OpenChunk)
 

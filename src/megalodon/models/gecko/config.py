@@ -1,9 +1,10 @@
 """The shape of a Gecko model: a Transformers config with the paper's names, and the published size by name."""
 
 # No `from __future__ import annotations` here: `strict` checks values against annotations that are types, not strings.
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from megalodon.models.config import Config, architecture_config
+from megalodon.models.config import architecture_config
+from megalodon.models.gated_attention_config import GatedAttentionConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gecko-7b": {
@@ -23,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @architecture_config
-class GeckoConfig(Config):
+class GeckoConfig(GatedAttentionConfig):
     """Configuration of a Gecko model (arXiv 2601.06463). Keyword arguments only; names are those of Megalodon's config.
 
     Attributes:
@@ -62,13 +63,6 @@ class GeckoConfig(Config):
 
     model_type = "gecko"
     presets = PRESETS
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "model_dim",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "intermediate_size": "ffn_hidden_dim",
-        "tie_word_embeddings": "share_emb",
-    }
     identity_fields = (
         *("vocab_size", "num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim"),
         *("chunk_size", "norm_num_groups", "norm_beta1", "norm_beta2", "layernorm_num_groups", "norm_eps"),
@@ -80,56 +74,20 @@ class GeckoConfig(Config):
         *("dropout", "hidden_dropout", "attention_dropout", "attention_dropout_mode"),
     )
     chunks_before = 1
-    width_fields: ClassVar[dict[str, int]] = {
-        "model_dim": 64,
-        "z_dim": 32,
-        "value_dim": 128,
-        "ffn_hidden_dim": 128,
-        "norm_num_groups": 8,
-        "cema_ndim": 4,
-    }
-    calibration_fields: ClassVar[dict[str, Any]] = {"num_heads": 1, "vocab_size": 64, "chunk_size": 512}
 
-    vocab_size: int = 32000
-    num_layers: int = 12
-    model_dim: int = 1024
-    z_dim: int = 256
-    value_dim: int = 2048
-    num_heads: int = 1
-    ffn_hidden_dim: int = 2560
-    cema_ndim: int = 16
-    chunk_size: int = 2048
-    norm_num_groups: int = 32
     norm_beta1: float = 0.999
     norm_beta2: float = 0.9999
     layernorm_num_groups: int = 1
-    norm_eps: float | int = 1e-5
-    norm_affine: bool = True
     rope_base: float | int = 500000.0
     num_rope_heads: int | None = None
     two_hop_residual: bool = False
     swiglu: bool = True
-    rescale_nffn: bool = False
-    scale_emb: bool = False
-    share_emb: bool = False
-    output_size: int | None = None
     multi_segments: bool = False
-    dropout: float | int = 0.0
-    hidden_dropout: float | int = 0.0
-    attention_dropout: float | int = 0.0
-    attention_dropout_mode: Literal["softmax", "dropkey"] = "softmax"
-    init_mode: Literal["he", "bert", "xavier", "gaussian", "none"] = "he"
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
 
     def validate_architecture(self) -> None:
         """Check that the sizes make a model; called on construction."""
         super().validate_architecture()
-        self.require_positive(("vocab_size", "num_layers", *self.width_fields, "num_heads", "chunk_size"))
         self.require_positive(("layernorm_num_groups",))
-        self.require_divisible(("z_dim", "num_heads"), ("value_dim", "num_heads"), ("model_dim", "norm_num_groups"))
         self.require_divisible(("model_dim", "layernorm_num_groups"))
         if self.norm_num_groups >= self.model_dim:
             raise ValueError(
@@ -148,9 +106,6 @@ class GeckoConfig(Config):
             raise ValueError(f"z_dim / num_heads = {self.head_dim}: rotary embeddings need it even")
         if self.multi_segments and self.bos_token_id is None:
             raise ValueError("multi_segments=True needs bos_token_id: segments begin at BOS tokens")
-        self.require_probabilities("dropout", "hidden_dropout", "attention_dropout")
-        self.require_positive_finite("norm_eps", "rope_base")
-        self.require_output_size()
 
     @property
     def tensor_fields(self) -> tuple[str, ...]:  # type: ignore[override]  # of a class attribute, by the groups of norms
@@ -172,16 +127,6 @@ class GeckoConfig(Config):
         reading = max(1 - 2 * self.chunk_size / length, 0)
         memory = 2 * reading * self.head_dim * self.value_dim  # absorbing and reading
         return self.num_layers * (keys * (self.z_dim + self.value_dim) + memory)
-
-    @property
-    def head_dim(self) -> int:
-        """Size of a query and key head, Z / H."""
-        return self.z_dim // self.num_heads
-
-    @property
-    def value_head_dim(self) -> int:
-        """Size of a value head, V / H."""
-        return self.value_dim // self.num_heads
 
     @property
     def rotated_heads(self) -> int:

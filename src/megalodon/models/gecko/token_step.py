@@ -22,24 +22,19 @@ from megalodon.models.gecko.block import GeckoBlock
 from megalodon.models.gecko.cema import GeckoCEMA
 from megalodon.models.gecko.state import GeckoDimensions, GeckoState
 from megalodon.models.layers.feed_forward import FeedForward
-from megalodon.models.layers.few_rows import can_fuse, weight_kind
+from megalodon.models.layers.few_rows import can_fuse
 from megalodon.models.layers.memory_block import LayerState
 from megalodon.models.layers.norms import LayerNorm, RMSNorm, effective
+from megalodon.models.layers.step_tables import ATTENTION, FEED_FORWARD, StepTables
 from megalodon.models.layers.timestep_decay_norm import DecayedMoments, TimestepDecayNorm
 from megalodon.models.layers.watch import Prepared, is_forwarded_as_written
 from megalodon.models.layers.window import Window
 from megalodon.models.layers.window_attention import GatedWindowAttention
-from megalodon.ops import compiled
 from megalodon.ops.backend import backend_for
-from megalodon.ops.compiled import tables, threads
-from megalodon.ops.compiled.tables import Call, GeckoMemory, Weights
+from megalodon.ops.compiled import tables
+from megalodon.ops.compiled.tables import GeckoMemory
 
 KERNEL = "gecko_step.blocks"
-
-_LINEAR = {"v": "v_proj", "z": "z_proj", "r": "r_proj", "h": "h_proj", "o": "o_proj"}
-_FEED_FORWARD = {"up": "up_proj", "gate": "gate_proj", "down": "down_proj"}
-_OF_RUN = ("rows", "capacity", "memory", "key_kind", "x", "out", "offsets", "slots",
-           "scratch", "before", "corrections", "reads")  # fmt: skip
 
 
 class TokenStep:
@@ -50,56 +45,36 @@ class TokenStep:
         """Of what `_step_of` has looked at."""
         config, blocks = model.config, list(_blocks(model))
         self.sizes = GeckoDimensions.of(config)
-        self._alive: list[Tensor] = []
-        address, kind = compiled.address(KERNEL), weight_kind(_linear_layers(model))
-        assert address is not None and kind is not None
-        self._kernel = threads.Kernel(address)
-        self._weights = np.zeros((len(blocks) + 1, len(Weights)), np.int64)
-        for row, block in zip(self._weights, blocks, strict=False):
-            self._write_block(row, block)
-        self._write_norm(self._weights[-1], cast(TimestepDecayNorm, model.final_norm))
         places, widths = torch.arange(config.chunk_size), (config.head_dim, config.rope_base)
         turns = [ops.rotations(place, *widths) for place in (places, places + config.chunk_size)]
         own, before = (torch.view_as_real(turn).contiguous() for turn in turns)
-        self._numbers = np.array([config.norm_eps] * 4), np.array([config.norm_beta1, config.norm_beta2])
-        self._alive += [own, before]
-        sizes = {
-            "model_dim": config.model_dim,
-            "z_dim": config.z_dim,
-            "value_dim": config.value_dim,
-            "ffn_dim": config.ffn_hidden_dim,
-            "heads": config.num_heads,
-        }
-        self._shape = (config.model_dim, config.z_dim, config.value_dim, config.ffn_hidden_dim, config.num_heads)
-        self._call = np.zeros(len(Call), np.int64)
-        _set(
-            self._call,
-            **sizes,
-            layers=len(blocks),
+        eps, self._betas = np.array([config.norm_eps] * 4), np.array([config.norm_beta1, config.norm_beta2])
+        self._kept = own, before, eps
+        self._tables = StepTables(
+            KERNEL,
+            len(blocks),
+            _linear_layers(model),
+            (config.model_dim, config.z_dim, config.value_dim, config.ffn_hidden_dim, config.num_heads),
             components=config.cema_ndim,
             groups=config.norm_num_groups,
-            weights=self._weights.ctypes.data,
-            weight_kind=kind,
             turns=own.data_ptr(),
             turns_before=before.data_ptr(),
             rotated_heads=config.rotated_heads,
-            eps=self._numbers[0].ctypes.data,
-            betas=self._numbers[1].ctypes.data,
+            eps=eps.ctypes.data,
+            betas=self._betas.ctypes.data,
             two_hop=int(config.two_hop_residual),
         )
+        for number, block in enumerate(blocks):
+            self._write_block(number, block)
+        self._write_norm(-1, cast(TimestepDecayNorm, model.final_norm))
 
-    def _write_block(self, row: np.ndarray, block: GeckoBlock) -> None:
+    def _write_block(self, number: int, block: GeckoBlock) -> None:
         attention, feed_forward = block.attention, block.feed_forward
-        layers = {name: getattr(attention, at) for name, at in _LINEAR.items()}
-        layers |= {name: getattr(feed_forward, at) for name, at in _FEED_FORWARD.items()}
-        for name, layer in layers.items():
-            if layer is not None:
-                row[getattr(Weights, name)] = self._keep(layer.weight.detach())
-                self._write(row, **{f"{name}_bias": layer.bias})
         p, q, gamma = block.cema.coefficients()
-        self._write_norm(row, block.timestep_norm)
-        self._write(
-            row,
+        self._tables.write_linear(number, attention, feed_forward)
+        self._write_norm(number, block.timestep_norm)
+        self._tables.write(
+            number,
             q=torch.view_as_real(q),
             p=p,
             gamma=torch.view_as_real(gamma),
@@ -112,17 +87,8 @@ class TokenStep:
             alpha=feed_forward.alpha,
         )
 
-    def _write_norm(self, row: np.ndarray, norm: TimestepDecayNorm) -> None:
-        self._write(row, norm_scale=norm.weight.float() + 1, norm_bias=norm.bias)
-
-    def _write(self, row: np.ndarray, **tensors: Tensor | None) -> None:
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                row[getattr(Weights, name)] = self._keep(tensor.detach().float().contiguous())
-
-    def _keep(self, tensor: Tensor) -> int:
-        self._alive.append(tensor)
-        return tensor.data_ptr()
+    def _write_norm(self, number: int, norm: TimestepDecayNorm) -> None:
+        self._tables.write(number, norm_scale=norm.weight.float() + 1, norm_bias=norm.bias)
 
     @staticmethod
     def of(model: StatefulModel, x: Tensor, state: GeckoState | None) -> TokenStep | None:
@@ -179,24 +145,24 @@ class TokenStep:
         wide = x.to(torch.float32, copy=True).contiguous()
         out = torch.empty_like(wide)
         offsets, slots = np.full(rows, offset), np.arange(rows)
-        betas = np.log(self._numbers[1])
-        corrections = -1 / np.expm1(count.numpy()[:, None] * betas)
+        corrections = -1 / np.expm1(count.numpy()[:, None] * np.log(self._betas))
         capacity = -(-(before + offset + 1) // 16) * 16
-        scratch = torch.empty(tables.gecko_scratch_size(rows, *self._shape, capacity))
-        values = (
-            rows, capacity, memory.ctypes.data, tables.KINDS[x.dtype], wide.data_ptr(),
-            out.data_ptr(), offsets.ctypes.data, slots.ctypes.data, scratch.data_ptr(), before,
-            corrections.ctypes.data, int(chunk >= 2),
-        )  # fmt: skip
-        call = self._call.copy()
-        _set(call, **dict(zip(_OF_RUN, values, strict=True)))
-        self._kernel(call, rows)
+        scratch = torch.empty(tables.gecko_scratch_size(rows, *self._tables.widths, capacity))
+        self._tables.run(
+            rows,
+            capacity=capacity,
+            memory=memory.ctypes.data,
+            key_kind=tables.KINDS[x.dtype],
+            x=wide.data_ptr(),
+            out=out.data_ptr(),
+            offsets=offsets.ctypes.data,
+            slots=slots.ctypes.data,
+            scratch=scratch.data_ptr(),
+            before=before,
+            corrections=corrections.ctypes.data,
+            reads=int(chunk >= 2),
+        )
         return out.to(x.dtype)
-
-
-def _set(call: np.ndarray, **values: int) -> None:
-    for name, value in values.items():
-        call[getattr(Call, name)] = value
 
 
 def _wide(moments: DecayedMoments) -> tuple[Tensor, Tensor]:
@@ -240,8 +206,8 @@ def _blocks(model: StatefulModel) -> Iterator[GeckoBlock]:
 
 def _linear_layers(model: StatefulModel) -> Iterator[nn.Module]:
     for block in _blocks(model):
-        yield from (getattr(block.attention, name) for name in _LINEAR.values())
-        layers = (getattr(block.feed_forward, name) for name in _FEED_FORWARD.values())
+        yield from (getattr(block.attention, name) for name in ATTENTION.values())
+        layers = (getattr(block.feed_forward, name) for name in FEED_FORWARD.values())
         yield from (layer for layer in layers if layer is not None)
 
 

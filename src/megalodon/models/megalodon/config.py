@@ -1,9 +1,10 @@
 """The shape of a Megalodon model: a Transformers config with the paper's names, and the published sizes by name."""
 
 # No `from __future__ import annotations` here: `strict` checks values against annotations that are types, not strings.
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from megalodon.models.config import Config, architecture_config
+from megalodon.models.config import architecture_config
+from megalodon.models.gated_attention_config import GatedAttentionConfig
 
 _COMMON: dict[str, Any] = {"vocab_size": 32000, "cema_ndim": 16, "chunk_size": 2048, "norm_num_groups": 64}
 _1_3B = {**_COMMON, "num_layers": 24, "model_dim": 2048, "z_dim": 512, "value_dim": 4096, "num_heads": 2}
@@ -30,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @architecture_config
-class MegalodonConfig(Config):
+class MegalodonConfig(GatedAttentionConfig):
     """Configuration of a Megalodon model (arXiv 2404.08801). Keyword arguments only; defaults are the 200m preset.
 
     Attributes:
@@ -64,13 +65,6 @@ class MegalodonConfig(Config):
 
     model_type = "megalodon"
     presets = PRESETS
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "model_dim",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "intermediate_size": "ffn_hidden_dim",
-        "tie_word_embeddings": "share_emb",
-    }
     identity_fields = (
         *("vocab_size", "num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim"),
         *("chunk_size", "norm_num_groups", "norm_eps", "norm_affine", "norm_prior_count", "rope_base", "swiglu"),
@@ -80,74 +74,23 @@ class MegalodonConfig(Config):
         *("chunk_size", "rope_base"),
         *("dropout", "hidden_dropout", "attention_dropout", "attention_dropout_mode"),
     )
-    width_fields: ClassVar[dict[str, int]] = {
-        "model_dim": 64,
-        "z_dim": 32,
-        "value_dim": 128,
-        "ffn_hidden_dim": 128,
-        "norm_num_groups": 8,
-        "cema_ndim": 4,
-    }
-    calibration_fields: ClassVar[dict[str, Any]] = {"num_heads": 1, "vocab_size": 64, "chunk_size": 512}
     tensor_fields = ("num_heads", "norm_num_groups", "model_dim", "ffn_hidden_dim")
     chunk_axis = True
 
-    vocab_size: int = 32000
-    num_layers: int = 12
-    model_dim: int = 1024
-    z_dim: int = 256
-    value_dim: int = 2048
-    num_heads: int = 1
-    ffn_hidden_dim: int = 2560
-    cema_ndim: int = 16
-    chunk_size: int = 2048
-    norm_num_groups: int = 32
-    norm_eps: float | int = 1e-5
-    norm_affine: bool = True
     norm_prior_count: int = 0
-    rope_base: float | int = 10000.0
-    swiglu: bool = False
-    rescale_nffn: bool = False
-    scale_emb: bool = False
-    share_emb: bool = False
-    output_size: int | None = None
-    dropout: float | int = 0.0
-    hidden_dropout: float | int = 0.0
-    attention_dropout: float | int = 0.0
-    attention_dropout_mode: Literal["softmax", "dropkey"] = "softmax"
-    init_mode: Literal["he", "bert", "xavier", "gaussian", "none"] = "he"
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
 
     def validate_architecture(self) -> None:
         """Check that the sizes make a model; called on construction."""
         super().validate_architecture()
-        self.require_positive(("vocab_size", "num_layers", *self.width_fields, "num_heads", "chunk_size"))
-        self.require_divisible(("z_dim", "num_heads"), ("value_dim", "num_heads"), ("model_dim", "norm_num_groups"))
         if self.head_dim % 2:
             raise ValueError(f"z_dim / num_heads = {self.head_dim}: rotary embeddings need it even")
         if self.norm_prior_count < 0:
             raise ValueError(f"norm_prior_count={self.norm_prior_count}: it must not be negative")
         if self.norm_num_groups == self.model_dim and self.norm_prior_count < 2:
             raise ValueError("norm_num_groups = model_dim (a featurewise norm) needs norm_prior_count of at least 2")
-        self.require_probabilities("dropout", "hidden_dropout", "attention_dropout")
-        self.require_positive_finite("norm_eps", "rope_base")
-        self.require_output_size()
 
     def sequence_multiply_adds(self, length: int) -> float:
         return self.num_layers * min(self.chunk_size, length) / 2 * (self.z_dim + self.value_dim)
 
     def span_summary_bytes(self) -> float:
         return 2 * self.norm_num_groups * 8 + self.model_dim * self.cema_ndim * 8  # the norm's moments, CEMA's h
-
-    @property
-    def head_dim(self) -> int:
-        """Size of a query and key head, Z / H."""
-        return self.z_dim // self.num_heads
-
-    @property
-    def value_head_dim(self) -> int:
-        """Size of a value head, V / H."""
-        return self.value_dim // self.num_heads

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from megalodon import ops
-from megalodon.models.layers.few_rows import weight_kind
 from megalodon.models.layers.memory_block import LayerState
+from megalodon.models.layers.step_tables import StepTables
 from megalodon.models.layers.timestep_norm import Moments
 from megalodon.models.megalodon.state import MegalodonDimensions, MegalodonState
-from megalodon.ops import compiled
-from megalodon.ops.compiled import tables, threads
-from megalodon.ops.compiled.tables import Call, Memory, Weights
+from megalodon.ops.compiled import tables
+from megalodon.ops.compiled.tables import Memory
 
 if TYPE_CHECKING:
     from megalodon.models.megalodon.token_step import BlockStep, NormStep
@@ -37,61 +36,39 @@ class FusedStep:
     def __init__(self, blocks: Sequence[BlockStep], final: NormStep, sizes: MegalodonDimensions) -> None:
         """Of what `can_fuse` has looked at."""
         self.sizes = sizes
-        self._alive: list[Tensor] = []
-        first, address = blocks[0], compiled.address(KERNEL)
-        assert address is not None
-        self._kernel = threads.Kernel(address)
-        kind = weight_kind(layer for product in first.products for layer in product.layers)
-        assert kind is not None
-        self._weights = np.zeros((len(blocks) + 1, len(Weights)), np.int64)
-        for row, block in zip(self._weights, blocks, strict=False):
-            self._write_block(row, block)
-        self._write(self._weights[-1], norm_scale=final.scale, norm_bias=final.bias)
+        first = blocks[0]
         chunk = torch.arange(sizes.chunk_size)
         self._turns = torch.view_as_real(ops.rotations(chunk, sizes.head_dim, sizes.rope_base)).contiguous()
         norms = (first.norm.eps, first.block.memory_norm.eps, first.attention.eps, first.block.feed_forward.norm.eps)
         self._eps = np.array(norms)
         attention, feed_forward = first.attention, first.block.feed_forward
-        self._shape = (
+        widths = (
             sizes.model_dim,
             len(attention.z_proj.weight),
             len(attention.v_proj.weight),
             len(feed_forward.up_proj.weight),
             sizes.num_heads,
         )
-        self._call = np.zeros(len(Call), np.int64)
-        names = ("model_dim", "z_dim", "value_dim", "ffn_dim", "heads")
-        self._set(self._call, **dict(zip(names, self._shape, strict=True)))
-        self._set(
-            self._call,
-            layers=len(blocks),
+        self._tables = StepTables(
+            KERNEL,
+            len(blocks),
+            (layer for product in first.products for layer in product.layers),
+            widths,
             components=sizes.cema_ndim,
             groups=sizes.norm_num_groups,
-            weights=self._weights.ctypes.data,
-            weight_kind=kind,
             turns=self._turns.data_ptr(),
             eps=self._eps.ctypes.data,
         )
+        for number, block in enumerate(blocks):
+            self._write_block(number, block)
+        self._tables.write(-1, norm_scale=final.scale, norm_bias=final.bias)
 
-    def _write_block(self, row: np.ndarray, step: BlockStep) -> None:
-        attention, feed_forward = step.attention, step.block.feed_forward
-        layers = {
-            "v": attention.v_proj,
-            "z": attention.z_proj,
-            "r": attention.r_proj,
-            "h": attention.h_proj,
-            "o": attention.o_proj,
-            "up": feed_forward.up_proj,
-            "gate": feed_forward.gate_proj,
-            "down": feed_forward.down_proj,
-        }
-        for name, layer in layers.items():
-            if layer is not None:
-                row[getattr(Weights, name)] = self._keep(layer.weight.detach())
-                self._write(row, **{f"{name}_bias": layer.bias, f"{name}_scale": getattr(layer, "scale", None)})
+    def _write_block(self, number: int, step: BlockStep) -> None:
+        feed_forward = step.block.feed_forward
         p, q, gamma = step.block.cema.coefficients()
-        self._write(
-            row,
+        self._tables.write_linear(number, step.attention, feed_forward)
+        self._tables.write(
+            number,
             norm_scale=step.norm.scale,
             norm_bias=step.norm.bias,
             q=torch.view_as_real(q),
@@ -105,20 +82,6 @@ class FusedStep:
             ffn_bias=step.input_bias,
             alpha=feed_forward.alpha,
         )
-
-    def _write(self, row: np.ndarray, **tensors: Tensor | None) -> None:
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                row[getattr(Weights, name)] = self._keep(tensor.detach().float().contiguous())
-
-    def _keep(self, tensor: Tensor) -> int:
-        self._alive.append(tensor)
-        return tensor.data_ptr()
-
-    @staticmethod
-    def _set(call: np.ndarray, **values: int) -> None:
-        for name, value in values.items():
-            call[getattr(Call, name)] = value
 
     def advance(self, x: Tensor, state: MegalodonState) -> tuple[Tensor, MegalodonState]:
         """Embeddings x [M, D] of rows that stand at the same place of their chunks, and the state before them.
@@ -167,39 +130,20 @@ class FusedStep:
         """
         out, rows = torch.empty_like(x), len(x)
         capacity = -(-(int(offsets.max()) + 1) // 16) * 16
-        scratch = torch.empty(tables.scratch_size(rows, *self._shape, capacity))
-        call = self._call.copy()
-        call[_OF_RUN] = (
+        scratch = torch.empty(tables.scratch_size(rows, *self._tables.widths, capacity))
+        self._tables.run(
             rows,
-            capacity,
-            memory.ctypes.data,
-            kind,
-            x.data_ptr(),
-            out.data_ptr(),
-            share.ctypes.data,
-            offsets.ctypes.data,
-            slots.ctypes.data,
-            scratch.data_ptr(),
+            capacity=capacity,
+            memory=memory.ctypes.data,
+            key_kind=kind,
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            share=share.ctypes.data,
+            offsets=offsets.ctypes.data,
+            slots=slots.ctypes.data,
+            scratch=scratch.data_ptr(),
         )
-        self._kernel(call, rows)
         return out
-
-
-_OF_RUN = [
-    getattr(Call, name)
-    for name in (
-        "rows",
-        "capacity",
-        "memory",
-        "key_kind",
-        "x",
-        "out",
-        "share",
-        "offsets",
-        "slots",
-        "scratch",
-    )
-]
 
 
 def _plain(moments: Moments) -> tuple[Tensor, Tensor]:

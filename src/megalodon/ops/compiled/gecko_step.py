@@ -23,7 +23,7 @@ from megalodon.ops.compiled.rows import (
     weighted_values,
     whose,
 )
-from megalodon.ops.compiled.step import add, linear, project, wait
+from megalodon.ops.compiled.step import add, feed_forward, linear, project, wait, weigh
 from megalodon.ops.compiled.tables import FLOAT32, Call, Weights
 from megalodon.ops.compiled.tables import GeckoMemory as Memory
 from megalodon.ops.compiled.vectors import WIDTH, f32, f64, i64, loops, silu
@@ -114,15 +114,6 @@ def _score(a: Any, s: Any, thread: Any, threads: Any, q: Any, before: Any, found
 
 
 @loops
-def _weigh(a: Any, thread: Any, threads: Any, found: Any) -> Any:
-    """The softmax of this thread's rows and heads."""
-    H = a[Call.heads]
-    first, last = share_of(a[Call.rows] * H, thread, threads, 1)
-    for task in range(first, last):
-        softmax(found + 4 * task * a[Call.capacity], a[Call.before] + i64(a[Call.offsets])[task // H] + 1)
-
-
-@loops
 def _sum_into(x: Any, first: Any, last: Any, out: Any) -> Any:
     """`out[first:last] += x[first:last]`."""
     u, o = f32(x), f32(out)
@@ -185,7 +176,7 @@ def _block(a: Any, w: Any, s: Any, thread: Any, threads: Any) -> Any:
     wait(a)
     _score(a, s, thread, threads, q, before, found)
     wait(a)
-    _weigh(a, thread, threads, found)
+    weigh(a, thread, threads, found)
     wait(a)
     _attend(a, s, thread, threads, found, ask, r, o, more, gated)
     wait(a)
@@ -202,18 +193,7 @@ def _block(a: Any, w: Any, s: Any, thread: Any, threads: Any) -> Any:
             for i in range(first, last):
                 u[i] = t[i]
     wait(a)
-    begin, end = share_of(F, thread, threads, COLUMNS)
-    linear(a, w, Weights.up, n, D, F, begin, end, up)
-    swiglu = w[Weights.gate] != 0
-    if swiglu:
-        linear(a, w, Weights.gate, n, D, F, begin, end, side)
-    for row in range(M):
-        at = 4 * row * F
-        gate(up + at, side + at if swiglu else 0, begin, end, hidden + at)
-    wait(a)
-    linear(a, w, Weights.down, hidden, F, D, first, last, out)
-    add(a, first, last, x, out, w[Weights.alpha])
-    wait(a)
+    feed_forward(a, w, thread, threads, n, up, side, hidden, out)
 
 
 @loops

@@ -117,12 +117,12 @@ def _score(a: Any, s: Any, thread: Any, threads: Any, q: Any, found: Any) -> Any
 
 
 @loops
-def _weigh(a: Any, thread: Any, threads: Any, found: Any) -> Any:
+def weigh(a: Any, thread: Any, threads: Any, found: Any) -> Any:
     """The softmax of this thread's rows and heads."""
     H = a[Call.heads]
     first, last = share_of(a[Call.rows] * H, thread, threads, 1)
     for task in range(first, last):
-        softmax(found + 4 * task * a[Call.capacity], i64(a[Call.offsets])[task // H] + 1)
+        softmax(found + 4 * task * a[Call.capacity], a[Call.before] + i64(a[Call.offsets])[task // H] + 1)
 
 
 @loops
@@ -167,6 +167,25 @@ def wait(a: Any) -> Any:
 
 
 @loops
+def feed_forward(a: Any, w: Any, thread: Any, threads: Any, n: Any, up: Any, side: Any, hidden: Any, out: Any) -> Any:
+    """The block's second branch, of the normalised n [M, D]: x gets it added. up, side, hidden [M, F]; out [M, D]."""
+    M, D, F, x = a[Call.rows], a[Call.model_dim], a[Call.ffn_dim], a[Call.x]
+    first, last = share_of(D, thread, threads, COLUMNS)
+    begin, end = share_of(F, thread, threads, COLUMNS)
+    linear(a, w, Weights.up, n, D, F, begin, end, up)
+    swiglu = w[Weights.gate] != 0
+    if swiglu:
+        linear(a, w, Weights.gate, n, D, F, begin, end, side)
+    for row in range(M):
+        at = 4 * row * F
+        gate(up + at, side + at if swiglu else 0, begin, end, hidden + at)
+    wait(a)
+    linear(a, w, Weights.down, hidden, F, D, first, last, out)
+    add(a, first, last, x, out, w[Weights.alpha])
+    wait(a)
+
+
+@loops
 def _block(a: Any, w: Any, s: Any, thread: Any, threads: Any) -> Any:
     M, D, Z, V, F = a[Call.rows], a[Call.model_dim], a[Call.z_dim], a[Call.value_dim], a[Call.ffn_dim]
     x = a[Call.x]
@@ -192,7 +211,7 @@ def _block(a: Any, w: Any, s: Any, thread: Any, threads: Any) -> Any:
     wait(a)
     _score(a, s, thread, threads, q, found)
     wait(a)
-    _weigh(a, thread, threads, found)
+    weigh(a, thread, threads, found)
     wait(a)
     _attend(a, s, thread, threads, found, r, o, gated)
     wait(a)
@@ -204,18 +223,7 @@ def _block(a: Any, w: Any, s: Any, thread: Any, threads: Any) -> Any:
         at = 4 * row * D
         layer_norm(y + at, D, w[Weights.ffn_scale], w[Weights.ffn_bias], f64(a[Call.eps])[3], n + at)
     wait(a)
-    begin, end = share_of(F, thread, threads, COLUMNS)
-    linear(a, w, Weights.up, n, D, F, begin, end, up)
-    swiglu = w[Weights.gate] != 0
-    if swiglu:
-        linear(a, w, Weights.gate, n, D, F, begin, end, side)
-    for row in range(M):
-        at = 4 * row * F
-        gate(up + at, side + at if swiglu else 0, begin, end, hidden + at)
-    wait(a)
-    linear(a, w, Weights.down, hidden, F, D, first, last, out)
-    add(a, first, last, x, out, w[Weights.alpha])
-    wait(a)
+    feed_forward(a, w, thread, threads, n, up, side, hidden, out)
 
 
 @loops

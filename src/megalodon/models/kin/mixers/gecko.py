@@ -12,8 +12,8 @@ from megalodon.models.gecko.block import norm_over_time
 from megalodon.models.gecko.cema import GeckoCEMA
 from megalodon.models.gecko.config import GeckoConfig
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters
-from megalodon.models.kin.mixers.megalodon import widths
+from megalodon.models.kin.mixers.base import Memory, Mixer
+from megalodon.models.kin.mixers.megalodon import BlockParameters
 from megalodon.models.layers.norms import RMSNorm
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.timestep_decay_norm import DecayedMoments
@@ -54,27 +54,15 @@ class GeckoMixer(Mixer):
 
     kind = "constant"
 
-    class Parameters(MixerParameters):
-        """z_dim, value_dim: widths of queries and keys, and of values, all heads together; None: a quarter of the
-        model's, and twice it. heads: None: as many as divide z_dim. cema_ndim: N. chunk_size: C. norm_groups: of
-        TimestepDecayNorm; None: as many of 32 as divide the width."""
+    class Parameters(BlockParameters):
+        mixer = "gecko"
 
-        z_dim: int | None = None
-        value_dim: int | None = None
-        heads: int | None = None
-        cema_ndim: int = 16
-        chunk_size: int = 2048
-        norm_groups: int | None = None
-
-        def check(self, config: KinConfig) -> None:
-            try:
-                sizes(config, self)
-            except ValueError as error:
-                raise ValueError(f"gecko: {error}") from None
+        def sizes(self, config: KinConfig) -> GeckoConfig:
+            return GeckoConfig(**self.widths(config, 500000.0))
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
-        self.sizes = sizes(config, parameters)
+        self.sizes = parameters.sizes(config)
         self.timestep_norm = norm_over_time(self.sizes)
         self.cema = GeckoCEMA(self.sizes.model_dim, self.sizes.cema_ndim)
         self.memory_norm = RMSNorm(self.sizes.model_dim, self.sizes.norm_eps, True)
@@ -82,7 +70,7 @@ class GeckoMixer(Mixer):
 
     @classmethod
     def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
-        return sizes(config, parameters).sequence_multiply_adds(length)
+        return parameters.sizes(config).sequence_multiply_adds(length)
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> GeckoMemory:
         own, wide, sums = self.sizes, full_precision(dtype), accumulator_dtype(device)
@@ -132,11 +120,3 @@ class GeckoMixer(Mixer):
             window.memory,
             window.log_mass.masked_fill(window.log_mass.isinf(), 0),  # of rows that have absorbed nothing: not read
         )
-
-
-def sizes(config: KinConfig, parameters: GeckoMixer.Parameters) -> GeckoConfig:
-    """The sizes of one layer, as Gecko's modules take them."""
-    return GeckoConfig(
-        **widths(config, parameters),
-        rope_base=500000.0 if config.rope_base is None else config.rope_base,
-    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megalodon import ops
+from megalodon.models.gated_attention_config import GatedAttentionConfig
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters
 from megalodon.models.layers.cema import CEMA
@@ -35,32 +36,64 @@ class MegalodonMemory(Memory):
     values: Tensor
 
 
+class BlockParameters(MixerParameters):
+    """z_dim, value_dim: widths of queries and keys, and of values, all heads together; None: a quarter of the model's,
+    and twice it. heads: None: as many as divide z_dim. cema_ndim: N. chunk_size: C. norm_groups: of the norm over time;
+    None: as many of 32 as divide the width."""
+
+    mixer: ClassVar[str]
+
+    z_dim: int | None = None
+    value_dim: int | None = None
+    heads: int | None = None
+    cema_ndim: int = 16
+    chunk_size: int = 2048
+    norm_groups: int | None = None
+
+    def sizes(self, config: KinConfig) -> GatedAttentionConfig:
+        """Those of one layer, as the architecture's own modules take them."""
+        raise NotImplementedError
+
+    def check(self, config: KinConfig) -> None:
+        try:
+            self.sizes(config)
+        except ValueError as error:
+            raise ValueError(f"{self.mixer}: {error}") from None
+
+    def widths(self, config: KinConfig, rope_base: float) -> dict[str, Any]:
+        """The fields that both architectures have, with defaults that fit the model's width."""
+        dim, z_dim = config.model_dim, self.z_dim or max(config.model_dim // 4, 2)
+        groups = [count for count in range(1, 33) if dim % count == 0 and count < dim]
+        fitting = [heads for heads in range(1, config.num_heads + 1) if z_dim % (2 * heads) == 0]
+        return {
+            "vocab_size": 1,
+            "num_layers": 1,
+            "model_dim": dim,
+            "z_dim": z_dim,
+            "value_dim": self.value_dim or 2 * dim,
+            "num_heads": self.heads or max(fitting, default=1),
+            "ffn_hidden_dim": 1,
+            "cema_ndim": self.cema_ndim,
+            "chunk_size": self.chunk_size,
+            "norm_num_groups": self.norm_groups or max(groups, default=1),
+            "rope_base": rope_base if config.rope_base is None else config.rope_base,
+        }
+
+
 class MegalodonMixer(Mixer):
     """The first residual branch of a Megalodon block. The kin's block has a residual of its own for the second hop."""
 
     kind = "constant"
 
-    class Parameters(MixerParameters):
-        """z_dim, value_dim: widths of queries and keys, and of values, all heads together; None: a quarter of the
-        model's, and twice it. heads: None: as many as divide z_dim. cema_ndim: N. chunk_size: C. norm_groups: of
-        TimestepNorm; None: as many of 32 as divide the width."""
+    class Parameters(BlockParameters):
+        mixer = "megalodon"
 
-        z_dim: int | None = None
-        value_dim: int | None = None
-        heads: int | None = None
-        cema_ndim: int = 16
-        chunk_size: int = 2048
-        norm_groups: int | None = None
-
-        def check(self, config: KinConfig) -> None:
-            try:
-                sizes(config, self)
-            except ValueError as error:
-                raise ValueError(f"megalodon: {error}") from None
+        def sizes(self, config: KinConfig) -> MegalodonConfig:
+            return MegalodonConfig(**self.widths(config, 10000.0))
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
-        own = sizes(config, parameters)
+        own = parameters.sizes(config)
         self.sizes, self.rope_base = own, own.rope_base
         self.timestep_norm = TimestepNorm(own.model_dim, own.norm_num_groups, 0, own.norm_eps)
         self.cema = CEMA(own.model_dim, own.cema_ndim)
@@ -69,7 +102,7 @@ class MegalodonMixer(Mixer):
 
     @classmethod
     def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
-        return sizes(config, parameters).sequence_multiply_adds(length)
+        return parameters.sizes(config).sequence_multiply_adds(length)
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> MegalodonMemory:
         own, sums = self.sizes, accumulator_dtype(device)
@@ -97,30 +130,3 @@ class MegalodonMixer(Mixer):
         open_tokens = int((chunked.end_positions % self.sizes.chunk_size).max(initial=0))
         keys, values = (kept[:, :open_tokens] for kept in chunk)
         return out, MegalodonMemory(moments.mean, moments.var, torch.view_as_real(h), keys, values)
-
-
-def sizes(config: KinConfig, parameters: MegalodonMixer.Parameters) -> MegalodonConfig:
-    """The sizes of one layer, as Megalodon's modules take them."""
-    return MegalodonConfig(
-        **widths(config, parameters),
-        rope_base=10000.0 if config.rope_base is None else config.rope_base,
-    )
-
-
-def widths(config: KinConfig, parameters: Any) -> dict[str, Any]:
-    """The fields that Megalodon's config and its successor's share, with defaults that fit the model's width."""
-    dim, z_dim = config.model_dim, parameters.z_dim or max(config.model_dim // 4, 2)
-    groups = [count for count in range(1, 33) if dim % count == 0 and count < dim]
-    fitting = [heads for heads in range(1, config.num_heads + 1) if z_dim % (2 * heads) == 0]
-    return {
-        "vocab_size": 1,
-        "num_layers": 1,
-        "model_dim": dim,
-        "z_dim": z_dim,
-        "value_dim": parameters.value_dim or 2 * dim,
-        "num_heads": parameters.heads or max(fitting, default=1),
-        "ffn_hidden_dim": 1,
-        "cema_ndim": parameters.cema_ndim,
-        "chunk_size": parameters.chunk_size,
-        "norm_num_groups": parameters.norm_groups or max(groups, default=1),
-    }

@@ -186,7 +186,8 @@ class DocumentStream:
 
 
 def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
-    return None if any(part is None for part in parts) else np.concatenate(parts)  # type: ignore[arg-type]
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class PretrainedTokenizer(Tokenizer):
             if any(heads):
                 return [self._in_parts(*piece, sized) for piece in zip(texts, continues, heads, strict=True)]
         with_offsets = sized and self.token_bytes is None
-        encoded: list[Encoded | None] = [None] * len(texts)
+        encoded: dict[int, Encoded] = {}
         for goes_on in set(continues):
             backend = self._backend_for(goes_on)
             places = [i for i, other in enumerate(continues) if other == goes_on]
@@ -148,7 +148,7 @@ class PretrainedTokenizer(Tokenizer):
                 elif sized:
                     sizes = self._sizes(texts[i], own, goes_on)
                 encoded[i] = Encoded(own, sizes)
-        return encoded  # type: ignore[return-value]
+        return [encoded[i] for i in range(len(texts))]
 
     def _in_parts(self, text: str, continues: bool, head: int, sized: bool) -> Encoded:
         """A piece that may begin inside a word: the end of that word and the words after it, each in its own way."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TypeVar
 
 NUMBER = r"-?\d[\d_]*%?"
 PART = re.compile(rf"(?P<name>\w+(?:[.-]\w+)*)(?P<slice>\[(?P<first>{NUMBER})?:(?P<stop>{NUMBER})?\])?")
+
+Default = TypeVar("Default", bound=int | None)
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ class SplitPart:
         return f"{self.name}[{self.first or ''}:{self.stop or ''}]" if self.sliced else str(self.name)
 
 
-def _absolute(bound: str | None, length: int | None, default: int | None) -> int:
+def _absolute(bound: str | None, length: int | None, default: Default) -> int | Default:
     if bound is None:
-        return default  # type: ignore[return-value]
+        return default
     if bound.endswith("%"):
         assert length is not None
         percent = int(bound[:-1].replace("_", ""))

@@ -104,9 +104,9 @@ class TokenizedCorpus:
         if not len(tokens):
             raise ValueError("no text: every document is empty")
         sizes = None
-        if not tokenizer.sizes_by_id and all(piece.sizes is not None for piece in pieces):
-            parts = [part for piece in pieces for part in (piece.sizes, np.zeros(len(end), np.int64))]
-            sizes = np.concatenate(parts).astype(SIZE_DTYPE)  # type: ignore[arg-type]
+        known = [piece.sizes for piece in pieces if piece.sizes is not None]
+        if not tokenizer.sizes_by_id and len(known) == len(pieces):
+            sizes = np.concatenate([np.append(part, np.zeros(len(end), np.int64)) for part in known]).astype(SIZE_DTYPE)
         digest, borders = ContentDigest(tokenizer), np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         for first, stop in itertools.pairwise(borders):
             digest.add(tokens[first:stop])

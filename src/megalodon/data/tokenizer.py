@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -215,13 +215,13 @@ class ByteTokenizer(Tokenizer):
         save_pretrained(byte_tokenizer_for_transformers(), folder)
 
 
-def save_pretrained(tokenizer: object, folder: Path | str) -> None:
+def save_pretrained(tokenizer: Any, folder: Path | str) -> None:
     """`tokenizer.save_pretrained(folder)` with every file written under a temporary name and renamed."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=target) as temporary:
         with disk_errors(target):
-            tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
+            tokenizer.save_pretrained(temporary)
         for path in sorted(Path(temporary).iterdir()):
             path.replace(target / path.name)
 

@@ -27,7 +27,7 @@ Request = tuple[Any, list[int], list[int]]
 
 
 @register_model("megalodon")
-class MegalodonLM(HFLM):  # type: ignore[misc]
+class MegalodonLM(HFLM):  # type: ignore[misc]  # a library without types
     """The harness's `hf` model, any of our architectures, with no limit to the length of a text.
 
     Args: as those of `lm_eval.models.huggingface.HFLM`: `pretrained` (a folder or a model), `tokenizer`, `batch_size`,

@@ -152,6 +152,7 @@ def _load_sharded(folder: Path, checkpoint: Path, dtype: torch.dtype | None) -> 
     wrong = sorted((set(missing) - set(model.all_tied_weights_keys)) | set(unexpected))
     if wrong:
         raise ValueError(f"the weights in {checkpoint} do not fit its config: {wrong[0]} is only in one of them")
+    # Transformers wraps nn.Module's `to`, and mypy sees the wrapper's signature alone.
     model.to(dtype=dtype or next(iter(weights.values())).dtype)  # type: ignore[call-arg]
     return model
 

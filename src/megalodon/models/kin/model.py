@@ -50,6 +50,7 @@ class KinPreTrainedModel(StatefulPreTrainedModel):
 class FinalNorm(nn.RMSNorm):
     """An RMS norm, called as the shell calls a final norm: it remembers nothing."""
 
+    # narrower than a mixer's: there is no memory
     def forward(self, x: Tensor, memory: None, layout: Layout) -> tuple[Tensor, None]:  # type: ignore[override]
         """[B, L, D] -> ([B, L, D], None)."""
         return super().forward(x), None

@@ -17,7 +17,7 @@ from megalodon.ops.layout import Layout
 class DecayedMoments(NamedTuple):
     """What a sequence has shown of late: count int64 [B] of its segment's tokens, raw averages mean and var [B, G]."""
 
-    count: Tensor  # type: ignore[assignment]
+    count: Tensor  # type: ignore[assignment]  # hides a tuple's method
     mean: Tensor
     var: Tensor
 

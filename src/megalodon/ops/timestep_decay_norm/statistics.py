@@ -21,7 +21,7 @@ class Decay(NamedTuple):
 class DecayedStatistics(NamedTuple):
     """count int64 [B]; mean and var [B, G], float32 or float64, raw: before the correction of their bias."""
 
-    count: Tensor  # type: ignore[assignment]
+    count: Tensor  # type: ignore[assignment]  # hides a tuple's method
     mean: Tensor
     var: Tensor
 

@@ -126,12 +126,12 @@ class Hax(Mamba):
         if hasattr(self, "hash"):
             init.normal_(self.hash)
 
-    def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> HaxMemory:  # type: ignore[override]
+    def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> HaxMemory:  # type: ignore[override]  # more than Mamba's
         past = KeysAndValues.empty(batch, 1, self.state_size + self.scores, self.inner, device, dtype)
         total = torch.zeros(batch, self.state_size, device=device, dtype=full_precision(dtype))
         return HaxMemory(super().empty(batch, device, dtype), past, total)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # its own memory
         self, u: Tensor, memory: HaxMemory | None, layout: Layout
     ) -> tuple[Tensor, HaxMemory]:
         memory = self.empty(len(u), u.device, u.dtype) if memory is None else memory

@@ -69,11 +69,11 @@ class Hip(Attention):
         super().__init__(config, layer_index, parameters)
         self.given = parameters
 
-    def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> HipMemory:  # type: ignore[override]
+    def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> HipMemory:  # type: ignore[override]  # more than attention's
         probe = torch.zeros(batch, self.num_heads, self.head_dim, device=device, dtype=dtype)
         return HipMemory(super().empty(batch, device, dtype), probe)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # its own memory
         self, x: Tensor, memory: HipMemory | None, layout: Layout
     ) -> tuple[Tensor, HipMemory]:
         memory = self.empty(len(x), x.device, x.dtype) if memory is None else memory

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from megalodon.models.causal_lm import CausalLM, StatefulModel, StatefulPreTrainedModel
+from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.config import Config
 from megalodon.models.folder import auto_map_of
 from megalodon.models.gecko.config import GeckoConfig
@@ -33,6 +33,7 @@ from megalodon.models.megabyte import MegabyteConfig, MegabyteForCausalLM, Megab
 from megalodon.models.megalodon.config import PRESETS, MegalodonConfig
 from megalodon.models.megalodon.model import MegalodonForCausalLM, MegalodonModel
 from megalodon.models.megalodon.state import MegalodonState
+from megalodon.models.pretrained import StatefulPreTrainedModel
 from megalodon.models.state import State
 
 

@@ -7,7 +7,6 @@ token, which is where its chunks are counted from.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -15,18 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers import initialization as init
 
 from megalodon.models import documents
 from megalodon.models.config import Config
-from megalodon.models.folder import write_card
 from megalodon.models.generation import StateGenerationMixin
 from megalodon.models.keywords import refuse_unknown
 from megalodon.models.layers.head import apply_head
 from megalodon.models.loss import summed_loss
 from megalodon.models.output import LanguageModelOutput, ModelOutput, the_state
 from megalodon.models.padding import RealTokens
+from megalodon.models.pretrained import StatefulPreTrainedModel, refuse_float16
 from megalodon.models.state import Dimensions, State
 from megalodon.ops.layout import Layout, layout_of
 from megalodon.ops.segments import Segments
@@ -42,69 +39,6 @@ class SingleToken(Protocol):
     def advance(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Embeddings x [B, D] and the state before them -> (the final hidden states [B, D], the state after them)."""
         ...
-
-
-class StatefulPreTrainedModel(PreTrainedModel):
-    """What all models share: initialisation, loading and saving.
-
-    A module that is neither a linear layer nor an embedding says itself how it begins, in `initialize`.
-    """
-
-    config: Any
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _is_stateful = True
-
-    def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
-        _refuse_float16(config.dtype, torch.get_default_dtype())
-        super().__init__(config, *args, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing: a saved folder says by itself where the class is, and needs no copy of its source."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As everywhere; and a model card, unless the folder has a README.md."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            write_card(save_directory, self.config, type(self).__name__)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """SPEC: Initialisation."""
-        if isinstance(module, nn.Linear):
-            self._init_linear(module)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            self._init_table(module.weight)
-        elif callable(initialize := getattr(module, "initialize", None)):
-            initialize()
-
-    def _init_linear(self, module: nn.Linear) -> None:
-        if module is self.get_output_embeddings():
-            self._init_table(module.weight)
-            return
-        match self.config.init_mode:
-            case "he":
-                init.kaiming_normal_(module.weight, a=math.sqrt(5.0))
-            case "bert":
-                init.normal_(module.weight, 0.0, 0.02)
-            case "xavier":
-                init.xavier_uniform_(module.weight)
-            case "gaussian":
-                init.normal_(module.weight, 0.0, 1 / math.sqrt(module.in_features))
-            case "none":
-                init.kaiming_uniform_(module.weight, a=math.sqrt(5.0))
-
-    def _init_table(self, weight: Tensor) -> None:
-        std = 1 / math.sqrt(self.config.model_dim)
-        init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std)
-
-
-def _refuse_float16(*dtypes: torch.dtype | str | None) -> None:
-    if torch.float16 in dtypes:
-        raise ValueError("float16 has too little range for Megalodon's memory: use bfloat16 or float32")
 
 
 class StatefulModel(StatefulPreTrainedModel):
@@ -366,7 +300,7 @@ class StatefulModel(StatefulPreTrainedModel):
     def _check(self, x: Tensor, attention_mask: Tensor | None, state: State | None, segment_ids: Tensor | None) -> None:
         batch, length = x.shape[:2]
         autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-        _refuse_float16(x.dtype, autocast)
+        refuse_float16(x.dtype, autocast)
         if attention_mask is not None and (
             attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length
         ):

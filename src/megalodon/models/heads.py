@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
-from megalodon.models.causal_lm import StatefulModel, StatefulPreTrainedModel
+from megalodon.models.causal_lm import StatefulModel
+from megalodon.models.pretrained import StatefulPreTrainedModel
 
 HEADS = {
     "ForSequenceClassification": GenericForSequenceClassification,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megalodon.ops.layout import move_rows
+from megalodon.ops.tiles import move_rows
 
 
 class RealTokens(NamedTuple):

@@ -10,7 +10,7 @@ from megalodon.ops.cema import KeptTables, cema
 from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
-from megalodon.ops.layout import Layout, layout_of, move_rows
+from megalodon.ops.layout import Layout, layout_of
 from megalodon.ops.linear_attention import IMPLEMENTATIONS as _LINEAR_ATTENTION
 from megalodon.ops.linear_attention import (
     LinearState,
@@ -30,6 +30,7 @@ from megalodon.ops.sliding_chunk_attention import IMPLEMENTATIONS as _SLIDING_CH
 from megalodon.ops.sliding_chunk_attention import Visible, sliding_chunk_attention, two_chunk_attention
 from megalodon.ops.sparse_attention import IMPLEMENTATIONS as _SPARSE_ATTENTION
 from megalodon.ops.sparse_attention import sparse_attention
+from megalodon.ops.tiles import move_rows
 from megalodon.ops.timestep_decay_norm import IMPLEMENTATIONS as _TIMESTEP_DECAY_NORM
 from megalodon.ops.timestep_decay_norm import timestep_decay_norm
 from megalodon.ops.timestep_norm import IMPLEMENTATIONS as _TIMESTEP_NORM

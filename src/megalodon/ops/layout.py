@@ -8,91 +8,23 @@ goes:
 - `blocks(T)`: documents aligned to blocks of T tokens, for CEMA, whose state starts afresh at a block's start;
 - `bins`: spans (one chunk of one document) packed into rectangles, for attention, masked by where a span begins.
 
-Tokens move there and back by `move_rows`, which copies each at most once.
+What these tiles are, and how tokens move there and back, stands in `tiles`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from megalodon.ops.tiles import Bins, Blocks, first_fit_decreasing, ranges
 
 if TYPE_CHECKING:
     from megalodon.ops.segments import Segments
-
-
-class _MoveRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(source, target)
-        ctx.rows = x.shape[0]
-        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, target, x.index_select(0, source))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor):
-        source, target = ctx.saved_tensors
-        dx = grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, source, grad.index_select(0, target))
-        return dx, None, None, None
-
-
-def move_rows(x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
-    """A tensor of `rows` rows with `out[target] = x[source]` and zeros elsewhere; no row is named twice in either list.
-
-    Args:
-        x: [n, ...].
-        source, target: int64 [m].
-        rows: the length of the result's first dimension.
-    """
-    return _MoveRows.apply(x, source, target, rows)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Documents aligned to blocks of T tokens, n blocks a row.
-
-    Attributes:
-        count: n.
-        source, target: int64 [m]; token `source` (of B*L) stands in slot `target` (of B*n*T).
-        fresh: bool [B, n]; the block starts a document, so that no state enters it.
-        tail: int64 [B]; the block that holds the row's last token (0 for an empty row).
-        tail_source, tail_target: int64; the tokens of that block, moved to the end of a block of their own (of B*T).
-        tail_length: int64 [B]; how many tokens that block holds.
-    """
-
-    count: int
-    source: Tensor
-    target: Tensor
-    fresh: Tensor
-    tail: Tensor
-    tail_source: Tensor
-    tail_target: Tensor
-    tail_length: Tensor
-
-
-@dataclass(frozen=True)
-class Bins:
-    """Spans packed into m rectangles of w slots. A slot holds a cached key, a token, or nothing.
-
-    Attributes:
-        shape: (m, w).
-        token, slot: int64; token `token` (of B*L) stands in `slot` (of m*w).
-        cached, cached_slot: int64; cached key `cached` (of B*n, n the width of the cache) stands in `cached_slot`.
-        first: int64 [m, w]; the first slot of the slot's own span: what it may attend to begins there.
-    """
-
-    shape: tuple[int, int]
-    token: Tensor
-    slot: Tensor
-    cached: Tensor
-    cached_slot: Tensor
-    first: Tensor
 
 
 class Layout:
@@ -330,7 +262,7 @@ class Layout:
         """Some of `chunk_spans`, packed as `bins` packs all."""
         sizes = spans[:, 2] + spans[:, 3]
         width = max(int(sizes.max(initial=1)), 1)
-        bin_of, start_of, count = _first_fit_decreasing(sizes, width)
+        bin_of, start_of, count = first_fit_decreasing(sizes, width)
         slots = bin_of * width + start_of
         cache_width = max(int(self.offsets.max(initial=0)), 1)
         token = ranges(spans[:, 0] * self.length + spans[:, 1], spans[:, 3])
@@ -503,21 +435,3 @@ def _whole_numbers(
     if array.shape != (batch,):
         raise ValueError(f"{name} has shape {array.shape}: it must have one value for each of {batch} rows")
     return array
-
-
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The concatenation of `arange(start, start + length)` over pairs."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
-
-
-def _first_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Pack items into bins: (bin of each item, its start inside the bin, number of bins)."""
-    room = np.full(max(len(sizes), 1), capacity, dtype=np.int64)
-    bin_of, start_of = np.zeros(len(sizes), dtype=np.int64), np.zeros(len(sizes), dtype=np.int64)
-    for item in np.argsort(-sizes, kind="stable"):
-        where = int(np.argmax(room >= sizes[item]))
-        bin_of[item], start_of[item] = where, capacity - room[where]
-        room[where] -= sizes[item]
-    return bin_of, start_of, max(int(bin_of.max(initial=0)) + 1, 1)

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from megalodon.models.causal_lm import CausalLM, StatefulModel, StatefulPreTrainedModel
+from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.gecko.block import GeckoBlock, norm_over_time
 from megalodon.models.gecko.config import GeckoConfig
 from megalodon.models.gecko.state import GeckoState
 from megalodon.models.gecko.token_step import TokenStep, generation_starts
 from megalodon.models.layers.timestep_decay_norm import TimestepDecayNorm
 from megalodon.models.layers.window_attention import Turns
+from megalodon.models.pretrained import StatefulPreTrainedModel
 from megalodon.models.state import State
 from megalodon.ops.layout import Layout
 

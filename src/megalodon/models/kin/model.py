@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from megalodon.models.causal_lm import CausalLM, StatefulModel, StatefulPreTrainedModel
+from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.kin.block import KinBlock
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers import Mixer
 from megalodon.models.kin.state import KinState
+from megalodon.models.pretrained import StatefulPreTrainedModel
 from megalodon.ops.layout import Layout
 
 

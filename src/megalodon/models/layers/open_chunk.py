@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalodon.ops.layout import Layout, move_rows
+from megalodon.ops.layout import Layout
+from megalodon.ops.tiles import move_rows
 
 
 class OpenChunk:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.ops.backend import full_precision
-from megalodon.ops.layout import Layout, move_rows, ranges
+from megalodon.ops.layout import Layout
+from megalodon.ops.tiles import move_rows, ranges
 
 
 class Window(NamedTuple):

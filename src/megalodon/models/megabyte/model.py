@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from megalodon.models.causal_lm import CausalLM, StatefulModel, StatefulPreTrainedModel
+from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.megabyte.config import MegabyteConfig
 from megalodon.models.megabyte.stage import LayerMemory, StageFrame, StageLayer
 from megalodon.models.megabyte.state import MegabyteState, OpenPatch
-from megalodon.ops.layout import Layout, layout_of, move_rows
+from megalodon.models.pretrained import StatefulPreTrainedModel
+from megalodon.ops.layout import Layout, layout_of
+from megalodon.ops.tiles import move_rows
 
 
 class MegabytePreTrainedModel(StatefulPreTrainedModel):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from megalodon import ops
-from megalodon.models.causal_lm import CausalLM, StatefulModel, StatefulPreTrainedModel
+from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.layers.timestep_norm import TimestepNorm
 from megalodon.models.megalodon.block import MegalodonBlock
 from megalodon.models.megalodon.config import MegalodonConfig
@@ -15,6 +15,7 @@ from megalodon.models.megalodon.slots import MegalodonSlots
 from megalodon.models.megalodon.state import MegalodonState
 from megalodon.models.megalodon.static_step import StaticStep
 from megalodon.models.megalodon.token_step import TokenStep, generation_starts
+from megalodon.models.pretrained import StatefulPreTrainedModel
 from megalodon.models.state import State
 from megalodon.ops.layout import Layout
 

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megalodon.ops.backend import full_precision
-from megalodon.ops.layout import Layout, move_rows
+from megalodon.ops.layout import Layout
+from megalodon.ops.tiles import move_rows
 
 BLOCK = 32
 """Tokens in a block. On CPUs 32 balances the products, which grow with T, and the recurrence, which has L/T steps."""

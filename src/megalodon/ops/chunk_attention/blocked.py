@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megalodon.ops.chunk_attention.causal import causal_attention
-from megalodon.ops.layout import Layout, move_rows
+from megalodon.ops.layout import Layout
+from megalodon.ops.tiles import move_rows
 
 
 def chunk_attention(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalodon.ops.layout import Layout, move_rows
+from megalodon.ops.layout import Layout
+from megalodon.ops.tiles import move_rows
 
 FEW_TAPS = 16
 """Kernels up to this long are applied tap by tap."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from megalodon.ops.chunk_attention.causal import causal_attention
-from megalodon.ops.layout import Layout, move_rows, ranges
+from megalodon.ops.layout import Layout
 from megalodon.ops.prefix import Prefix
 from megalodon.ops.segments import Segments
 from megalodon.ops.sliding_chunk_attention.window import Visible, two_chunk_attention
+from megalodon.ops.tiles import move_rows, ranges
 
 
 def sliding_chunk_attention(

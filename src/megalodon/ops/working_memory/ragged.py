@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalodon.ops.layout import Layout, move_rows, ranges
+from megalodon.ops.layout import Layout
 from megalodon.ops.prefix import Prefix
 from megalodon.ops.segments import Segments
+from megalodon.ops.tiles import move_rows, ranges
 from megalodon.ops.working_memory.scan import absorb, read
 
 Pair = tuple[Tensor, Tensor]

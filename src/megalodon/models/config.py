@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
+from inspect import get_annotations
 from typing import Any, ClassVar, Self, TypeVar
 
 from huggingface_hub.dataclasses import strict
@@ -191,6 +192,16 @@ class Config(PreTrainedConfig):
             raise ValueError(f"output_size={self.output_size}: it must be at least 1, or None for vocab_size")
         if self.share_emb and self.output_size not in (None, self.vocab_size):
             raise ValueError(f"output_size={self.output_size} contradicts share_emb, which makes it {self.vocab_size}")
+
+    @classmethod
+    def architecture_fields(cls) -> dict[str, Any]:
+        """Name -> type of the fields that say what a model is, in order: what the architecture and the configs that it
+        builds on declare, without what any config has only because it is one of Transformers'."""
+        types: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            if issubclass(base, Config) and base is not Config:
+                types |= get_annotations(base, eval_str=True)
+        return {field.name: types[field.name] for field in fields(cls) if field.name in types}
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:

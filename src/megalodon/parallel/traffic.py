@@ -5,8 +5,6 @@ A ring all-gather or reduce-scatter of n ranks sends (n - 1) / n of the whole fr
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -80,9 +78,9 @@ def _counted(kind: Any, fields: str) -> Counted:
 
 def counted(config: Config) -> Counted:
     """The parameters of a model of this config."""
-    names = [field.name for field in dataclasses.fields(config) if field.name in inspect.get_annotations(type(config))]
+    fields = {name: getattr(config, name) for name in config.architecture_fields()}
     kind: Any = type(config)
-    return _counted(kind, json.dumps({name: getattr(config, name) for name in names}))
+    return _counted(kind, json.dumps(fields))
 
 
 def block_parameters(config: Config) -> tuple[int, int]:

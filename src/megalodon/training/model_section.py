@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ class _Origin(Section):
 
 
 def _architecture_fields(kind: type[Config]) -> dict[str, Any]:
-    """Name -> (type, default) of the fields that a config class itself declares."""
-    types = inspect.get_annotations(kind, eval_str=True)
+    """Name -> (type, default) of the fields that an architecture's config has of its own."""
+    types = kind.architecture_fields()
     fields = (field for field in dataclasses.fields(kind) if field.name in types)
     return {field.name: (types[field.name], field.default) for field in fields if field.name not in NOT_IN_CONFIG}
 

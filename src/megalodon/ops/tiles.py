@@ -38,6 +38,11 @@ def move_rows(x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
     return _MoveRows.apply(x, source, target, rows)
 
 
+def tokens_of(x: Tensor, start: int, stop: int) -> Tensor:
+    """`x[:, start:stop]` of x [B, L, ...]; x itself where that is all of it, whose gradient then is not copied."""
+    return x if start == 0 and stop == x.shape[1] else x[:, start:stop]
+
+
 SINGLES = 8
 """Threads up to which one product of a batch is work enough for all of them."""
 

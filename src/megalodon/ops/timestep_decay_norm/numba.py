@@ -58,8 +58,8 @@ class _DecayNorm(torch.autograd.Function):
         d_weight, d_bias = x.new_zeros(batch, dim), x.new_zeros(batch, dim)
         tensors = {"x": x, "weight": weight, "centres": centres, "scales": scales, **ctx.places}
         _call(
-            "decay_norms.backward", x.shape, centres.shape[2], ctx.decay, ctx.eps, y=dx, dy=dy, mean=to_mean, var=to_var,
-            d_weight=d_weight, d_bias=d_bias, **tensors,
+            "decay_norms.backward", x.shape, centres.shape[2], ctx.decay, ctx.eps, y=dx, dy=dy, mean=to_mean,
+            var=to_var, d_weight=d_weight, d_bias=d_bias, **tensors,
         )  # fmt: skip
         return dx, d_weight.sum(0), d_bias.sum(0), to_mean, to_var, None, None, None
 

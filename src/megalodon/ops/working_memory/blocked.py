@@ -79,7 +79,11 @@ def _plain(
 def _leaving(
     k: Tensor, v: Tensor, position: int, size: int, prefix: Prefix, last: int
 ) -> Iterator[tuple[Tensor, Tensor, range]]:
-    """The chunks before the `last` that leave the window, in runs: (keys [n, B, C, H, d], values [n, B, C, H, e], their numbers)."""
+    """The chunks before the `last` that leave the window, in runs.
+
+    Yields:
+        keys [n, B, C, H, d], values [n, B, C, H, e], their numbers.
+    """
     chunk, offset = divmod(position, size)
     if chunk and last > chunk - 1:
         assert prefix.before is not None

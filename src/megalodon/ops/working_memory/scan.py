@@ -160,11 +160,11 @@ def absorb(
 
 
 class Reading(NamedTuple):
-    """Tokens that read one memory: `tokens` of the batch, the `index`-th of the memories of group `run`."""
+    """Tokens that read one memory: `tokens` of the batch, number `place` of the memories of group `run`."""
 
     tokens: slice
     run: int
-    index: int
+    place: int
 
 
 class _Read(torch.autograd.Function):
@@ -176,9 +176,9 @@ class _Read(torch.autograd.Function):
         ctx.readings = readings
         out = q.new_empty(*q.shape[:3], memories[0].shape[-1], dtype=dtype)
         done = 0
-        for tokens, run, index in readings:
+        for tokens, run, place in readings:
             out[:, done : tokens.start] = 0
-            _product(_address(q, tokens, memories[run]), memories[run][index], out[:, tokens])
+            _product(_address(q, tokens, memories[run]), memories[run][place], out[:, tokens])
             done = tokens.stop
         out[:, done:] = 0
         return out
@@ -188,10 +188,10 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         q, *memories = ctx.saved_tensors
         dq, d_memories = torch.zeros_like(q), [torch.zeros_like(memory) for memory in memories]
-        for tokens, run, index in ctx.readings:
-            memory = memories[run][index]
+        for tokens, run, place in ctx.readings:
+            memory = memories[run][place]
             address, found = _address(q, tokens, memories[run]), grad[:, tokens].transpose(1, 2).to(memory.dtype)
-            torch.matmul(address.mT, found, out=d_memories[run][index])
+            torch.matmul(address.mT, found, out=d_memories[run][place])
             d_address = torch.matmul(found, memory.mT)
             d_scores = torch._softmax_backward_data(d_address, address, -1, address.dtype)
             dq[:, tokens] = d_scores.transpose(1, 2).to(q.dtype)

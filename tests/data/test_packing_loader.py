@@ -301,7 +301,7 @@ def test_held_out_rows_continue_within_documents_only(lengths, rows, length):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mode": "woven"}, "mode is 'woven'; give packed or streamed"),
+        ({"mode": "woven"}, "mode is 'woven'; give packed, streamed or reset"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"sequence_length": -1}, "sequence_length is -1"),
         ({"batch_size": 3, "world_size": 2}, "batch_size is 3; it must be a multiple of world_size 2"),

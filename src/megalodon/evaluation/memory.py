@@ -59,9 +59,9 @@ def evaluate_memory(
     for cut in cuts:
         if cut < 1:
             raise ValueError(f"cuts has {cut}; each must be 1 or more")
-    for part in parts or ():
-        if part not in there:
-            raise ValueError(f"parts has {part!r}; this model's memory has {', '.join(there) or 'no parts'}")
+    for name in parts or ():
+        if name not in there:
+            raise ValueError(f"parts has {name!r}; this model's memory has {', '.join(there) or 'no parts'}")
     readings = [(cut, part) for cut in sorted(cuts) for part in (None, *(there if parts is None else parts))]
 
     def score(number: int, cut: int | None, part: str | None) -> dict[str, Any]:

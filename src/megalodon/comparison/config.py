@@ -103,6 +103,11 @@ class CompareConfig(Section):
     equal_time: EqualTime | None = Field(default=EqualTime(), description="null: no runs at equal time")
     test: TestSection = TestSection()
     speed: SpeedSection = SpeedSection()
+    recall: dict[str, str] = Field(
+        default={},
+        description="task -> results.jsonl of `megalodon evaluate recall`, whose models of an architecture's name are "
+        "shown beside it",
+    )
     processes: int | None = Field(default=None, ge=1, description="runs side by side; null: as the processors allow")
     threads: int = Field(default=1, ge=1, description="of each process")
 

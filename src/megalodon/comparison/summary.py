@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megalodon.comparison.plan import Job, Plan, Records
+from megalodon.training.metrics import read_lines
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Runs:
 
 @dataclass
 class Architecture:
-    """All that is known of one. `sweep`: (rate, held-out number; None: diverged) of what was tried, ascending."""
+    """All that is known of one. `sweep`: (rate, held-out number; None: diverged) of what was tried, ascending; `recall`:
+    task -> accuracy, of the width and the rate at which it is highest."""
 
     name: str
     parameters: int
@@ -71,6 +74,7 @@ class Architecture:
     speed: dict[str, Any] | None
     tokens: Runs
     time: Runs | None
+    recall: dict[str, float]
 
 
 @dataclass
@@ -92,6 +96,7 @@ def summarize(plan: Plan, records: Records) -> Summary:
     in_bytes = all(record["held_out"]["bits_per_byte"] is not None for record in trained if not record["diverged"])
     key, unit = ("bits_per_byte", "bits a byte") if in_bytes else ("loss", "nats a token")
     timed = plan.equal_time(records)
+    recall = {task: _recall(Path(path).expanduser()) for task, path in plan.config.recall.items()}
     found = []
     for name in plan.names:
         choice = plan.choice(name, records)
@@ -117,6 +122,7 @@ def summarize(plan: Plan, records: Records) -> Summary:
                 speed=speed,
                 tokens=_runs(plan, records, runs["tokens"], plan.steps, key, speed),
                 time=None if timed is None else _runs(plan, records, runs["time"], timed[1][name], key, speed),
+                recall={task: best[name] for task, best in recall.items() if name in best},
             )
         )
     wanted = plan.wanted(records)
@@ -129,6 +135,19 @@ def summarize(plan: Plan, records: Records) -> Summary:
         finished=sum(job.key in records for job in wanted),
         wanted=len(wanted),
     )
+
+
+def _recall(path: Path) -> dict[str, float]:
+    """The best accuracy of each model of a recall study, the mean over the seeds of one width and one rate."""
+    groups: dict[tuple[str, int, float], list[float]] = {}
+    for result in read_lines(path) if path.is_file() else []:
+        if not result["diverged"]:
+            key = (result["model"], result["width"], result["learning_rate"])
+            groups.setdefault(key, []).append(result["mean_accuracy"])
+    best: dict[str, float] = {}
+    for (model, _, _), accuracies in groups.items():
+        best[model] = max(best.get(model, 0.0), statistics.fmean(accuracies))
+    return best
 
 
 def _runs(

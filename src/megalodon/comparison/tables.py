@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megalodon.comparison.summary import Architecture, Runs, Spread, Summary
 from megalodon.training.progress import duration
 
 MISSING = "-"
+MOST_TEXTS = 6
+"""Test texts that have a column each."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def all_tables(summary: Summary) -> list[Table]:
 def results(summary: Summary) -> Table:
     """The head-to-head, and the compressors below it, best first."""
     names = list(dict.fromkeys(name for each in summary.architectures for name in each.tokens.documents))
+    names = names if len(names) <= MOST_TEXTS else []
     headings = [
         "",
         "held out",
@@ -101,9 +103,11 @@ def models(summary: Summary) -> Table:
         carried = {"streamed": "carried", "reset": "forgotten each row", "packed": "packed rows"}[each.mode]
         reading = "whole" if each.cut is None else f"cut every {each.cut:,}"
         rate = MISSING if each.rate is None else f"{each.rate:g}"
+        pace = MISSING if each.speed is None else f"{each.speed['training']['tokens_a_second']:,.0f}"
         steps = [f"{each.tokens.steps:,}", MISSING if each.time is None else f"{each.time.steps:,}"]
-        rows.append([each.name, f"{each.parameters:,}", sizes, carried, reading, rate, *steps])
-    headings = ["", "parameters", "sizes found", "memory in training", "test texts", "rate", "steps", "at equal time"]
+        rows.append([each.name, f"{each.parameters:,}", sizes, carried, reading, rate, pace, *steps])
+    headings = ["", "parameters", "sizes found", "memory in training", "test texts", "rate", "training, tokens/s"]
+    headings += ["steps", "steps at equal time"]
     return Table("Models", "All read the same batches in the same order.", headings, rows)
 
 
@@ -127,36 +131,27 @@ def sweep(summary: Summary) -> Table:
 
 
 def speed(summary: Summary) -> Table:
-    """Training, and reading, remembering and decoding at each length."""
-    measured: list[tuple[str, dict[str, Any]]] = [
-        (each.name, each.speed) for each in summary.architectures if each.speed is not None
+    """Reading, remembering and decoding at each length."""
+    measured = [(each.name, each.speed) for each in summary.architectures if each.speed is not None]
+    rows = [
+        [
+            f"{name}, {one['length']:,}",
+            f"{one['tokens_a_second']:,.0f}",
+            f"{one['decoded_a_second']:,.0f}",
+            f"{one['state_bytes'] / 1e3:,.0f}",
+            f"{one['peak_bytes'] / 1e6:,.0f}",
+        ]
+        for length in sorted({one["length"] for _, record in measured for one in record["reading"]})
+        for name, record in measured
+        for one in record["reading"]
+        if one["length"] == length
     ]
-    lengths = sorted({one["length"] for _, record in measured for one in record["reading"]})
-    headings = ["", "training, tokens/s"]
-    for length in lengths:
-        headings += [f"read {length:,}, tokens/s", "state, KB", "peak, MB", "decoded/s"]
-    rows = []
-    for name, record in measured:
-        row = [name, f"{record['training']['tokens_a_second']:,.0f}"]
-        by_length = {one["length"]: one for one in record["reading"]}
-        for length in lengths:
-            one = by_length.get(length)
-            row += (
-                [MISSING] * 4
-                if one is None
-                else [
-                    f"{one['tokens_a_second']:,.0f}",
-                    f"{one['state_bytes'] / 1e3:,.0f}",
-                    f"{one['peak_bytes'] / 1e6:,.0f}",
-                    f"{one['decoded_a_second']:,.0f}",
-                ]
-            )
-        rows.append(row)
-    clocks = {record["clock"] for _, record in measured}
+    clocks = " and ".join(sorted({record["clock"] for _, record in measured}))
     note = (
-        f"Each alone, in {' and '.join(sorted(clocks))} time. The state is what one row carries after the length; the "
-        "peak is memory beyond what the process had before."
+        f"Each alone, in {clocks} time. The state is what one row carries after the text; the peak is memory beyond what "
+        "the process had before it read the shortest."
     )
+    headings = ["text of so many tokens", "read, tokens/s", "decoded, tokens/s", "state, KB", "peak, MB"]
     return Table("Memory and speed by length", note, headings, rows)
 
 

@@ -185,6 +185,17 @@ def test_a_report_of_nothing_and_of_a_diverged_run(tiny: dict[str, Any], write_c
     assert "diverged" in _written(plan, {job.key: record}, tmp_path)
 
 
+def test_recall_stands_beside(tiny: dict[str, Any], write_config: Write, tmp_path: Path) -> None:
+    study = tmp_path / "recall.jsonl"
+    runs = [("llama", 32, 1e-3, 0.5), ("llama", 32, 1e-3, 0.7), ("llama", 64, 1e-3, 0.2), ("mamba", 64, 1e-3, 1.0)]
+    keys = ("model", "width", "learning_rate", "mean_accuracy")
+    results = [{**dict(zip(keys, run, strict=True)), "diverged": False} for run in runs]
+    study.write_text("".join(json.dumps(result) + "\n" for result in results))
+    text = _written(Plan(load_comparison(write_config(tiny | {"recall": {"MQAR": str(study)}}))), {}, tmp_path)
+    row = next(line for line in text.splitlines() if line.startswith("| llama"))
+    assert "MQAR" in text and "60.0%" in row and "100.0%" not in text
+
+
 def _written(plan: Plan, records: dict[str, Any], folder: Path) -> str:
     write_report(plan, records, folder)
     return (folder / "report.md").read_text()

@@ -61,8 +61,8 @@ class Runs:
 
 @dataclass
 class Architecture:
-    """All that is known of one. `sweep`: (rate, held-out number; None: diverged) of what was tried, ascending; `recall`:
-    task -> accuracy, of the width and the rate at which it is highest."""
+    """All that is known of one. `sweep`: (rate, held-out number; None: diverged) of what was tried, ascending.
+    `recall`: task -> accuracy, of the width and the rate at which it is highest."""
 
     name: str
     parameters: int

@@ -48,15 +48,9 @@ def results(summary: Summary) -> Table:
     """The head-to-head, and the compressors below it, best first."""
     names = list(dict.fromkeys(name for each in summary.architectures for name in each.tokens.documents))
     names = names if len(names) <= MOST_TEXTS else []
-    headings = [
-        "",
-        "held out",
-        "test",
-        *(Path(name).stem for name in names),
-        "at equal time: held out",
-        "test",
-        "seeds",
-    ]
+    texts = [Path(name).stem for name in names]
+    tasks = list(dict.fromkeys(task for each in summary.architectures for task in each.recall))
+    headings = ["", "held out", "test", *texts, "held out at equal time", "test at equal time", *tasks, "seeds"]
 
     def row(each: Architecture) -> list[str]:
         time = each.time
@@ -68,6 +62,7 @@ def results(summary: Summary) -> Table:
             *(shown(each.tokens.documents.get(name)) for name in names),
             shown(None if time is None else time.held_out),
             shown(None if time is None else time.test),
+            *(f"{each.recall[task]:.1%}" if task in each.recall else MISSING for task in tasks),
             seeds,
         ]
 
@@ -83,7 +78,7 @@ def results(summary: Summary) -> Table:
                 for document in summary.texts["documents"]
             }
             cells = [f"{own[name]:.3f}" if name in own else MISSING for name in names]
-            rows.append([method, MISSING, f"{bits:.3f}", *cells, MISSING, MISSING, MISSING])
+            rows.append([method, MISSING, f"{bits:.3f}", *cells, *[MISSING] * (3 + len(tasks))])
     time = (
         ""
         if summary.seconds is None
@@ -148,8 +143,8 @@ def speed(summary: Summary) -> Table:
     ]
     clocks = " and ".join(sorted({record["clock"] for _, record in measured}))
     note = (
-        f"Each alone, in {clocks} time. The state is what one row carries after the text; the peak is memory beyond what "
-        "the process had before it read the shortest."
+        f"Each alone, in {clocks} time. The state is what one row carries after the text; the peak is memory beyond "
+        "what the process had before it read the shortest."
     )
     headings = ["text of so many tokens", "read, tokens/s", "decoded, tokens/s", "state, KB", "peak, MB"]
     return Table("Memory and speed by length", note, headings, rows)

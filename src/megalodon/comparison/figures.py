@@ -20,8 +20,18 @@ def all_figures(summary: Summary) -> list[tuple[str, str]]:
     wanted: list[tuple[str, Callable[[Axes, Summary], bool]]] = [
         ("Held-out loss by tokens", lambda axes, s: _curves(axes, s, lambda runs: runs.by_tokens, "tokens")),
         ("Held-out loss by seconds of training", lambda axes, s: _curves(axes, s, lambda r: r.by_seconds, "seconds")),
-        ("Loss by tokens since everything was forgotten", _by_distance),
-        ("Loss by place in the chunk", _by_place),
+        (
+            "Loss by tokens since everything was forgotten",
+            lambda axes, s: _by_range(axes, s, lambda runs: runs.by_distance, "read since then", "log"),
+        ),
+        (
+            "Loss by position in the text",
+            lambda axes, s: _by_range(axes, s, lambda runs: runs.by_position, "position", "log"),
+        ),
+        (
+            "Loss by place in the chunk",
+            lambda axes, s: _by_range(axes, s, lambda runs: runs.by_place, "place", "linear"),
+        ),
         ("State after a text", lambda axes, s: _by_length(axes, s, "state_bytes", "bytes")),
         ("Memory while a text is read", lambda axes, s: _by_length(axes, s, "peak_bytes", "bytes")),
         ("Reading speed by length", lambda axes, s: _by_length(axes, s, "tokens_a_second", "tokens a second")),
@@ -70,26 +80,18 @@ def _band(axes: Axes, x: Sequence[float], spreads: Sequence[Spread], each: Archi
         axes.fill_between(x, low, high, color=_colour(number), alpha=0.15, linewidth=0)
 
 
-def _by_distance(axes: Axes, summary: Summary) -> bool:
+def _by_range(
+    axes: Axes, summary: Summary, ranges: Callable[[Runs], list[tuple[int, int, Spread]]], what: str, scale: str
+) -> bool:
     drawn = False
     for number, each in enumerate(summary.architectures):
-        found = each.tokens.by_distance
+        found = ranges(each.tokens)
         if found:
             drawn = True
             _band(axes, [(first + end) / 2 for first, end, _ in found], [s for *_, s in found], each, number)
-    axes.set(xlabel="tokens since everything was forgotten", ylabel=summary.unit)
-    axes.set_xscale("log", base=2)
-    return drawn
-
-
-def _by_place(axes: Axes, summary: Summary) -> bool:
-    drawn = False
-    for number, each in enumerate(summary.architectures):
-        found = each.tokens.by_place
-        if found:
-            drawn = True
-            _band(axes, [(first + end) / 2 for first, end, _ in found], [s for *_, s in found], each, number)
-    axes.set(xlabel="place in the chunk (tokens)", ylabel=summary.unit)
+    axes.set(xlabel=f"{what} (tokens)", ylabel=summary.unit)
+    if scale == "log":
+        axes.set_xscale("log", base=2)
     return drawn
 
 

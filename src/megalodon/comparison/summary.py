@@ -44,7 +44,7 @@ class Runs:
         steps: of each; finished, diverged: how many runs; held_out, test: at the end, in the report's unit; documents:
         test texts by name. by_tokens, by_seconds: the held-out loss as training goes on, seconds being steps times the
         architecture's seconds a step. by_distance: loss by the tokens since everything was forgotten, (first, end) and
-        the number; by_place: by the place in the chunk.
+        the number; by_place: by the place in the chunk; by_position: by that in the text, read as `cut` says.
     """
 
     steps: int
@@ -57,6 +57,7 @@ class Runs:
     by_seconds: Points = field(default_factory=list)
     by_distance: list[tuple[int, int, Spread]] = field(default_factory=list)
     by_place: list[tuple[int, int, Spread]] = field(default_factory=list)
+    by_position: list[tuple[int, int, Spread]] = field(default_factory=list)
 
 
 @dataclass
@@ -171,6 +172,7 @@ def _runs(
             if speed is not None:
                 runs.by_seconds.append((points[0]["step"] * speed["training"]["seconds_a_step"], spread))
     runs.by_distance = _ranges([score["context"]["by_distance"] for score in scores], key)
+    runs.by_position = _ranges([score["whole"]["by_position"] for score in scores], key)
     runs.by_place = _ranges([score["whole"]["by_chunk_place"] or [] for score in scores], key)
     return runs
 

@@ -39,6 +39,7 @@ def all_tables(summary: Summary) -> list[Table]:
         tables.append(speed(summary))
     tables += [
         by_range(summary, "Loss by tokens since everything was forgotten", "tokens", lambda runs: runs.by_distance),
+        by_range(summary, "Loss by position in the text", "position", lambda runs: runs.by_position),
         by_range(summary, "Loss by place in the chunk", "place", lambda runs: runs.by_place),
     ]
     return [table for table in tables if table.rows]

@@ -47,7 +47,7 @@ def tiny(tmp_path: Path) -> dict[str, Any]:
             "schedule": {"warmup_steps": 2},
             "run": {"steps": 8},
             "evaluation": {"every": 4, "max_tokens": 500},
-            "checkpoint": {"every": 2},
+            "checkpoint": {"every": 8},
         },
         "sweep": {"learning_rates": [3e-3, 1e-2, 3e-2], "steps": 4},
         "test": {"corpus": {"source": str(tmp_path / "test")}, "context": 64, "max_tokens": 400},

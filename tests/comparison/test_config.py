@@ -74,6 +74,7 @@ def test_all_read_the_same_batches(tiny: dict[str, Any], write_config: Write) ->
     [
         ("architectures.llama.train.data.mode", "packed", "data.mode packed reads other batches"),
         ("architectures.llama.train.data.sequence_length", 48, r"llama: data.sequence_length is 48, 24 with megalodon"),
+        ("architectures.llama.train.data.held_out.corpus.source", "x", "llama: data.held_out.corpus.source is 'x'"),
         ("architectures.llama.train.run.steps", 9, "llama: run.steps is 9, 8 with megalodon"),
         ("architectures.llama.train.optimizer.learning_rate", 0.1, "the sweep chooses it"),
         ("train.run.seed", 3, "seeds names them"),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
 from megalodon.data import CorpusConfig
-from megalodon.training.config import TrainConfig, common_settings
+from megalodon.training.config import TrainConfig
 from megalodon.training.config_file import check_config, read_values
 from megalodon.training.section import Section
 from megalodon.training.wording import describe_errors, one_message
@@ -222,12 +222,13 @@ def _check_fairness(config: CompareConfig, configs: dict[str, TrainConfig], wher
     for name, other in configs.items():
         if other.evaluation.every is None:
             problems.append(f"{name}: evaluation.every is null, but rates are chosen by the held-out loss")
-        for key, value in _shared_settings(other).items():
-            if value != own.get(key):
-                problems.append(
-                    f"architectures.{name}: {key} is {value!r}, {own.get(key)!r} with {first_name}: "
-                    "all must read the same batches"
-                )
+        theirs = _shared_settings(other)
+        problems += [
+            f"architectures.{name}: {key} is {theirs.get(key)!r}, {own.get(key)!r} with {first_name}: all must read "
+            "the same batches"
+            for key in dict.fromkeys([*own, *theirs])
+            if theirs.get(key) != own.get(key)
+        ]
         if other.mesh.sizes.world_size > 1:
             problems.append(f"architectures.{name}.train.mesh: runs of a comparison have one process each")
     modes = {name: each.data.mode for name, each in configs.items()}
@@ -243,7 +244,16 @@ def _check_fairness(config: CompareConfig, configs: dict[str, TrainConfig], wher
 
 
 def _shared_settings(config: TrainConfig) -> dict[str, Any]:
-    """Of a training config, what decides on the batches, how many there are and how they are measured."""
-    keys = ("data.", "run.steps", "run.precision", "run.device", "tokenizer", "evaluation.", "schedule.warmup_steps")
-    found = common_settings(config) | {"data.corpus.source": config.data.corpus.source}
-    return {key: value for key, value in found.items() if key.startswith(keys) and key != "data.mode"}
+    """Of a training config, what decides on the batches, how many there are and how they are measured, by key."""
+    run = config.run.model_dump(mode="json", include={"steps", "precision", "device"})
+    values = {"data": config.data.model_dump(mode="json", exclude={"mode", "cache_folder"}), "run": run}
+    values |= {"tokenizer": config.tokenizer, "evaluation": config.evaluation.model_dump(mode="json")}
+    return dict(_flat(values))
+
+
+def _flat(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, (*path, name))
+        else:
+            yield ".".join((*path, name)), value

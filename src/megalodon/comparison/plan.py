@@ -186,21 +186,22 @@ class Plan:
                 for name in self.names:
                     runs = self.runs(name, records)[purpose]
                     if number < len(runs):
-                        jobs += [runs[number], self.score(runs[number])]
-        unique = {job.key: job for job in jobs if job.kind != "score" or self.config.test.corpus is not None}
-        return list(unique.values())
+                        jobs.append(runs[number])
+                        if self.config.test.corpus is not None and not self._diverged(runs[number], records):
+                            jobs.append(self.score(runs[number]))
+        return list({job.key: job for job in jobs}.values())
+
+    @staticmethod
+    def _diverged(train: Job, records: Records) -> bool:
+        return train.key in records and records[train.key]["diverged"]
 
     def ready(self, records: Records) -> list[Job]:
         """Jobs without a record whose own needs are met."""
         return [
             job
             for job in self.wanted(records)
-            if job.key not in records and (job.kind != "score" or self._trained(job, records))
+            if job.key not in records and (job.kind != "score" or job.detail["of"] in records)
         ]
-
-    def _trained(self, score: Job, records: Records) -> bool:
-        record = records.get(score.detail["of"])
-        return record is not None and not record["diverged"]
 
     def training_left(self, records: Records) -> dict[str, int]:
         """Steps that each architecture is still to be trained for, as far as can be told now."""

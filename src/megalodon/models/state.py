@@ -273,6 +273,38 @@ class State:
         there = rows.to(self.device)
         return self._with(lambda memory: memory.reset(there), self.position.masked_fill(rows, 0))
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What `forget` can take out of this state, by name; empty where an architecture's memory is one piece."""
+        return ()
+
+    def forget(self, part: str) -> Self:
+        """The state in which one of its `parts` has read nothing, in every row, while the others go on.
+
+        Raises:
+            ValueError: there is no such part, or it cannot be told apart from the others here; the message says why.
+        """
+        if part not in self.parts:
+            there = ", ".join(self.parts) or "none that can be forgotten alone"
+            raise ValueError(f"part={part!r}: a {self.model_type} state has {there}")
+        return self._forget(part)
+
+    def _forget(self, part: str) -> Self:
+        raise NotImplementedError
+
+    def _begun_again(self) -> Self:
+        """This state with every row at position 0: whatever is counted or placed by the position has read nothing.
+
+        Raises:
+            ValueError: a row is inside a chunk, whose keys and values are placed by the position too.
+        """
+        if self.open_tokens.any():
+            raise ValueError(
+                f"position={self.position.tolist()}: this part is forgotten where a chunk of "
+                f"{self.dimensions.alignment} tokens is complete"
+            )
+        return type(self)(self.layers, self.final, torch.zeros_like(self.position), self.dimensions)
+
     @staticmethod
     def concatenate(states: Sequence[State]) -> Any:
         """One batch of the rows of several, in order.

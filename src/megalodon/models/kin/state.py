@@ -50,6 +50,15 @@ class KinState(State):
     dimensions_class = KinDimensions
     dimensions: KinDimensions
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Those of its layers' memories, in order."""
+        return tuple(dict.fromkeys(part for layer in self.layers if layer is not None for part in layer.PARTS))
+
+    def _forget(self, part: str) -> KinState:
+        layers = [None if layer is None else layer.forget(part) for layer in self.layers]
+        return KinState(layers, self.final, self.position, self.dimensions)
+
     @classmethod
     def shapes(cls, sizes: KinDimensions) -> dict[str, tuple[int | None, ...]]:
         shapes: dict[str, tuple[int | None, ...]] = {"position": (None,)}

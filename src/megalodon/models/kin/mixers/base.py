@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -38,10 +39,17 @@ class Memory:
         GROWING: fields whose second dimension is time: place p holds what token p of the row's document left. It is as
             wide as the row that has read most needs; a row's places beyond its own tokens mean nothing.
         ASIDE: fields that are no part of what is remembered, None in every memory made from another.
+        PARTS: name -> fields which, zeros together, have read nothing whatever the row's position.
     """
 
     GROWING: ClassVar[frozenset[str]] = frozenset()
     ASIDE: ClassVar[frozenset[str]] = frozenset()
+    PARTS: ClassVar[Mapping[str, frozenset[str]]] = MappingProxyType({})
+
+    def forget(self, part: str) -> Self:
+        """The memory without one of its `PARTS`; as it is where it has none of this name."""
+        fields = self.PARTS.get(part, frozenset())
+        return replace(self, **{name: torch.zeros_like(getattr(self, name)) for name in fields})
 
     def children(self) -> Iterator[tuple[str, Tensor | Memory, bool]]:
         """(name, value, whether its second dimension grows) of each field."""

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 import megalodon
+from megalodon.cli.evaluate_recall import recall
 from megalodon.data import Corpus, Document
 from megalodon.data.corpus import CorpusKind
 from megalodon.data.separator import Counter
@@ -33,6 +34,9 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 @app.callback()
 def evaluate() -> None:
     """Measure a model on held-out text."""
+
+
+app.command()(recall)
 
 
 @app.command()

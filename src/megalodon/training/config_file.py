@@ -64,6 +64,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         FileNotFoundError: if there is no such file.
         ValueError: naming every unknown key, wrong value and contradiction at once.
     """
+    return check_config(read_values(path, overrides), str(path))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values in a YAML file with `section.key=value` overrides laid over them, unchecked.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a mapping in YAML, or an override is not one.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no config file {path}")
@@ -73,7 +83,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ValueError(f"{path}: a config is a mapping of sections, not a {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
-    return check_config(values, str(path))
+    return values
 
 
 def check_config(values: dict[str, Any], where: str) -> TrainConfig:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 import megalodon
 from megalodon.cli.evaluate_memory import memory
+from megalodon.cli.evaluate_recall import recall
 from megalodon.data import Corpus, Document
 from megalodon.data.corpus import CorpusKind
 from megalodon.data.separator import Counter
@@ -37,6 +38,7 @@ def evaluate() -> None:
 
 
 app.command()(memory)
+app.command()(recall)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,18 @@ class Hip(Attention):
         rows = torch.arange(len(x), device=x.device)
         last = torch.from_numpy(plan.last_probe(layout)).to(x.device)
         return self.o_proj(out.flatten(-2)), HipMemory(past, probes[rows, last.expand(len(x))])
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        """As many keys as may be found: how many of them are among the first ones, the text decides."""
+        block, size, count = parameters.query_block, parameters.key_block, parameters.mask_size // parameters.key_block
+        token = np.arange(length)
+        blocks = np.maximum(token // block * block + 1 - parameters.window, 0) // size  # that may be chosen
+        found = np.minimum(blocks * size, parameters.mask_size + parameters.sinks)
+        seen = found + token + 1 - blocks * size
+        halvings = np.ceil(np.log2(np.maximum(blocks / count, 1)))
+        searched = halvings * 2 * parameters.mask_size / block  # once a block of queries
+        return config.num_heads * config.head_size * float((2 * seen + searched).mean())
 
     @torch.no_grad()
     def _search(self, probes: Tensor, context: Context, plan: _Plan) -> Tensor:

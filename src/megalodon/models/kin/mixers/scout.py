@@ -132,6 +132,12 @@ class Scout(Mixer):
         return total + y, ScoutMemory(local, checkpoints)
 
     @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        seen = 1 + float((np.arange(length) // parameters.segment).mean())  # itself, and earlier checkpoints
+        local = mixer_class(parameters.over).multiply_adds(config, parameters.local(), length)
+        return local + 2.0 * config.num_heads * config.head_size * seen
+
+    @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:
         """A layer of the authors' model; its second feed-forward and the norm before it are the block's."""
         ours = {}

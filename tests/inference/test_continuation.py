@@ -81,3 +81,22 @@ def test_what_cannot_be_followed_fails_alone() -> None:
     stuck._follower._matcher.consume_token(97)  # as if something else had been chosen
     chosen = choose_tokens([make(), stuck], torch.randn(2, 256))
     assert isinstance(chosen[0], int) and isinstance(chosen[1], ValueError)
+
+
+def test_a_form_is_made_once_and_followed_apart() -> None:
+    grammar = Grammars(ByteTokenizer()).choice(["abc", "axy"])
+    one, other = make(grammar=grammar), make(grammar=grammar)
+    take(one, "ab")
+    take(other, "ax")
+    allowed = [made.adjusted(FLAT).isfinite().nonzero()[:, 0].tolist() for made in (one, other, make(grammar=grammar))]
+    assert allowed == [[ord("c")], [ord("y")], [ord("a")]]
+
+
+def test_many_biases_add_as_each_would() -> None:
+    biases = tuple((token, (token * 37 % 199 - 99) / 3) for token in range(0, 256, 3))
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(256).to(dtype)
+        expected = logits.clone()
+        for token, bias in biases:
+            expected[token] += bias
+        assert torch.equal(make(logit_bias=biases).adjusted(logits), expected)

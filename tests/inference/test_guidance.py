@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from megalodon.data import ByteTokenizer
 from megalodon.data.pretrained import PretrainedTokenizer
 from megalodon.data.tokenizer import Tokenizer
-from megalodon.inference.guidance import GRAMMAR_BYTES, Grammar, Grammars, closed
+from megalodon.inference.guidance import MOST_CHOICES, MOST_EXPRESSION, MOST_SCHEMA, Grammar, Grammars, closed
 
 SCHEMA = {
     "type": "object",
@@ -44,6 +44,10 @@ def bpe() -> Tokenizer:
 @pytest.fixture(params=["bytes", "bpe"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return ByteTokenizer() if request.param == "bytes" else bpe()
+
+
+def part(i: int) -> dict:
+    return {"type": "object", "properties": {f"a{i}": {"type": "string"}, f"b{i}": {}}, "required": [f"a{i}"]}
 
 
 def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int) -> str:
@@ -101,7 +105,13 @@ def test_any_object_begins_as_one() -> None:
         ("json_schema", {"not": {}}, "not"),
         ("json_schema", {"$ref": "http://example.org/x"}, "example.org"),
         ("regex", "a(", "regex"),
-        ("regex", "x" * (GRAMMAR_BYTES + 1), "the most that is accepted"),
+        ("regex", "x" * (MOST_EXPRESSION + 1), "the most that is accepted"),
+        ("lark", "#" * (MOST_EXPRESSION + 1), "the most that is accepted"),
+        ("choice", ["x" * MOST_CHOICES], "the most that is accepted"),
+        ("json_schema", {"description": "x" * MOST_SCHEMA}, "the most that is accepted"),
+        ("json_schema", {"items": [{"pattern": "x" * (MOST_EXPRESSION // 2 + 1)}] * 2}, "its patterns have"),
+        ("json_schema", {"patternProperties": {"x" * (MOST_EXPRESSION + 1): {}}}, "its patterns have"),
+        ("json_schema", {"allOf": [{"anyOf": [part(i), part(i + 99)]} for i in range(14)]}, "complex|large"),
         ("lark", "start: x", "unknown name"),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megalodon.serving.bodies import check
 from megalodon.serving.errors import ApiError
 from megalodon.serving.json_body import MOST_DEPTH, MOST_VALUES, PIECE, parse
-from megalodon.serving.schemas import ChatRequest, CompletionRequest
+from megalodon.serving.schemas import ChatRequest, CompletionRequest, ResponsesRequest
 from megalodon.serving.texts import LongText, Numbers, plain
 
 MEGABYTE = 1 << 20
@@ -75,6 +75,16 @@ WRONG = {
     "control": b'{"prompt": "' + b"\x01" * MEGABYTE + b'"}',
     "not UTF-8": b'{"prompt": "' + b"\xff" * MEGABYTE + b'"}',
     "stop": b'{"model": "x", "stop": [' + b"1.5," * 30_000 + b"1]}",
+    "white space": b'{"model": "x", "prompt": ' + b" " * (3 * MEGABYTE) + '"😀"}'.encode(),
+    "long numbers": b'{"x": [' + b",".join([b"[" + b",".join([b"9" * 4299] * 16) + b"]"] * 40) + b"]}",
+    "a long name": b'{"model": "x", "' + b"\\n" * (MEGABYTE // 2) + b'": 1}',
+    "a long name inside": b'{"model": "x", "metadata": {"' + "😀".encode() * (MEGABYTE // 4) + b'": 1}}',
+    "biases": b'{"model": "x", "logit_bias": {' + b",".join(b'"%d":""' % i for i in range(30_000)) + b"}}",
+    "unknown keys inside": b'{"save_context": {' + b",".join(b'"%d":1' % i for i in range(30_000)) + b"}}",
+    "no end": b'{"model": "x", "prompt": "' + b"a" * MEGABYTE,
+    "a long expression": b'{"model": "x", "guided_regex": "' + "😀".encode() * (MEGABYTE // 4 + 1) + b'"}',
+    "long choices": b'{"model": "x", "guided_choice": [' + b",".join(b'"%d"' % i for i in range(2000)) + b"]}",
+    "numbers in a schema": b'{"model": "x", "guided_json": {"enum": ' + b"[" + b"1," * MEGABYTE + b"1]}}",
     "metadata keys": b'{"model": "x", "prompt": 5, "metadata": {'
     + b",".join(b'"%d":0' % i for i in range(9999))
     + b"}}",
@@ -125,6 +135,16 @@ def test_a_right_megabyte_takes_little_memory_too(body: bytes) -> None:
         (WRONG["unknown keys"], "0", "no such field"),
         (WRONG["nested"], "prompt", f"deeper than {MOST_DEPTH}"),
         (WRONG["stop"], "stop", "valid"),
+        (WRONG["biases"], "logit_bias", "30,000 members"),
+        (WRONG["unknown keys inside"], "save_context.0", "not permitted"),
+        (WRONG["white space"], None, "white space"),
+        (WRONG["long numbers"], None, "numbers"),
+        (WRONG["a long name"], None, "name has more"),
+        (WRONG["no end"], None, "no end"),
+        (WRONG["a long expression"], "guided_regex", "bytes, the most"),
+        (WRONG["numbers in a schema"], "guided_json", "4,096 numbers"),
+        (b'{"model": "x", "seed": ' + b"9" * 4301 + b"}", None, "digits"),
+        (b'{"model": "x", "prompt": [' + b"1," * PIECE + b"9" * 4301 + b"]}", None, "digits"),
         (b'{"model": "x", "prompt": "a", "x": ' + b"[" * 70 + b"]" * 70 + b"}", "x", "nested deeper"),
         (b'{"model": "x", "prompt": [1, true]}', "prompt", "element 1 is true"),
         (b'{"model": "x", "prompt": ["a", 1]}', "prompt", "valid string"),
@@ -151,3 +171,28 @@ def test_the_first_wrong_message_is_named() -> None:
 def test_ids_are_kept_small() -> None:
     ids = check(large(b"255,"), CompletionRequest).prompt[0]
     assert isinstance(ids, np.ndarray) and ids.dtype == np.int32 and ids[0] == 255
+
+
+def test_what_libraries_read_is_in_the_interpreters_own_types() -> None:
+    schema = {"enum": [i / 2 for i in range(40)], "description": "long " * 20_000, "examples": list(range(100))}
+    body = {"model": "x", "guided_json": schema, "stop_token_ids": list(range(20)), "chat_template_kwargs": schema}
+    calls = [{"type": "function", "function": {"name": "f", "arguments": "x" * 99_999, "more": list(range(99))}}]
+    body |= {"messages": [{"role": "assistant", "tool_calls": calls}]}
+    asked = check(json.dumps(body).encode(), ChatRequest)
+    assert asked.guided_json == asked.chat_template_kwargs == schema and asked.messages[0].tool_calls == calls
+    assert asked.stop_token_ids == list(range(20))
+    form = {"type": "json_schema", "name": "x", "schema": schema}
+    body = {"model": "x", "input": "a", "text": {"format": form}, "metadata": {"k": "v" * 512}}
+    response = check(json.dumps(body).encode(), ResponsesRequest)
+    assert response.text.format.schema_ == schema and response.metadata == {"k": "v" * 512}
+
+
+def test_long_numbers_are_found_wherever_they_begin() -> None:
+    for before in (0, 1, PIECE - 4302, PIECE - 4301, PIECE - 4300, PIECE - 1, PIECE, 3 * PIECE - 4301):
+        for digits, good in ((4300, True), (4301, False)):
+            body = b'{"a": ' + b" " * before + b"9" * digits + b" " * (2 * PIECE) + b"}"
+            if good:
+                assert parse(body)["a"] > 0
+            else:
+                with pytest.raises(ApiError, match="digits"):
+                    parse(body)

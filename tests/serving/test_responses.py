@@ -84,6 +84,11 @@ def test_what_was_answered_is_taken_back(server: Server) -> None:
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
         ({"previous_response_id": "resp_x", "context": "y"}, "previous_response_id"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a"),
+        ({"metadata": {"a": "x" * 99_999}}, "metadata.a"),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
+        ({"instructions": "x" * 2_000_000}, "instructions"),
     ],
 )
 def test_responses_that_are_refused(server: Server, fields: dict, param: str | None) -> None:
@@ -93,6 +98,36 @@ def test_responses_that_are_refused(server: Server, fields: dict, param: str | N
         assert answer.status_code == 200, "an empty message is a message"
     else:
         assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+
+
+def test_a_schema_with_many_numbers(server: Server) -> None:
+    schema = {"enum": [i + 0.5 for i in range(30)]}
+    text = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+    with server.http() as client:
+        made = client.post("/v1/responses", json={"model": "tiny", "input": "x", "text": text}).json()
+    assert (
+        json.loads(made["output"][0]["content"][0]["text"]) in schema["enum"]
+        and made["text"]["format"]["schema"] == schema
+    )
+
+
+def test_many_log_probabilities_whole_and_streamed(server: Server) -> None:
+    body = {"model": "tiny", "input": "x", "max_output_tokens": 90, "top_logprobs": 20, "seed": 1, "ignore_eos": True}
+    with server.http() as client:
+        whole = client.post("/v1/responses", json=body).json()
+        content = whole["output"][0]["content"][0]
+        assert len(content["logprobs"]) == 90 and len(content["logprobs"][0]["top_logprobs"]) == 20
+        assert client.get(f"/v1/responses/{whole['id']}").json() == whole
+        lines = client.post("/v1/responses", json={**body, "stream": True}).text.splitlines()
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+        assert events[-1]["response"]["output"][0]["content"] == [content]
+        told = [one for event in events if event["type"] == "response.output_text.delta" for one in event["logprobs"]]
+        assert told == content["logprobs"]
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 90, "seed": 1}
+        answer = client.post(
+            "/v1/chat/completions", json={**chat, "logprobs": True, "top_logprobs": 20, "ignore_eos": True}
+        )
+        assert answer.json()["choices"][0]["logprobs"]["content"] == content["logprobs"]
 
 
 def test_a_failing_stream_says_why(serve: Callable[..., Server]) -> None:

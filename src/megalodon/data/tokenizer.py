@@ -123,6 +123,11 @@ class Tokenizer(ABC):
             return None
         return np.array([len(token) for token in self.token_bytes], dtype=np.int64)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of text that the longest token stands for; 0 where tokens do not map to bytes."""
+        return 0 if self.token_lengths is None else int(self.token_lengths.max())
+
     def num_bytes(self, ids: TokenIds) -> int:
         """Size in bytes of the text of `ids`. Raises ValueError where tokens do not map to bytes."""
         if self.token_lengths is None:

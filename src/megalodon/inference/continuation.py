@@ -47,6 +47,8 @@ class Continuation:
         self._unsent: list[TokenChoice] = []
         self._counts: Counter[int] = Counter()
         self._follower = None if generation.grammar is None else generation.grammar.follow()
+        self._biased = torch.tensor([token for token, _ in generation.logit_bias], dtype=torch.int64)
+        self._bias = torch.tensor([bias for _, bias in generation.logit_bias], dtype=torch.float64)
         if generation.seed is not None:
             self._generator.manual_seed(choice_seed(generation.seed, index))
         elif generator is not None and generation.resume_generator and index == 0:
@@ -75,8 +77,8 @@ class Continuation:
         generation = self.generation
         if generation.logit_bias or ((generation.frequency_penalty or generation.presence_penalty) and self._counts):
             logits = logits.clone()
-        for token, bias in generation.logit_bias:
-            logits[token] += bias
+        if generation.logit_bias:
+            logits[self._biased] += self._bias.to(logits)
         if (generation.frequency_penalty or generation.presence_penalty) and self._counts:
             ids = torch.tensor(list(self._counts), dtype=torch.int64)
             counts = torch.tensor(list(self._counts.values()), dtype=logits.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from megalodon.data.tokenizer import Tokenizer
 
-GRAMMAR_BYTES = 1 << 18
-"""The size of a schema, expression or list of choices: larger ones take long to be made a grammar of."""
+MOST_CHOICES, MOST_SCHEMA, MOST_EXPRESSION = 1 << 18, 1 << 16, 1 << 14
+"""Characters of a list of choices; of a JSON schema; of a grammar or regular expression, and of all expressions in a
+schema: the time and memory to make a grammar of one can grow with its square. None takes a second or 100 MB."""
 COMPACT = {"whitespace_flexible": False}
 """JSON without white space between its parts, which a weak model could go on with for ever."""
 
@@ -26,12 +27,13 @@ COMPACT = {"whitespace_flexible": False}
 class Grammar:
     """A form for one tokenizer, known to be usable. Made by `Grammars`."""
 
-    def __init__(self, tokenizer: Any, source: str, vocab_size: int) -> None:
-        self._tokenizer, self._source, self._vocab_size = tokenizer, source, vocab_size
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        """`matcher` stands at a text's beginning, and knows what may come first."""
+        self._matcher, self._vocab_size = matcher, vocab_size
 
     def follow(self) -> Follower:
-        """Something that follows one text from its beginning."""
-        return Follower(_matcher(self._tokenizer, self._source), self._vocab_size)
+        """Something that follows one text from its beginning. A copy: to make a large schema's anew takes seconds."""
+        return Follower(self._matcher.deep_copy(), self._vocab_size)
 
 
 class Follower:
@@ -85,7 +87,8 @@ class Grammars:
             ValueError: if the schema is none, is too large or too complex, or uses what cannot be kept to.
             ImportError: without llguidance. NotImplementedError: if the tokenizer's tokens do not map to bytes.
         """
-        library, written = _library(), _checked(json.dumps(closed(schema)))
+        library, written = _library(), _checked(json.dumps(closed(schema)), MOST_SCHEMA)
+        _checked("".join(_expressions(schema)), MOST_EXPRESSION, "its patterns have")
         return self._grammar(library.LLMatcher.grammar_from_json_schema(written, overrides=COMPACT))
 
     def json_object(self) -> Grammar:
@@ -94,24 +97,23 @@ class Grammars:
 
     def regex(self, pattern: str) -> Grammar:
         """Text that a regular expression (Rust's syntax, `\\d` for 0 to 9) matches whole. Errors as `json_schema`."""
-        library = _library()
-        return self._grammar(
-            library.LLMatcher.grammar_from_lark(f"start: /{library.regex_to_lark(_checked(pattern), 'd')}/")
-        )
+        library, checked = _library(), _checked(pattern, MOST_EXPRESSION)
+        return self._grammar(library.LLMatcher.grammar_from_lark(f"start: /{library.regex_to_lark(checked, 'd')}/"))
 
     def choice(self, choices: Sequence[str]) -> Grammar:
         """One of several strings. Errors as `json_schema`."""
         library, written = _library(), " | ".join(json.dumps(choice) for choice in choices)
-        return self._grammar(library.LLMatcher.grammar_from_lark(f"start: {_checked(written)}"))
+        return self._grammar(library.LLMatcher.grammar_from_lark(f"start: {_checked(written, MOST_CHOICES)}"))
 
     def lark(self, source: str) -> Grammar:
         """A grammar in llguidance's variant of Lark. Errors as `json_schema`."""
-        return self._grammar(_library().LLMatcher.grammar_from_lark(_checked(source)))
+        return self._grammar(_library().LLMatcher.grammar_from_lark(_checked(source, MOST_EXPRESSION)))
 
     def _grammar(self, source: str) -> Grammar:
-        tokenizer = self._for_library()
-        _matcher(tokenizer, source)
-        return Grammar(tokenizer, source, self._tokenizer.vocab_size)
+        matcher = _matcher(self._for_library(), source)
+        matcher.compute_logit_bias()  # the slowest step of all, so not in the engine's thread
+        _refuse_error(matcher)
+        return Grammar(matcher, self._tokenizer.vocab_size)
 
     def _for_library(self) -> Any:
         with self._lock:
@@ -180,16 +182,33 @@ def _library() -> Any:
 def _matcher(tokenizer: Any, source: str) -> Any:
     library = _library()
     matcher = library.LLMatcher(tokenizer, source, log_level=0, limits=library.LLParserLimits(verbose_errors=False))
-    if matcher.is_error():
-        raise ValueError(_first_line(matcher.get_error()))
+    _refuse_error(matcher)
     return matcher
 
 
-def _checked(written: str) -> str:
-    if len(written) > GRAMMAR_BYTES:
-        raise ValueError(f"it has {len(written):,} characters; {GRAMMAR_BYTES:,} is the most that is accepted")
+def _refuse_error(matcher: Any) -> None:
+    if matcher.is_error():
+        raise ValueError(_first_line(matcher.get_error()))
+
+
+def _checked(written: str, most: int, what: str = "it has") -> str:
+    if len(written) > most:
+        raise ValueError(f"{what} {len(written):,} characters; {most:,} is the most that is accepted")
     return written
 
 
+def _expressions(schema: Any) -> Iterator[str]:
+    """All regular expressions in a schema."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("pattern"), str):
+            yield schema["pattern"]
+        if isinstance(schema.get("patternProperties"), dict):
+            yield from schema["patternProperties"]
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _expressions(part)
+
+
 def _first_line(message: str) -> str:
+    if message.startswith("panic"):  # an assertion of the library
+        return "it is too complex"
     return (message.strip().splitlines() or ["it is not usable"])[0][:300]

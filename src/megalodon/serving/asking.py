@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from anyio import to_thread
 
@@ -21,6 +22,10 @@ from megalodon.serving.room import Room
 from megalodon.serving.schemas import Generating, SaveContext, StreamOptions
 from megalodon.serving.texts import Prompt
 
+FORMS_AT_ONCE = 2
+Form: TypeAlias = tuple[str, Callable[[Grammars], Grammar]]
+"""A field that says what form an answer must have, and how to make the grammar."""
+
 
 @dataclass
 class Asked:
@@ -33,7 +38,7 @@ class Asked:
     param: str = "prompt"
     tell_end: bool = False
     echo: bool = False
-    form: tuple[str, Any] | None = None
+    form: Form | None = None
     marks: tuple[int, ...] = ()
 
 
@@ -43,6 +48,7 @@ class Asking:
     def __init__(self, service: Service, store: ContextStore, room: Room) -> None:
         self.service, self.store, self.room = service, store, room
         self._grammars = Grammars(service.engine.tokenizer)
+        self._forming = asyncio.Semaphore(FORMS_AT_ONCE)
 
     def check_model(self, asked: str | None) -> None:
         """Raise ApiError 404 for another model than the one that is served."""
@@ -73,7 +79,7 @@ class Asking:
             message = f"n: {choices} are more than {most} choices, the most that is accepted"
             raise ApiError(400, message, "too_many_choices", "n")
         self._check_save(body, asked, save)
-        generation = await to_thread.run_sync(self._generation, body, asked) if asked.max_tokens else None
+        generation = await self._planned(body, asked) if asked.max_tokens else None
         start = None if body.context is None else await to_thread.run_sync(load, self.store, owner, body.context)
         with ExitStack() as held:
             place = None
@@ -95,6 +101,15 @@ class Asking:
     def _tokenizer(self) -> Any:
         return self.service.engine.tokenizer
 
+    async def _planned(self, body: Generating, asked: Asked) -> Generation:
+        """How prompts are continued. To make a form can take seconds: a few at a time, so that they never take all
+        threads."""
+        form = asked.form or form_of(body)
+        if form is None:
+            return self._generation(body, asked, None)
+        async with self._forming:
+            return await to_thread.run_sync(self._generation, body, asked, form)
+
     def _check_save(self, body: Generating, asked: Asked, save: SaveContext | None) -> None:
         if save is None:
             return
@@ -104,7 +119,7 @@ class Asking:
             message = "save_context.replace: needs a context, and neither name nor expires_in"
             raise ApiError(400, message, "invalid_value", "save_context.replace")
 
-    def _generation(self, body: Generating, asked: Asked) -> Generation:
+    def _generation(self, body: Generating, asked: Asked, form: Form | None) -> Generation:
         most, size = self.service.settings.max_tokens, self._tokenizer.vocab_size
         if asked.max_tokens > most:
             message = f"max_tokens: {asked.max_tokens} is more than {most}, the most that is accepted"
@@ -115,7 +130,6 @@ class Asking:
         ends = frozenset(body.stop_token_ids or ())
         if ends and max(ends) >= size:
             raise ApiError(400, f"stop_token_ids: token ids go up to {size - 1}", "invalid_value", "stop_token_ids")
-        form = asked.form or form_of(body)
         if form is not None and body.min_tokens:
             message = "min_tokens: where a form is to be kept to, that decides the length"
             raise ApiError(400, message, "invalid_value", "min_tokens")
@@ -146,8 +160,8 @@ class Asking:
             raise ApiError(400, f"{param}: {error}", "invalid_value", param) from None
 
 
-def form_of(body: Generating) -> tuple[str, Callable[[Grammars], Grammar]] | None:
-    """(field, how to make the grammar) of the form that an answer must have, or None.
+def form_of(body: Generating) -> Form | None:
+    """The form that an answer must have, or None.
 
     Raises:
         ApiError: 400 if several are asked for, or one without saying which.

@@ -14,24 +14,10 @@ from starlette.requests import ClientDisconnect, Request
 
 from megalodon.serving.errors import ApiError, invalid_value
 from megalodon.serving.json_body import parse
-from megalodon.serving.texts import plain
 
 Body = TypeVar("Body", bound=BaseModel)
 LARGE = 1 << 17
 """Bodies of more bytes are checked one after another, so that together they hold up others no more than one does."""
-PLAIN_FIELDS = frozenset(
-    [
-        "response_format",
-        "structured_outputs",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "chat_template_kwargs",
-        "stop_token_ids",
-    ]
-)
-"""Fields that libraries read, which know no `LongText`."""
 
 
 def media_type(http: Request) -> str:
@@ -89,8 +75,6 @@ def check(body: bytes | bytearray, model: type[Body]) -> Body:
     for name in fields:
         if name not in known:
             raise ApiError(400, f"{name[:80]}: there is no such field here", "unknown_field", name)
-    for name in PLAIN_FIELDS & fields.keys():
-        fields[name] = plain(fields[name])
     try:
         return model.model_validate(fields)
     except ValidationError as error:

@@ -30,7 +30,7 @@ NOTE_SECONDS = 1.0
 """While a prompt is read, a stream carries a comment this often, so that nothing on the way takes it for dead."""
 MOST_SCORES = 1 << 18
 """Log-probabilities of prompts that one answer may have, those of the likeliest tokens included."""
-SCORES_IN_CHUNK = 1024
+SCORES_IN_CHUNK = MANY_SCORES = 1024
 RETRY_SECONDS = 0.05
 """Between two tries to have one of many prompts taken by an engine whose queue is full."""
 
@@ -252,8 +252,7 @@ async def respond(service: Service, store: ContextStore, http: HttpRequest, job:
             body = _stream(store, job, format, running, chained(first, events))
             return HoldingResponse(body, "text/event-stream", {"Cache-Control": "no-cache"}, stack.pop_all())
         outcome = await unless_disconnected(http, gather(running, job))
-        large = job.scores is not None or any(isinstance(prompt, LongText) for prompt in job.prompts)
-        return await json_answer(await _whole(store, job, format, running, outcome), large)
+        return await json_answer(await _whole(store, job, format, running, outcome), is_large(outcome))
     finally:
         stack.close()
 
@@ -264,6 +263,13 @@ async def gather(running: Running, job: Job) -> Outcome:
     async for index, event in running.events():
         outcome.note(event, index)
     return outcome
+
+
+def is_large(outcome: Outcome) -> bool:
+    """Whether an answer takes long to be written: a prompt in it, or log-probabilities of many tokens."""
+    job = outcome.job
+    listed = 0 if job.generation is None or job.generation.logprobs is None else 1 + job.generation.logprobs
+    return job.echo or listed * sum(map(len, outcome.tokens.values())) > MANY_SCORES
 
 
 async def unless_disconnected(http: HttpRequest, work: Any) -> Any:

@@ -26,6 +26,8 @@ Raw: TypeAlias = bytes | bytearray
 MOST_VALUES = 1 << 16
 """Members of lists and objects that a body may have, those of long lists of numbers not counted."""
 MOST_DEPTH = 64
+MOST_LEFT = 1 << 21
+"""Bytes of what is read as a whole when long strings and lists of numbers have been taken out."""
 PIECE = 1 << 16
 """Bytes that one call of the interpreter works on; the others run in between."""
 BREATH = 1e-4
@@ -47,7 +49,7 @@ _DEPTH[list(b"]}")] = -1
 _VALUES = np.zeros(256, np.uint8)  # marks that make a value of their own
 _VALUES[list(b"[{:")] = 1
 _QUOTE, _OPEN, _CLOSE, _COLON = b'"'[0], b"["[0], b"]"[0], b":"[0]
-_LONG_NUMBER = re.compile(rb"[-+.0-9eE]{%d}" % (MOST_DIGITS + 1))
+_LONG_NUMBER = re.compile(rb"(?<![-+.0-9eE])[-+.0-9eE]{%d}" % (MOST_DIGITS + 1))  # tried once a number
 _WHOLE_ESCAPES = re.compile(
     rb"(?:[^\\]++|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[0-9a-fA-F]{4}|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u])*+"
 )
@@ -64,9 +66,7 @@ def parse(body: Raw) -> dict[str, Any]:
     start = len(BOM) if body.startswith(BOM) else 0
     marks = _scan(body, start)
     marks.check(body)
-    nonce = secrets.token_hex(6)
-    while nonce.encode() in body:
-        nonce = secrets.token_hex(6)
+    nonce = secrets.token_hex(16)  # nobody can guess it, so it is not in the body
     taken: list[Any] = []
     try:
         written = _reduced(body, start, marks, nonce, taken).decode()
@@ -191,9 +191,15 @@ def _escaped(part: np.ndarray, before: int) -> tuple[np.ndarray, int]:
 
 def _reduced(body: Raw, start: int, marks: _Marks, nonce: str, taken: list[Any]) -> bytes:
     """The body with objects that number what was `taken` in the place of strings and lists of numbers."""
-    pieces, done = [], start
-    for begin, end, is_text in _spans(marks):
-        what = _text(body, begin + 1, end) if is_text else _numbers(body, begin + 1, end)
+    spans = list(_spans(marks))
+    left = len(body) - start - sum(end - begin for begin, end, _ in spans)
+    if left > MOST_LEFT:
+        message = f"body: more than {MOST_LEFT:,} bytes of names, numbers, short strings and white space"
+        raise ApiError(400, message, "too_many_values")
+    pieces, done, room = [], start, MOST_VALUES
+    for begin, end, is_text in spans:
+        what = _text(body, begin + 1, end) if is_text else _numbers(body, begin + 1, end, room)
+        room -= len(what) if isinstance(what, list) else 0
         _check_scalars(body, done, begin)
         pieces += [body[done:begin], b'{"%s":%d}' % (nonce.encode(), len(taken))]
         taken.append(what)
@@ -208,8 +214,9 @@ def _check_scalars(body: Raw, begin: int, end: int) -> None:
     if end - begin <= PIECE:
         return
     for place in range(begin, end, PIECE):
-        if _LONG_NUMBER.search(body, max(begin, place - MOST_DIGITS), min(place + PIECE, end)):
+        if _LONG_NUMBER.search(body, max(begin, place - MOST_DIGITS - 1), min(place + PIECE, end)):
             raise ValueError(f"a number has more than {MOST_DIGITS:,} digits")
+        time.sleep(BREATH)
 
 
 def _spans(marks: _Marks) -> Iterator[tuple[int, int, bool]]:
@@ -217,8 +224,13 @@ def _spans(marks: _Marks) -> Iterator[tuple[int, int, bool]]:
     kinds, places = marks.kinds, marks.places
     quotes = np.flatnonzero(kinds == _QUOTE)
     opening = quotes[: len(quotes) // 2 * 2 : 2]
-    after = np.append(kinds[2:], np.zeros(2, np.uint8))[opening]
-    opening = opening[(places[opening + 1] - places[opening] > SHORT) & (after != _COLON)]
+    is_name = np.append(kinds[2:], np.zeros(2, np.uint8))[opening] == _COLON
+    sizes = places[opening + 1] - places[opening]
+    if sizes[is_name].max(initial=0) > PIECE:
+        raise ApiError(400, f"body: a field's name has more than {PIECE:,} bytes", "invalid_value")
+    if len(quotes) % 2:
+        raise ValueError("a string has no end")
+    opening = opening[(sizes > SHORT) & ~is_name]
     flat = marks.flat()
     taken = np.concatenate([opening, flat])
     is_text = np.arange(len(taken)) < len(opening)
@@ -247,7 +259,9 @@ def _text(body: Raw, begin: int, end: int) -> str | LongText:
     return LongText(pieces)
 
 
-def _numbers(body: Raw, begin: int, end: int) -> Numbers:
+def _numbers(body: Raw, begin: int, end: int, room: int) -> Numbers | list[Any]:
+    """A list without strings: `Numbers`, or as it is if it has others than integers, and at most `room` of them."""
+    whole = end - begin <= PIECE
     parts: list[np.ndarray] = []
     count = 0
     while begin < end:
@@ -258,10 +272,20 @@ def _numbers(body: Raw, begin: int, end: int) -> Numbers:
         if not values:
             raise ValueError("Expecting value")
         wrong = wrong_number(values, count)
+        if wrong is not None and whole and len(values) <= room:
+            return values  # such as the fractions that a schema allows
         if wrong is not None:
             return Numbers(np.array([], np.int64), wrong)
-        parts.append(np.array(values, dtype=np.int32 if max(values) < 2**31 and min(values) >= -(2**31) else np.int64))
+        small = min(values) >= -(2**31) and max(values) < 2**31
+        parts.append(np.array(values, dtype=np.int32 if small else np.int64))
         count += len(values)
         begin = cut + 1
         time.sleep(BREATH)
-    return Numbers(np.concatenate(parts))
+    joined = np.empty(count, np.result_type(*(part.dtype for part in parts)))
+    parts.reverse()
+    count = 0
+    while parts:  # piece by piece: new memory is slow to write to, and nobody else runs meanwhile
+        part = parts.pop()
+        joined[count : count + len(part)] = part
+        count += len(part)
+    return Numbers(joined)

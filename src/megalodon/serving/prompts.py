@@ -32,8 +32,7 @@ def check(prompt: Prompt, tokenizer: Tokenizer, most: int, param: str = "prompt"
         least = len(prompt)
     else:
         size = prompt.nbytes if isinstance(prompt, LongText) else len(prompt)
-        longest = 0 if tokenizer.token_lengths is None else int(tokenizer.token_lengths.max())
-        least = size // longest if longest else 0
+        least = size // tokenizer.longest_token if tokenizer.longest_token else 0
     if least > most:
         raise ApiError(413, f"the text has more than {most} tokens", "prompt_too_long", param)
 

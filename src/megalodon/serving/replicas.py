@@ -20,12 +20,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import suppress
+from itertools import chain, islice
 from typing import Any
 
 import httpx
 import ray
 import uvicorn
+from anyio import to_thread
 from ray import serve
 from ray.exceptions import RayError
 from starlette.applications import Starlette
@@ -38,8 +41,11 @@ from megalodon.serving.app import create_app
 from megalodon.serving.auth import ApiKeys
 from megalodon.serving.errors import ApiError, body_timeout
 from megalodon.serving.gate import ALIVE, Drain, check_host
-from megalodon.serving.launch import EndingServer, EngineOptions
+from megalodon.serving.json_body import Raw, parse
+from megalodon.serving.launch import EndingServer, EngineOptions, settle
+from megalodon.serving.protocol import PacedProtocol
 from megalodon.serving.settings import Settings
+from megalodon.serving.texts import LongText, Numbers
 
 APP = "megalodon"
 PREFIX_CHARACTERS = 512
@@ -60,8 +66,9 @@ class Replica:
         host, port = listening.getsockname()[:2]
         self._url = f"http://{host}:{port}"
         self._engine = options.engine()
-        config = uvicorn.Config(create_app(self._engine, settings), log_level="warning", server_header=False)
-        self._server = uvicorn.Server(config)
+        app = create_app(self._engine, settings)
+        self._server = uvicorn.Server(uvicorn.Config(app, http=PacedProtocol, log_level="warning", server_header=False))
+        settle()
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]}, daemon=True)
         self._thread.start()
         while not self._server.started:
@@ -84,24 +91,47 @@ class Replica:
             raise RuntimeError("the replica's server has stopped")
 
 
-def affinity(path: str, authorization: str, body: bytes, progress: str | None = None) -> str:
-    """What requests that should meet the same replica have in common; `progress`: the key to follow an upload by."""
+def affinity(path: str, authorization: str, body: Raw, progress: str | None = None) -> str:
+    """What requests that should meet the same replica have in common. Must run in a thread: see `json_body.parse`.
+
+    Args:
+        path, authorization, body: the request's.
+        progress: the key to follow an upload by.
+    """
     parts = path.strip("/").split("/")
     what = ""
     if parts[:3] == ["v1", "contexts", "progress"] and len(parts) == 4:
         progress = parts[3]
     if progress is not None:
         what = f"progress {progress}"
-    elif parts[:2] == ["v1", "contexts"] and len(parts) > 2:
+    elif (parts[:2] == ["v1", "contexts"] and len(parts) > 2) or (parts[:2] == ["v1", "responses"] and len(parts) > 2):
         what = f"context {parts[2]}"
     elif body.startswith(b"{"):
-        try:
-            fields = json.loads(body)
-            beginning = json.dumps(fields.get("prompt") or fields.get("messages"))[:PREFIX_CHARACTERS]
-            what = f"context {fields['context']}" if fields.get("context") else beginning
-        except (ValueError, RecursionError):  # the replica will refuse it
-            what = ""
+        with suppress(ApiError):  # the replica will refuse it
+            fields = parse(body)
+            context = fields.get("context") or fields.get("previous_response_id")
+            said = (fields.get(name) for name in ("prompt", "messages", "instructions", "input"))
+            beginning = "".join(islice(_characters([one for one in said if one]), PREFIX_CHARACTERS))
+            what = f"context {context!s:.80}" if context else beginning
     return hashlib.sha256(f"{authorization}\n{what}".encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def _characters(value: Any) -> Iterator[str]:
+    """What a value says, character by character, as far as is asked."""
+    match value:
+        case LongText():
+            yield from chain.from_iterable(value)
+        case Numbers():
+            for number in value.values:
+                yield from f"{number},"
+        case dict():
+            for key in sorted(value):
+                yield from chain(key, ":", _characters(value[key]))
+        case list():
+            for one in value:
+                yield from _characters(one)
+        case _:
+            yield from f"{value},"
 
 
 class Front:
@@ -146,7 +176,7 @@ class Front:
         except ApiError as error:
             return error.response()
         progress, deadline = request.query_params.get("progress"), time.monotonic() + RETRY_SECONDS
-        key = affinity(request.url.path, authorization, body, progress)
+        key = await to_thread.run_sync(affinity, request.url.path, authorization, body, progress)
         while True:
             try:
                 url, process = await self._handle.options(multiplexed_model_id=key).address.remote()
@@ -166,17 +196,17 @@ class Front:
 
     async def _body(self, request: Request) -> tuple[bytes, AsyncIterator[bytes] | None]:
         """The body, whole if it is to be kept; otherwise its beginning and the rest."""
-        stream, kept = request.stream(), b""
+        stream, kept = request.stream(), bytearray()
         while True:
             try:
                 part = await asyncio.wait_for(anext(stream, None), self._body_seconds)
             except TimeoutError:
                 raise body_timeout(self._body_seconds) from None
             if part is None:
-                return kept, None
+                return bytes(kept), None
             kept += part
             if len(kept) > KEPT_BODY:  # of what is passed on from here the replica sees when it stops arriving
-                return kept, stream
+                return bytes(kept), stream
 
     async def _send(self, request: Request, url: str, content: bytes | AsyncIterator[bytes]) -> httpx.Response:
         target = httpx.URL(url).copy_with(raw_path=_raw_path(request))
@@ -253,7 +283,8 @@ def serve_replicas(options: EngineOptions, settings: Settings, replicas: int, ho
     print(f"megalodon: {settings.model_name} at http://{host}:{address[1]}/ on {replicas} replicas", flush=True)
     keyed = ApiKeys(settings.key_file).required
     front = Front(handle, settings.body_seconds, settings.allowed_hosts, keyed)
-    config = uvicorn.Config(front, log_level="warning", timeout_graceful_shutdown=max(1, round(settings.drain_seconds)))
+    grace = max(1, round(settings.drain_seconds))
+    config = uvicorn.Config(front, http=PacedProtocol, log_level="warning", timeout_graceful_shutdown=grace)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn passes the signal on once it has ended itself
     try:
         EndingServer(config, front.drain, settings.drain_seconds).run(sockets=[listening])

@@ -12,10 +12,10 @@ from typing import Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from megalodon.data.tokenizer import Tokenizer
-from megalodon.inference.context_store import ContextStore, NoContextError
+from megalodon.inference.context_store import ContextRecord, ContextStore, NoContextError
 from megalodon.inference.hidden import TokenChoice
 from megalodon.inference.request import Delta, Ended, Event
 from megalodon.serving import bodies
@@ -23,8 +23,8 @@ from megalodon.serving.asking import Asked, Asking, made_by, schema_or_object, s
 from megalodon.serving.chat import ChatTemplate, Template
 from megalodon.serving.errors import ERRORS, ApiError, from_exception
 from megalodon.serving.formats import logprobs_of
-from megalodon.serving.generating import Job, Outcome, Running, chained, gather, unless_disconnected
-from megalodon.serving.responses import HoldingResponse
+from megalodon.serving.generating import Job, Outcome, Running, chained, gather, is_large, unless_disconnected
+from megalodon.serving.responses import HoldingResponse, json_answer, json_steps
 from megalodon.serving.schemas import Message, ResponsesRequest, SaveContext
 from megalodon.serving.texts import LongText
 
@@ -56,18 +56,17 @@ def router(asking: Asking, template: ChatTemplate) -> APIRouter:
                 parts = _stream(store, job, answer, chained(first, events))
                 return HoldingResponse(parts, "text/event-stream", {"Cache-Control": "no-cache"}, stack.pop_all())
             outcome = await unless_disconnected(http, gather(running, job))
-            made = answer.whole(outcome)
+            made = await to_thread.run_sync(answer.whole, outcome)
             await _keep(store, job, outcome, answer.id, made)
-            return JSONResponse(made)
+            return await json_answer(made, is_large(outcome))
         finally:
             stack.close()
 
-    @routes.get("/{response_id}")
-    async def one(response_id: str, http: Request) -> dict[str, Any]:
+    @routes.get("/{response_id}", response_model=None)
+    async def one(response_id: str, http: Request) -> Response:
         """A response that was kept."""
         record = await to_thread.run_sync(_kept, store, http.state.owner, response_id)
-        made: dict[str, Any] = json.loads(record.note or "{}")
-        return made
+        return Response(record.note, media_type="application/json")
 
     @routes.delete("/{response_id}")
     async def delete(response_id: str, http: Request) -> dict[str, Any]:
@@ -151,8 +150,12 @@ async def _keep(store: ContextStore, job: Job, outcome: Outcome, name: str, made
     snapshot, place = outcome.snapshot, job.place
     assert snapshot is not None and job.keep_seconds is not None
     expires, parent = time.time() + job.keep_seconds, None if job.start is None else job.start[0].id
-    note = json.dumps(made)
-    await to_thread.run_sync(lambda: place.fill(lambda: store.create(job.owner, snapshot, name, expires, parent, note)))
+
+    def create() -> ContextRecord:
+        note = b"".join(json_steps(made)).decode()
+        return place.fill(lambda: store.create(job.owner, snapshot, name, expires, parent, note))
+
+    await to_thread.run_sync(create)
 
 
 class Answer:
@@ -248,8 +251,23 @@ async def _stream(
     def said(kind: str, **fields: Any) -> bytes:
         nonlocal number
         number += 1
-        written = json.dumps({"type": kind, "sequence_number": number, **fields})
-        return f"event: {kind}\ndata: {written}\n\n".encode()
+        written = b"".join(json_steps({"type": kind, "sequence_number": number, **fields}))
+        return b"event: %s\ndata: %s\n\n" % (kind.encode(), written)
+
+    def ended() -> list[bytes]:
+        """The events after the text. Must run in a thread: each holds all of it, with its log-probabilities."""
+        part = answer.part("".join(outcome.texts.get(0, [])), outcome.tokens.get(0, []))
+        done = {**answer.place, "content_index": 0}
+        return [
+            said("response.output_text.done", **done, text=part["text"], logprobs=part["logprobs"]),
+            said("response.content_part.done", **done, part=part),
+        ]
+
+    def completed(made: dict[str, Any]) -> list[bytes]:
+        return [
+            said("response.output_item.done", output_index=0, item=made["output"][0]),
+            said(f"response.{made['status']}", response=made),
+        ]
 
     try:
         begun = answer.envelope("in_progress")
@@ -262,14 +280,12 @@ async def _stream(
             if isinstance(event, Delta) and (event.text or event.tokens):
                 yield said("response.output_text.delta", **answer.delta(event))
             elif isinstance(event, Ended):
-                part = answer.part("".join(outcome.texts.get(0, [])), outcome.tokens.get(0, []))
-                done = {**answer.place, "content_index": 0}
-                yield said("response.output_text.done", **done, text=part["text"], logprobs=part["logprobs"])
-                yield said("response.content_part.done", **done, part=part)
-        made = answer.whole(outcome)
+                for part in await to_thread.run_sync(ended):
+                    yield part
+        made = await to_thread.run_sync(answer.whole, outcome)
         await _keep(store, job, outcome, answer.id, made)
-        yield said("response.output_item.done", output_index=0, item=made["output"][0])
-        yield said(f"response.{made['status']}", response=made)
+        for part in await to_thread.run_sync(completed, made):
+            yield part
     except Exception as error:
         known = from_exception(error)
         if known is None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from megalodon.inference.context_store import NAME
 from megalodon.inference.sampling import LEAST, Sampling
 from megalodon.serving.errors import ApiError
 from megalodon.serving.fields import ignored, refused
-from megalodon.serving.texts import MOST_PROMPTS, Prompts, Text, TokenIds
+from megalodon.serving.texts import MOST_PROMPTS, PLAIN, Object, Prompts, Text, TokenIds, Written, at_most, short
 
 MOST_MESSAGES = 4096
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
@@ -24,12 +24,26 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
 Model = Annotated[str, Field(max_length=256, description="the name of the model that is served")]
 Flag = bool | None
+Key = Annotated[str, StringConstraints(max_length=64)]
+Value = Annotated[str, StringConstraints(max_length=512)]
+MOST_FIELDS = 256
+MOST_BIASES = 4096
 
 
 class Strict(BaseModel):
     """Fields that are not known are refused by name."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, value: Any) -> Any:
+        """Of ten thousand fields that are not known, one is enough of an error."""
+        if not isinstance(value, dict) or len(value) <= MOST_FIELDS:
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(name for name in value if name not in known)
+        return {name: one for name, one in value.items() if name in known or name == unknown}
 
 
 class StreamOptions(Strict):
@@ -61,7 +75,7 @@ class JsonSchema(Strict):
 
     name: Annotated[str, StringConstraints(max_length=256)] | None = None
     description: Annotated[str, StringConstraints(max_length=1 << 16)] | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Object | None = Field(None, alias="schema")
     strict: Any = ignored("schemas are always kept to")
 
 
@@ -72,14 +86,17 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
 
+Choices = Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True), PLAIN]
+
+
 class StructuredOutputs(Strict):
     """vLLM's `structured_outputs`: one of these."""
 
-    json_: dict[str, Any] | None = Field(None, alias="json")
+    json_: Object | None = Field(None, alias="json")
     json_object: Flag = None
-    regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
-    grammar: str | None = None
+    regex: Written | None = None
+    choice: Choices | None = None
+    grammar: Written | None = None
 
 
 # --- completions and chat ---------------------------------------------------------------------------------------------
@@ -95,7 +112,7 @@ class Generating(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = Field(
         None, description="up to 16 strings that end the answer and are no part of it"
     )
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = Field(
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True), PLAIN] | None = Field(
         None, description="tokens that end the answer and are no part of it"
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
@@ -115,8 +132,8 @@ class Generating(Strict):
     )
     frequency_penalty: Penalty | None = Field(None, description="over the tokens of the answer")
     presence_penalty: Penalty | None = Field(None, description="over the tokens of the answer")
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=4096)] | None = Field(
-        None, description="token id to what is added to its logit, -100 to 100, up to 4,096 tokens"
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(MOST_BIASES)] | None = Field(
+        None, description=f"token id to what is added to its logit, -100 to 100, up to {MOST_BIASES:,} tokens"
     )
     ignore_end: Flag = Field(False, description="go on after the end of a document")
     ignore_eos: Flag = Field(False, description="vLLM's and llama.cpp's name for `ignore_end`")
@@ -125,12 +142,10 @@ class Generating(Strict):
     structured_outputs: StructuredOutputs | None = Field(
         None, description="one of `json`, `json_object`, `regex`, `choice`, `grammar` (llguidance's Lark)"
     )
-    guided_json: dict[str, Any] | None = Field(None, description="a JSON schema that the answer must have")
-    guided_regex: str | None = Field(None, description="a regular expression that must match the whole answer")
-    guided_choice: Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)] | None = Field(
-        None, description="strings one of which the answer must be"
-    )
-    guided_grammar: str | None = Field(None, description="a grammar in llguidance's Lark")
+    guided_json: Object | None = Field(None, description="a JSON schema that the answer must have")
+    guided_regex: Written | None = Field(None, description="a regular expression that must match the whole answer")
+    guided_choice: Choices | None = Field(None, description="strings one of which the answer must be")
+    guided_grammar: Written | None = Field(None, description="a grammar in llguidance's Lark")
     context: str | None = Field(None, max_length=80, description="id or name of a context to go on from")
     save_context: SaveContext | bool | None = Field(
         False, description="keep the context after the answer: `true`, or `name`, `expires_in`, `replace`"
@@ -273,8 +288,8 @@ class Message(Strict):
     content: Text | Annotated[list[Part], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
     name: str | None = None
     refusal: Text | None = None
-    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = None
-    function_call: dict[str, Any] | None = None
+    tool_calls: Annotated[list[Object], Field(max_length=128, fail_fast=True)] | None = None
+    function_call: Object | None = None
     tool_call_id: str | None = None
     type: Any = ignored("messages have no other type")
     annotations: Any = ignored("nothing for the model")
@@ -307,7 +322,7 @@ class _Templated(Strict):
 
     add_generation_prompt: Flag = Field(True, description="end where an answer begins")
     continue_final_message: Flag = Field(False, description="go on with the last message; no new one is begun")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="more variables for the template")
+    chat_template_kwargs: Object | None = Field(None, description="more variables for the template")
 
     @model_validator(mode="after")
     def _one_end(self) -> _Templated:
@@ -387,13 +402,15 @@ class ResponsesRequest(Generating):
     input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)] = Field(
         description="a text or a list of messages"
     )
-    instructions: Text | None = Field(None, description="a system message before the input")
+    instructions: Annotated[Text, BeforeValidator(short)] | None = Field(
+        None, description="a system message before the input"
+    )
     max_output_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = Field(
         None, description="`--default-tokens` if not given"
     )
     previous_response_id: str | None = Field(None, max_length=80, description="go on after this one, kept as a context")
     store: Flag = Field(True, description="keep the response as a context, to go on from")
-    metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = Field(None, description="given back")
+    metadata: Annotated[dict[Key, Value], at_most(16)] | None = Field(None, description="up to 16 strings, given back")
     text: ResponseText | None = Field(None, description="`format`: `text`, `json_object` or `json_schema`")
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="with `include`")
     include: list[str] | None = Field(

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import PydanticCustomError, core_schema
 
 MOST_PROMPTS = 2048
 MOST_PLAIN = 4096
+"""Numbers of one list in a `Plain` value."""
+MOST_PLAIN_BYTES = 1 << 20
+"""UTF-8 bytes of one string in a `Plain` value."""
 
 
 class LongText:
@@ -106,21 +109,55 @@ class TokenIds:
             wrong = f"element {place} is {ids[place]}, which is no token id"
         if wrong is not None:
             raise PydanticCustomError("token_ids", "{wrong}", {"wrong": wrong})
-        return ids.astype(np.int32)
+        return ids.astype(np.int32, copy=False)
 
 
 def plain(value: Any) -> Any:
-    """A value read by `json_body.parse` in the interpreter's own types; lists of very many numbers stay as they are."""
+    """A value read by `json_body.parse` in the interpreter's own types.
+
+    Raises:
+        PydanticCustomError: for a string of more than `MOST_PLAIN_BYTES`, or a list of more than `MOST_PLAIN` numbers.
+    """
     match value:
         case LongText():
-            return str(value)
-        case Numbers() if len(value) <= MOST_PLAIN:
+            return str(short(value))
+        case Numbers():
+            if value.wrong is not None or len(value) > MOST_PLAIN:
+                raise PydanticCustomError("too_long", f"a list has more than {MOST_PLAIN:,} numbers, the most here")
             return value.values.tolist()
         case dict():
             return {key: plain(one) for key, one in value.items()}
         case list():
             return [plain(one) for one in value]
     return value
+
+
+def short(value: Any) -> Any:
+    """A text that will be held and sent whole; see `MOST_PLAIN_BYTES`.
+
+    Raises:
+        PydanticCustomError: for a longer one.
+    """
+    if isinstance(value, LongText) and value.nbytes > MOST_PLAIN_BYTES:
+        raise PydanticCustomError("too_long", f"a text has more than {MOST_PLAIN_BYTES:,} bytes, the most here")
+    return value
+
+
+PLAIN = BeforeValidator(plain)
+"""Of a field that libraries read, or that is written again: they know no `LongText`."""
+Object: TypeAlias = Annotated[dict[str, Any], PLAIN]
+Written: TypeAlias = Annotated[str, PLAIN]
+
+
+def at_most(most: int) -> BeforeValidator:
+    """Looks at how many members there are before each is looked at: all may be wrong, and each would be an error."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"it has {len(value):,} members; {most:,} is the most that is accepted")
+        return value
+
+    return BeforeValidator(check)
 
 
 Prompt: TypeAlias = "str | LongText | np.ndarray"

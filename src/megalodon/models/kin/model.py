@@ -57,6 +57,15 @@ class FinalNorm(nn.RMSNorm):
         return super().forward(x), None
 
 
+class FinalLayerNorm(nn.LayerNorm):
+    """A layer norm, called so."""
+
+    # narrower than a mixer's: there is no memory
+    def forward(self, x: Tensor, memory: None, layout: Layout) -> tuple[Tensor, None]:  # type: ignore[override]
+        """[B, L, D] -> ([B, L, D], None)."""
+        return super().forward(x), None
+
+
 class KinModel(KinPreTrainedModel, StatefulModel):
     """Token ids -> normalised hidden states, and the state of the sequences (`KinState`)."""
 
@@ -65,8 +74,9 @@ class KinModel(KinPreTrainedModel, StatefulModel):
     def make_block(self, layer: int) -> KinBlock:
         return KinBlock(self.config, layer)
 
-    def make_final_norm(self) -> FinalNorm:
-        return FinalNorm(self.config.model_dim, self.config.norm_eps)
+    def make_final_norm(self) -> FinalNorm | FinalLayerNorm:
+        kind = FinalNorm if self.config.norm == "rms" else FinalLayerNorm
+        return kind(self.config.model_dim, self.config.norm_eps)
 
     @property
     def reads_in_pieces(self) -> bool:
@@ -80,6 +90,6 @@ class KinModel(KinPreTrainedModel, StatefulModel):
 
 
 class KinForCausalLM(KinPreTrainedModel, CausalLM):
-    """The language model: `KinModel` and a linear head without bias; logits in float32."""
+    """The language model: `KinModel` and a linear head; logits in float32."""
 
     model_class = KinModel

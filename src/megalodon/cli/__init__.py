@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "measure a model on held-out text",
     "tokenizer": "train a byte-pair encoding on your text",
     "plan": "choose a mesh for a model on many devices",
+    "linearize": "turn a pretrained Transformer into a model of constant memory",
     "convert": "read and write other implementations' checkpoints",
     "info": "show versions, hardware and the back ends in use",
 }

@@ -72,7 +72,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a config is a mapping of sections, not a {type(values).__name__}")
     for override in overrides:
-        _apply(values, override)
+        lay_over(values, override)
     return check_config(values, str(path))
 
 
@@ -96,7 +96,7 @@ def check_config(values: dict[str, Any], where: str) -> TrainConfig:
     return config
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def lay_over(values: dict[str, Any], override: str) -> None:
     """Lay one `a.b=value` over nested values, in place."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):

@@ -30,7 +30,7 @@ class KinConfig(Config):
         ffn_hidden_dim: width of the SwiGLU layer (alias `intermediate_size`); 0: none. None: 8/3 of model_dim, in
             sixteens.
         rope_base: base of the rotary embedding of the mixers that have one; None: no rotary embedding.
-        rope_frequencies: in place of rope_base: pair i of a head turns by so many radians a token; the numbers of a head
+        rope_frequencies: in place of rope_base: pair i of a head turns by so many radians a token; numbers of a head
             beyond its pairs do not turn. What a model was trained with, whatever scaling it came from.
         rope_amplitude: what turned numbers are multiplied with, with rope_frequencies.
         norm: "rms", or "layer" with biases.

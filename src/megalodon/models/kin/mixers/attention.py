@@ -26,7 +26,7 @@ class Attention(Projected):
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeysAndValues:
         return KeysAndValues.empty(batch, self.num_groups, self.head_dim, self.head_dim, device, dtype)
 
-    def heads(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         q, k, v = self.queries_keys_values(x, layout, rotated=True)
         if self.two_way:
             return _both_sides(q, k, v, layout), None

@@ -227,7 +227,7 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    def heads(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         """`forward` before the output projection, of mixers that have heads and one: (each head's output
         [B, L, H, e], the memory after it)."""
         raise NotImplementedError(f"{type(self).__name__} has no heads before an output projection")

@@ -74,7 +74,7 @@ class Hip(Attention):
         probe = torch.zeros(batch, self.num_heads, self.head_dim, device=device, dtype=dtype)
         return HipMemory(super().empty(batch, device, dtype), probe)
 
-    def heads(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         memory = self.empty(len(x), x.device, x.dtype) if memory is None else memory
         q, k, v = self.queries_keys_values(x, layout, rotated=True)
         q = q / math.sqrt(self.head_dim)

@@ -77,7 +77,7 @@ class Lizard(Projected):
             *(torch.zeros(*recent, self.head_dim, device=device, dtype=dtype) for _ in range(2)),
         )
 
-    def heads(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         q, k, v = self.queries_keys_values(x, layout, rotated=False)
         out, state = ops.linear_attention(
             q,

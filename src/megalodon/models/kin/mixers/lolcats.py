@@ -69,7 +69,7 @@ class LoLCATs(Projected):
             *(torch.zeros(*recent, self.head_dim, device=device, dtype=dtype) for _ in range(2)),
         )
 
-    def heads(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         q, k, v = self.queries_keys_values(x, layout, rotated=True)
         out, state = self.mix(q, k, v, memory, layout)
         return out, WindowedSums.of(state)

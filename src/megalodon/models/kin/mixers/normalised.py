@@ -37,10 +37,10 @@ class NormalisedLinear(Mixer):
         raise NotImplementedError
 
     def forward(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Any]:
-        out, memory = self.heads(x, memory, layout)
+        out, memory = self.head_outputs(x, memory, layout)
         return self.o_proj(out.flatten(-2)), memory
 
-    def heads(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         """`forward` before the output projection: (each head's output [B, L, H, d], the memory after it)."""
         q, k, v = self._heads(x, x)
         if self.rotary is not None:

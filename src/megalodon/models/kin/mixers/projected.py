@@ -42,7 +42,7 @@ class Projected(Mixer):
             self.head_norms = nn.ModuleDict({name: norm(self.head_dim, eps=float(config.norm_eps)) for name in "qk"})
 
     def forward(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Any]:
-        out, memory = self.heads(x, memory, layout)
+        out, memory = self.head_outputs(x, memory, layout)
         return self.o_proj(out.flatten(-2)), memory
 
     def queries_keys_values(self, x: Tensor, layout: Layout, rotated: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,7 +55,7 @@ class Retention(Projected):
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> Sums:
         return Sums(sums_of((batch, self.num_heads, self.head_dim, self.head_dim), device, dtype))
 
-    def heads(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         groups = self.num_heads // self.num_groups
         q, k, v = self._heads(x, x)
         q = F.relu(self.feature_q(q.flatten(-2)))

@@ -42,7 +42,7 @@ class SlidingAttention(Projected):
         shape = (batch, self.window - 1, self.num_groups, self.head_dim)
         return WindowMemory(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
 
-    def heads(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         q, k, v = self.queries_keys_values(x, layout, rotated=True)
         if self.two_way:
             out = ops.two_way_window_attention(q / math.sqrt(self.head_dim), k, v, self.window, layout=layout)

@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "train architectures alike and compare them",
     "tokenizer": "train a byte-pair encoding on your text",
     "plan": "choose a mesh for a model on many devices",
+    "linearize": "turn a pretrained Transformer into a model of constant memory",
     "convert": "read and write other implementations' checkpoints",
     "info": "show versions, hardware and the back ends in use",
 }

@@ -340,7 +340,7 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.output_size or config.vocab_size
-        self.lm_head = nn.Linear(config.model_dim, self.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.model_dim, self.vocab_size, bias=getattr(config, "head_bias", False))
         self.post_init()
 
     @property

@@ -82,7 +82,7 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a config is a mapping of sections, not a {type(values).__name__}")
     for override in overrides:
-        _apply(values, override)
+        lay_over(values, override)
     return values
 
 
@@ -106,7 +106,7 @@ def check_config(values: dict[str, Any], where: str) -> TrainConfig:
     return config
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def lay_over(values: dict[str, Any], override: str) -> None:
     """Lay one `a.b=value` over nested values, in place."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):

@@ -79,6 +79,7 @@ class Attamba(Mixer):
     """`k = n + SSMk(n), v = n + SSMv(n), out = Wo softmax(rope(Wq n) rope(k)^T / sqrt d) v`, n the normalised input."""
 
     kind = "growing"
+    own_rotary = True
 
     class Parameters(MixerParameters):
         """chunk: C, tokens between boundaries; leading: earlier tokens that a query sees beside itself; offset: the

@@ -196,12 +196,14 @@ class Mixer(nn.Module):
         kind: how its memory grows with what was read.
         two_way_mode: whether it has a noncausal form, used where `config.two_way`.
         causal_mode: whether it has a causal form.
+        own_rotary: whether it turns heads by powers of rope_base and in no other way.
         takes_residual: whether it is given the residual stream itself, not its norm, to bring norms of its own.
     """
 
     kind: ClassVar[Kind]
     two_way_mode: ClassVar[bool] = False
     causal_mode: ClassVar[bool] = True
+    own_rotary: ClassVar[bool] = False
     takes_residual: ClassVar[bool] = False
 
     class Parameters(MixerParameters):
@@ -232,6 +234,11 @@ class Mixer(nn.Module):
             padding is ignored.
         """
         raise NotImplementedError
+
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
+        """`forward` before the output projection, of mixers that have heads and one: (each head's output
+        [B, L, H, e], the memory after it)."""
+        raise NotImplementedError(f"{type(self).__name__} has no heads before an output projection")
 
     @classmethod
     def kind_with(cls, parameters: MixerParameters) -> Kind:

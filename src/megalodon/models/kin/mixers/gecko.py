@@ -63,6 +63,7 @@ class GeckoMixer(Mixer):
     """The first residual branch of a Gecko block."""
 
     kind = "constant"
+    own_rotary = True
 
     class Parameters(BlockParameters):
         mixer = "gecko"

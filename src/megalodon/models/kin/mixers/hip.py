@@ -74,17 +74,12 @@ class Hip(Attention):
         probe = torch.zeros(batch, self.num_heads, self.head_dim, device=device, dtype=dtype)
         return HipMemory(super().empty(batch, device, dtype), probe)
 
-    def forward(  # type: ignore[override]  # its own memory
-        self, x: Tensor, memory: HipMemory | None, layout: Layout
-    ) -> tuple[Tensor, HipMemory]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         memory = self.empty(len(x), x.device, x.dtype) if memory is None else memory
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if self.rope_base is not None:
-            turns = ops.rotations_of(layout, self.head_dim, self.rope_base)
-            q, k = ops.rotate_halves(q, turns), ops.rotate_halves(k, turns)
+        q, k, v = self.queries_keys_values(x, layout, rotated=True)
         q = q / math.sqrt(self.head_dim)
         if not x.numel():
-            return x, memory
+            return q, memory
         context, past = context_of(memory.past, k, v, layout)
         plan = _Plan(context, self.given)
         probes = torch.cat([memory.probe[:, None].to(q.dtype), q], dim=1)
@@ -92,7 +87,7 @@ class Hip(Attention):
         out = self._attend(q, context, plan, chosen)
         rows = torch.arange(len(x), device=x.device)
         last = torch.from_numpy(plan.last_probe(layout)).to(x.device)
-        return self.o_proj(out.flatten(-2)), HipMemory(past, probes[rows, last.expand(len(x))])
+        return out, HipMemory(past, probes[rows, last.expand(len(x))])
 
     @classmethod
     def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:

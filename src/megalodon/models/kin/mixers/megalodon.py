@@ -88,6 +88,7 @@ class MegalodonMixer(Mixer):
     """The first residual branch of a Megalodon block. The kin's block has a residual of its own for the second hop."""
 
     kind = "constant"
+    own_rotary = True
 
     class Parameters(BlockParameters):
         mixer = "megalodon"

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from megalodon.linearize import losses
 from megalodon.linearize.config import LinearizeConfig, LoraSection, StageSection
 from megalodon.linearize.recipe import FineTune, Lesson, Recipe, Stage, Transfer
 from megalodon.linearize.recipes.lolcats import ADAMW
@@ -44,7 +45,7 @@ def row_error(lesson: Lesson) -> Tensor:
     map_q, map_k = lesson.student.maps()  # type: ignore[operator]
     weights = torch.einsum("blhf,bshf->bhls", map_q(q).float(), map_k(k).float()).masked_fill(~visible, 0)
     rows = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
-    return -(wanted * rows.clamp(min=1e-12).log()).sum(-1).mean()
+    return losses.row_cross_entropy(rows, wanted)
 
 
 def seen(lesson: Lesson) -> Tensor:

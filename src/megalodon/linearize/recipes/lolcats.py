@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
+from megalodon.linearize import losses
 from megalodon.linearize.config import LinearizeConfig, LoraSection, StageSection
 from megalodon.linearize.recipe import FineTune, Lesson, Recipe, Stage, Transfer
 from megalodon.models.kin import KinConfig
@@ -45,7 +45,7 @@ class Config(LinearizeConfig):
 def output_error(lesson: Lesson) -> Tensor:
     """1000 times the mean square of the difference between the heads' outputs, before the output projection."""
     heads, _ = lesson.student.head_outputs(lesson.x, None, lesson.layout)
-    return 1000 * torch.nn.functional.mse_loss(heads.float(), lesson.heads.float())
+    return losses.attention_transfer(heads, lesson.heads)
 
 
 class LoLCATs(Recipe):

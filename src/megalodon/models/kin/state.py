@@ -63,6 +63,10 @@ class KinState(State):
         return position
 
     @classmethod
+    def could_have(cls, sizes: KinDimensions, name: str, position: int, count: int) -> bool:
+        return count <= position
+
+    @classmethod
     def empty(cls, config: KinConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Self:
         sizes = KinDimensions.of(config)
 

@@ -6,6 +6,7 @@ The folder is never written to.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -24,6 +25,9 @@ from megalodon.models.kin.block import KinBlock
 
 LENGTH_FREE = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary scaling whose frequencies do not depend on how long the text at hand is."""
+
+ATTENTIONS = ("attention", "hip", "sliding_attention")
+"""Mixers that have attention's own weights and no others."""
 
 
 class Kind(NamedTuple):
@@ -75,6 +79,29 @@ class Teacher:
         self._files = _files_of(folder)
         self._open: dict[str, Any] = {}
         self.dtype = self.tensor("model.embed_tokens.weight").dtype
+
+    def with_attention(self, name: str, parameters: Mapping[str, Any]) -> Teacher:
+        """This model, its weights as they are, with another attention in the layers that see everything.
+
+        Args:
+            name: of `ATTENTIONS`.
+            parameters: of this mixer, such as its window; those of the projections are the model's.
+
+        Raises:
+            ValueError: there is no such attention or parameter, or a value does not fit; the message names it.
+        """
+        if name not in ATTENTIONS:
+            raise ValueError(f"attention is {name!r}: with a model's own weights it must be {', '.join(ATTENTIONS)}")
+        own = self.config.architecture_fields()
+        fields = {field: getattr(self.config, field) for field in own if field not in ("mixers", "mixer_parameters")}
+        mixers: list[str | dict[str, Any]] = []
+        for layer in range(self.config.num_layers):
+            kind, given = self.config.mixer_of(layer)
+            entry = {"name": kind, **given.model_dump()}
+            mixers.append({**entry, "name": name, **parameters} if kind == "attention" else entry)
+        other = copy.copy(self)
+        other.config = KinConfig(**fields, mixers=mixers)
+        return other
 
     def tensor(self, name: str) -> Tensor:
         """One of its parameters by the name in its files, mapped.

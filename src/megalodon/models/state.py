@@ -123,6 +123,11 @@ class State:
         return position % int(sizes.alignment)
 
     @classmethod
+    def could_have(cls, sizes: Any, name: str, position: int, count: int) -> bool:
+        """Whether a tensor of any length could be so long for one row of so many tokens."""
+        return count == cls.places(sizes, name, position)
+
+    @classmethod
     def is_possible(cls, name: str, tensor: Tensor) -> bool:
         """Whether a tensor of `state_dict` could be that of a state: finite, and no variance negative."""
         return bool(tensor.isfinite().all()) and not (name.endswith(".var") and bool((tensor < 0).any()))

@@ -67,6 +67,15 @@ class KinState(State):
         return shapes
 
     @classmethod
+    def places(cls, sizes: KinDimensions, name: str, position: int) -> int:
+        """At most: attention keeps a place for every token, others fewer."""
+        return position
+
+    @classmethod
+    def could_have(cls, sizes: KinDimensions, name: str, position: int, count: int) -> bool:
+        return count <= position
+
+    @classmethod
     def empty(cls, config: KinConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Self:
         sizes = KinDimensions.of(config)
 

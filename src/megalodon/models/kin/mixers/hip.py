@@ -47,9 +47,9 @@ class Hip(Attention):
     two_way_mode = False
 
     class Parameters(Attention.Parameters):
-        """mask_size: keys that a search finds; query_block: queries that share a search; key_block: keys that are
-        found together; window: keys until a block's first query that it sees in any case, with those after; sinks: the
-        same, of the document's first keys."""
+        """mask_size: keys that a search finds, 0 for none beside sinks and window; query_block: queries that share a
+        search; key_block: keys that are found together; window: keys until a block's first query that it sees in any
+        case, with those after; sinks: the same, of the document's first keys."""
 
         mask_size: int = 512
         query_block: int = 32
@@ -58,13 +58,11 @@ class Hip(Attention):
         sinks: int = 32
 
         def check(self, config: KinConfig) -> None:
-            for name in ("mask_size", "query_block", "key_block", "window"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"hip: {name}={getattr(self, name)}: it must be at least 1")
+            for name, least in (("mask_size", 0), ("query_block", 1), ("key_block", 1), ("window", 1), ("sinks", 0)):
+                if getattr(self, name) < least:
+                    raise ValueError(f"hip: {name}={getattr(self, name)}: it must be at least {least}")
             if self.mask_size % self.key_block:
                 raise ValueError(f"hip: mask_size={self.mask_size} is not divisible by key_block={self.key_block}")
-            if self.sinks < 0:
-                raise ValueError(f"hip: sinks={self.sinks}: it must be at least 0")
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
@@ -107,6 +105,8 @@ class Hip(Attention):
         given, size = self.given, self.given.key_block
         count = given.mask_size // size
         batch, heads = probes.shape[0], self.num_heads
+        if not count:
+            return torch.zeros(batch, heads, plan.probe.shape[1], 0, dtype=torch.int64, device=probes.device)
         keys = context.keys.transpose(1, 2)  # [B, G, S, d]
         per_group = heads // keys.shape[1]
         probe, blocks = (torch.from_numpy(table).to(probes.device) for table in (plan.probe, plan.blocks))

@@ -246,9 +246,9 @@ def _check_fairness(config: CompareConfig, configs: dict[str, TrainConfig], wher
 def _shared_settings(config: TrainConfig) -> dict[str, Any]:
     """Of a training config, what decides on the batches, how many there are and how they are measured, by key."""
     run = config.run.model_dump(mode="json", include={"steps", "precision", "device"})
-    values: dict[str, Any] = {"data": config.data.model_dump(mode="json", exclude={"mode", "cache_folder"}), "run": run}
-    values |= {"tokenizer": config.tokenizer, "evaluation": config.evaluation.model_dump(mode="json")}
-    return dict(_flat(values))
+    data = config.data.model_dump(mode="json", exclude={"mode", "cache_folder"})
+    evaluation = config.evaluation.model_dump(mode="json")
+    return dict(_flat({"data": data, "run": run, "tokenizer": config.tokenizer, "evaluation": evaluation}))
 
 
 def _flat(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

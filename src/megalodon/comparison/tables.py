@@ -122,7 +122,7 @@ def sweep(summary: Summary) -> Table:
             return f"**{text}**" if rate == best else text
 
         rows.append([each.name, *map(cell, rates)])
-    note = f"Held out, {summary.unit}. The best is not at an edge: the grid was widened until it was not."
+    note = f"Held out, {summary.unit}. Bold is chosen, which is never at an edge: the grid is widened until it is not."
     return Table("Learning rates", note, ["", *(f"{rate:g}" for rate in rates)], rows)
 
 

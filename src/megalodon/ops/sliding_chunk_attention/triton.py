@@ -202,9 +202,7 @@ def sliding_chunk_attention(
     """See `megalodon.ops.sliding_chunk_attention`; the tensors have a token at least, and pass `fits`."""
     chunk, open_width = layout.chunk_size, layout.longest_offset
     assert chunk is not None
-    has_before = prefix.before is not None and (
-        layout.position >= chunk if isinstance(layout, PlainLayout) else bool((layout.positions >= chunk).any())
-    )
+    has_before = prefix.before is not None and layout.most_seen >= chunk
     parts = [] if not open_width or prefix.open is None else [tuple(x[:, :open_width] for x in prefix.open)]
     if has_before and prefix.before is not None:
         parts.append(prefix.before)
@@ -215,10 +213,8 @@ def sliding_chunk_attention(
     first = first_visible(layout, segments)
     if first is not None:
         first = first.expand(q.shape[:2]).to(torch.int32).contiguous()
-    shape, given = [], []
-    if isinstance(layout, PlainLayout):
-        shape = [chunk, layout.position % chunk + (chunk if layout.position >= chunk else 0), open_width]
-    else:
+    shape, given = [chunk, layout.most_seen % chunk + (chunk if layout.most_seen >= chunk else 0), open_width], []
+    if not isinstance(layout, PlainLayout):
         block = _block_of(q, dropout > 0 or cache[0] is not None or first is not None)
         plans = tables.two_chunk_windows(layout, open_width, block, has_before)
         given = [table for plan in plans for table in plan]

@@ -363,7 +363,7 @@ class PlainLayout(Layout):
         return self.uniform_offset
 
     @property
-    def most_seen(self) -> int:  # type: ignore[override]  # of a cached one
+    def most_seen(self) -> int:
         return self.position
 
     @property

@@ -218,6 +218,19 @@ def attention_cases(dtype: torch.dtype, form: str) -> Iterator[tuple[str, Callab
             yield f"one token, {name}", lambda step=step: step(**token)
 
 
+def window_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    heads, key, value, length, chunk = 4, attention.WIDEST_KEY[dtype], 2048, 640, 256
+    widths = {"q": key, "q_before": key, "k": key, "v": value}
+    inputs = {name: leaf(1, length, heads, width, dtype=dtype) for name, width in widths.items()}
+    kept = {"before": chunk, "open": 96}
+    prefix = {f"{p}_{n}": leaf(1, kept[p], heads, widths[n], dtype=dtype) for p in kept for n in ("k", "v")}
+    bos = {"bos_mask": torch.arange(length)[None] % 100 == 0}
+    run = partial(ops.sliding_chunk_attention, chunk_size=chunk, backend="triton")
+    yield "new", lambda: there_and_back(run, inputs)
+    yield "carried chunks and segments", lambda: there_and_back(run, inputs | prefix | bos)
+    yield "dropkey", lambda: there_and_back(partial(run, dropout=0.1, dropkey=True), inputs)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Everything that launches kernels: bfloat16 and float32, D = 4096, N = 16, H = 4, q and k 256, v 2048."""
     for dtype in (torch.bfloat16, torch.float32):
@@ -228,6 +241,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             ("timestep_decay_norm", decay_norm_cases(dtype)),
             ("attention, fused", attention_cases(dtype, "triton-fused")),
             ("attention, strips", attention_cases(dtype, "triton-strips")),
+            ("window", window_cases(dtype)),
         ):
             for case, call in found:
                 yield f"{operator}, {name}: {case}", call

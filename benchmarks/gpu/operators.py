@@ -1,4 +1,4 @@
-"""Checks and times the three operators on a GPU, beside their floors and beside other ways to compute them.
+"""Checks and times the operators on a GPU, beside their floors and beside other ways to compute them.
 
 Before anything is timed, the kernels are compared with the blocked form in float64 on the CPU at small sizes: bfloat16
 and float32, new sequences, carried states, packed documents, outputs, states and all gradients. Then: `times` (forward
@@ -118,10 +118,17 @@ def check_cases(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[str, Inputs,
         "var": torch.rand(2, 4, device=DEVICE) + 0.5,
     }
     yield "timestep_norm", norm_inputs(2, length, dim, dtype), moments, partial(ops.timestep_norm, num_groups=4)
+    decayed = {name: value.clone() for name, value in moments.items()}
+    decay_norm = partial(ops.timestep_decay_norm, num_groups=4)
+    yield "timestep_decay_norm", norm_inputs(2, length, dim, dtype), decayed, decay_norm
     prefix = attention_inputs(2, chunk // 2, *heads, dtype)
     carried = {"prefix_k": prefix["k"].detach(), "prefix_v": prefix["v"].detach()}
     run = partial(ops.chunk_attention, chunk_size=chunk)
     yield "chunk_attention", attention_inputs(2, length, *heads, dtype), carried, run
+    before = attention_inputs(2, chunk, *heads, dtype)
+    window = {f"before_{x}": before[x].detach() for x in "kv"} | {f"open_{x}": prefix[x].detach() for x in "kv"}
+    run = partial(ops.sliding_chunk_attention, chunk_size=chunk)
+    yield "sliding_chunk_attention", attention_inputs(2, length, *heads, dtype), window, run
 
 
 def check(report: Report, sizes: Sizes) -> None:
@@ -200,12 +207,16 @@ def both_passes(
     }  # fmt: skip
 
 
+STREAMING = ("cema", "timestep_norm", "timestep_decay_norm")
+"""Operators whose floor is one reading and one writing of the activations."""
+
+
 def time_streaming(operator: str, backend: str, batch: int, length: int, sizes: Sizes) -> dict[str, Any]:
-    """CEMA or TimestepNorm. Floors: activations read and written once; backward reads x and dy and writes dx."""
+    """CEMA or a norm over time. Floors: activations read and written once; backward reads x and dy and writes dx."""
     run: Callable[..., tuple[Tensor, ...]] = partial(ops.cema, backend=backend)
     make = cema_inputs
-    if operator == "timestep_norm":
-        make, run = norm_inputs, partial(ops.timestep_norm, num_groups=sizes.groups, backend=backend)
+    if operator != "cema":
+        make, run = norm_inputs, partial(getattr(ops, operator), num_groups=sizes.groups, backend=backend)
     inputs = rotating(lambda: make(batch, length, sizes.dim), 2)
     nbytes = 2 * batch * length * sizes.dim
     floors = [ceilings().memory_floor(n * nbytes) for n in (2, 3)]
@@ -271,6 +282,21 @@ def time_attention(report: Report, sizes: Sizes, chunk: int) -> None:
         report.add("attention", attempt(partial(both_passes, run, inputs, *floors), chunk=chunk, way=name))
 
 
+def time_window(report: Report, sizes: Sizes, chunk: int) -> None:
+    """Two chunks of keys in rows of eight chunks, by the kernels and by the blocked form."""
+    length, key, value = 8 * chunk, sizes.key, sizes.value
+    rows = max(sizes.tokens // length, 1)
+    pairs = rows * sizes.heads * (8 * chunk * (chunk + 1) / 2 + 7 * chunk * chunk)
+    floors = [ceilings().matrix_floor(2 * pairs * n) for n in (key + value, 3 * key + 2 * value)]
+    inputs = rotating(lambda: attention_inputs(rows, length, sizes.heads, key, value), 2)
+    for backend in ("triton", "blocked"):
+
+        def run(q: Tensor, k: Tensor, v: Tensor, backend: str = backend) -> tuple[Tensor]:
+            return (ops.sliding_chunk_attention(q, k, v, chunk, backend=backend),)
+
+        report.add("window", attempt(partial(both_passes, run, inputs, *floors), chunk=chunk, backend=backend))
+
+
 def refusable(run: Callable[..., tuple[Tensor]], **inputs: Tensor) -> tuple[Tensor]:
     try:
         return run(**inputs)
@@ -331,7 +357,7 @@ def main(
     sizes = TINY if rehearse else Sizes()
     report = Report("operators", "The operators on a GPU", vars(sizes), output)
     check(report, sizes)
-    for operator in ("cema", "timestep_norm"):
+    for operator in STREAMING:
         for batch, length in sizes.shapes:
             for backend in ("triton", "blocked"):
                 names = {"operator": operator, "backend": backend, "batch": batch, "length": length}
@@ -341,11 +367,12 @@ def main(
         for operator, call, nbytes in decode_calls(rows, sizes):
             report.add("decode", attempt(partial(time_decode, call, nbytes), operator=operator, rows=rows))
     for length in (n for n in sizes.lengths if n <= longest):
-        for operator in ("cema", "timestep_norm"):
+        for operator in STREAMING:
             run = partial(time_streaming, operator, "triton", 1, length, sizes)
             report.add("flatness", attempt(run, operator=operator, length=length))
     for chunk in reversed(sizes.chunks):
         time_attention(report, sizes, chunk)
+        time_window(report, sizes, chunk)
     if not report.finish():
         raise typer.Exit(1)
 

@@ -44,10 +44,10 @@ def inputs_of(device: str, dtype: torch.dtype, batch: int, length: int, dim: int
     [
         (2, 30, 12, 3, 0, True, False, False, (0.9, 0.97), 2),
         (1, 16, 8, 4, 0, False, False, False, (0.999, 0.9999), 1),
-        (3, 25, 10, 5, 7, True, True, False, (0.9, 0.95), 64),
+        (2, 17, 8, 4, 7, True, True, False, (0.9, 0.95), 64),
         (2, 21, 6, 1, 5, False, False, True, (0.3, 0.05), 64),
-        (2, 40, 6, 3, 0, False, True, True, (0.999, 0.9999), 64),
-        (2, 40, 6, 3, 0, True, True, True, (0.9, 0.97), 2),
+        (2, 25, 6, 2, 0, False, True, True, (0.999, 0.9999), 64),
+        (2, 25, 6, 2, 0, True, True, True, (0.9, 0.97), 2),
         (1, 1, 6, 2, 0, True, False, False, (0.999, 0.9999), 1),
     ],
 )
@@ -86,7 +86,7 @@ def test_the_correction_does_not_cancel(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bfloat16_keeps_float32_statistics(device: str) -> None:
-    inputs = inputs_of(device, torch.bfloat16, 2, 33, 12, 3, False)
+    inputs = inputs_of(device, torch.bfloat16, 1, 21, 12, 3, False)
     wide = widen(inputs)
     actual, _ = run(inputs, 3, "triton", beta1=0.9, beta2=0.97)
     expected, _ = run(wide, 3, "reference", beta1=0.9, beta2=0.97)
@@ -111,8 +111,8 @@ def test_padded_and_empty_rows(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("by", ["segment_ids", "bos_mask"])
 def test_nothing_passes_a_restart(device: str, by: str) -> None:
-    x = torch.randn(1, 30, 4, device=device)
-    starts = torch.zeros(1, 30, dtype=torch.bool, device=device)
+    x = torch.randn(1, 18, 4, device=device)
+    starts = torch.zeros(1, 18, dtype=torch.bool, device=device)
     starts[:, 11] = True
     cut = {by: starts if by == "bos_mask" else starts.cumsum(1)}
     expected, _, mean, var = timestep_decay_norm(x, None, None, 2, **cut, backend="triton")
@@ -120,8 +120,8 @@ def test_nothing_passes_a_restart(device: str, by: str) -> None:
     y, _, new_mean, new_var = timestep_decay_norm(x, None, None, 2, **cut, backend="triton")
     assert torch.equal(y[:, 11:], expected[:, 11:])
     assert torch.equal(new_mean, mean) and torch.equal(new_var, var)
-    leaf = torch.randn(1, 30, 4, device=device, requires_grad=True)
-    weighting = torch.ones(1, 30, 4, device=device)
+    leaf = torch.randn(1, 18, 4, device=device, requires_grad=True)
+    weighting = torch.ones(1, 18, 4, device=device)
     weighting[:, 11:] = torch.nan
     (grad,) = torch.autograd.grad(timestep_decay_norm(leaf, None, None, 2, **cut, backend="triton")[0], leaf, weighting)
     assert torch.isfinite(grad[:, :11]).all()
@@ -129,11 +129,11 @@ def test_nothing_passes_a_restart(device: str, by: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_pieces_equal_the_whole(device: str) -> None:
-    x = torch.randn(2, 37, 6, device=device)
-    bos = torch.rand(2, 37, device=device) < 0.1
+    x = torch.randn(1, 17, 4, device=device)
+    bos = torch.rand(1, 17, device=device) < 0.1
     whole = timestep_decay_norm(x, None, None, 2, bos_mask=bos, backend="triton")
     state, outputs = (), []
-    for begin, end in ((0, 1), (1, 20), (20, 37)):
+    for begin, end in ((0, 1), (1, 9), (9, 17)):
         carried = dict(zip(("count", "mean", "var"), state, strict=False))
         part = {"bos_mask": bos[:, begin:end], "backend": "triton"}
         y, *state = timestep_decay_norm(x[:, begin:end], None, None, 2, **carried, **part)
@@ -161,24 +161,22 @@ def test_statistics_after_millions_of_tokens(device: str) -> None:
 def test_operators_pass_opcheck(device: str) -> None:
     from megalodon.ops.timestep_decay_norm import triton
 
-    values = inputs_of(device, torch.float32, 2, 20, 6, 2, True)
+    values = inputs_of(device, torch.float32, 1, 4, 4, 1, True)
     statistics = [values[name].detach().double().requires_grad_() for name in ("mean", "var")]
-    masks = [torch.rand(2, 20, device=device) < 0.2 for _ in range(2)]
+    masks = [torch.rand(1, 4, device=device) < 0.3 for _ in range(2)]
     for padding, restart in ((None, None), masks):
-        count = torch.tensor([3, 1], device=device)
+        count = torch.tensor([3], device=device)
         tensors = (values["x"], values["weight"], values["bias"], count, *statistics, padding, restart)
         torch.library.opcheck(triton.timestep_decay_norm_op, (*tensors, 0.9, 0.97, 1e-5))
         with torch.no_grad():
             plain = (a.detach() if isinstance(a, Tensor) else a for a in tensors)
             y, *saved, last = triton.timestep_decay_norm_op(*plain, 0.9, 0.97, 1e-5)
         given = (torch.randn_like(y), torch.randn_like(last), values["x"].detach(), values["weight"].detach())
-        torch.library.opcheck(
-            triton.timestep_decay_norm_backward_op, (*given, padding, restart, *saved, 0.9, 0.97)
-        )
+        torch.library.opcheck(triton.timestep_decay_norm_backward_op, (*given, padding, restart, *saved, 0.9, 0.97))
 
 
 def test_compiles_without_graph_breaks() -> None:
-    x = torch.randn(2, 20, 6, requires_grad=True)
+    x = torch.randn(1, 6, 6, requires_grad=True)
 
     def run(x: Tensor) -> Tensor:
         return timestep_decay_norm(x, None, None, 3, backend="triton")[0].sin()

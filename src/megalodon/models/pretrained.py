@@ -27,6 +27,9 @@ class StatefulPreTrainedModel(PreTrainedModel):
     _is_stateful = True
 
     def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
+        kind = type(self).config_class
+        if kind is not None and not isinstance(config, kind):
+            raise ValueError(f"config is a {type(config).__name__}: {type(self).__name__} needs a {kind.__name__}")
         refuse_float16(config.dtype, torch.get_default_dtype())
         super().__init__(config, *args, **kwargs)
 

@@ -137,6 +137,11 @@ class Layout:
         return int(self.offsets.max(initial=0))
 
     @cached_property
+    def most_seen(self) -> int:
+        """The most tokens that a row's first document had before this batch."""
+        return int(self.positions.max(initial=0))
+
+    @cached_property
     def most_keys(self) -> int:
         """Tokens of the fullest row's open chunk with those of this batch, where they fit."""
         return int((self.offsets + self.lengths).max(initial=0))
@@ -356,6 +361,10 @@ class PlainLayout(Layout):
     @property
     def longest_offset(self) -> int:
         return self.uniform_offset
+
+    @property
+    def most_seen(self) -> int:
+        return self.position
 
     @property
     def most_keys(self) -> int:

@@ -46,8 +46,7 @@ class Prefix(NamedTuple):
         assert layout.chunk_size is not None
         if layout.longest_offset > (0 if self.open is None else self.open[0].shape[1]):
             raise ValueError(f"the open chunk holds {layout.longest_offset} tokens: open_k and open_v must hold them")
-        if self.before is None and (layout.positions >= layout.chunk_size).any():
-            seen = int(layout.positions.max())
+        if self.before is None and (seen := layout.most_seen) >= layout.chunk_size:
             raise ValueError(
                 f"a row has seen {seen} tokens, {layout.chunk_size} or more: before_k and before_v must hold the chunk "
                 "before its open one"

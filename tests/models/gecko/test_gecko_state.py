@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model_cases import VOCABULARY, gradient_difference, gradients, relative, tiny_model, tokens
 from torch import Tensor
 
-from megalodon import GeckoForCausalLM, GeckoState, MegalodonState
+from megalodon import GeckoConfig, GeckoForCausalLM, GeckoState, MegalodonConfig, MegalodonForCausalLM, MegalodonState
 from megalodon.models import causal_lm as modeling
 
 MODELS = {
@@ -251,6 +251,8 @@ def test_bfloat16_keeps_what_must_be_wide() -> None:
         ({"norm_beta1": 1.0}, "norm_beta1=1.0"),
         ({"num_rope_heads": 3}, "num_rope_heads=3"),
         ({"multi_segments": True}, "multi_segments=True needs bos_token_id"),
+        ({"multi_segments": True, "bos_token_id": -1}, "bos_token_id=-1.*must be a token"),
+        ({"multi_segments": True, "bos_token_id": 9999}, "bos_token_id=9999.*must be a token"),
         ({"norm_prior_count": 2}, "norm_prior_count=2: a gecko config has no such field"),
         ({"z_dim": 6}, "z_dim / num_heads = 3"),
     ],
@@ -268,3 +270,9 @@ def test_segments_need_tokens_and_a_bos_id() -> None:
     config.multi_segments = True
     with pytest.raises(ValueError, match="bos_token_id"):
         GeckoForCausalLM(config)(tokens(1, 3))
+
+
+def test_a_config_of_the_other_architecture_is_refused() -> None:
+    for config, model in ((MegalodonConfig(), GeckoForCausalLM), (GeckoConfig(), MegalodonForCausalLM)):
+        with pytest.raises(ValueError, match=f"config is a {type(config).__name__}: {model.__name__} needs"):
+            model(config)

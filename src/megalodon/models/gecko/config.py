@@ -106,6 +106,11 @@ class GeckoConfig(GatedAttentionConfig):
             raise ValueError(f"z_dim / num_heads = {self.head_dim}: rotary embeddings need it even")
         if self.multi_segments and self.bos_token_id is None:
             raise ValueError("multi_segments=True needs bos_token_id: segments begin at BOS tokens")
+        if self.multi_segments and not 0 <= (self.bos_token_id or 0) < self.vocab_size:
+            raise ValueError(
+                f"bos_token_id={self.bos_token_id}: with multi_segments=True it must be a token, "
+                f"0 to vocab_size - 1 = {self.vocab_size - 1}"
+            )
 
     @property
     def tensor_fields(self) -> tuple[str, ...]:  # type: ignore[override]  # of a class attribute, by the groups of norms

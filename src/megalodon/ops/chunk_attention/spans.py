@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalodon.ops.layout import Layout
+from megalodon.ops.layout import Layout, PlainLayout
 
 
 class Spans(NamedTuple):
@@ -72,6 +72,42 @@ def groups_of_window(batch: int, length: int, width: int, offset: int) -> tuple[
     return _groups(_spans_of_window(batch, length, width, offset))
 
 
+@lru_cache(maxsize=64)
+def plain_windows(
+    batch: int, length: int, chunk: int, position: int, open_width: int, block: int, device: torch.device
+) -> tuple[Spans, Spans]:
+    """`two_chunk_windows` of rows of `length` tokens that have all seen `position`."""
+    layout = PlainLayout(batch, length, device, position, chunk)
+    return two_chunk_windows(layout, open_width, block, position >= chunk)
+
+
+def two_chunk_windows(layout: Layout, open_width: int, block: int, before: bool) -> tuple[Spans, Spans]:
+    """(each chunk's own keys, those of the chunk before it where there is one); made once for all layers.
+
+    A row of the cache holds `open_width` tokens of the open chunk and then, if `before`, those of the chunk before it.
+    """
+    cache = layout.__dict__.setdefault("_two_chunk_windows", {})
+    if (open_width, block, before) not in cache:
+        chunk, width = layout.chunk_size, open_width
+        assert chunk is not None
+        width += chunk if before else 0
+        row, first, cached, tokens = layout.chunk_spans.T
+        at = row * layout.length + first
+        own = _spans(at, tokens, row * width, cached)
+        chosen = np.flatnonzero(layout.document_positions[row, first] >= chunk)
+        leading = first[chosen] == 0  # the chunk before is cached whole; else it is the span before, cached or not
+        earlier = np.maximum(chosen - 1, 0)
+        held = np.where(leading, chunk, cached[earlier])
+        fresh = np.where(leading, 0, tokens[earlier])
+        from_cache = row[chosen] * width + np.where(leading, open_width, 0)
+        parts = (at[chosen], tokens[chosen], at[chosen] - fresh, held + fresh, from_cache, held)
+        cache[open_width, block, before] = tuple(
+            _with_work(spans, block, layout.device, whole)
+            for spans, whole in ((own, False), (np.stack(parts, axis=1), True))
+        )
+    return cache[open_width, block, before]
+
+
 def groups_of_layout(layout: Layout) -> tuple[Group, ...]:
     """Any layout without cached keys; made once for all layers."""
     if "_attention_groups" not in layout.__dict__:
@@ -130,11 +166,14 @@ def _groups(spans: np.ndarray) -> tuple[Group, ...]:
     return tuple(found)
 
 
-def _with_work(spans: np.ndarray, block: int, device: torch.device) -> Spans:
+def _with_work(spans: np.ndarray, block: int, device: torch.device, whole: bool = False) -> Spans:
+    """`whole`: every query sees every key of its span."""
     queries, keys = spans[:, 1], spans[:, 3]
     of_queries, of_keys = _blocks(queries, block), _blocks(keys, block)
     seen = of_queries[:, 1] + (keys - queries)[of_queries[:, 0]]
     seeing = keys[of_keys[:, 0]] - of_keys[:, 1]
+    if whole:
+        seen, seeing = keys[of_queries[:, 0]], queries[of_keys[:, 0]]
     ordered = of_queries[np.argsort(-seen, kind="stable")], of_keys[np.argsort(-seeing, kind="stable")]
     tables = (np.ascontiguousarray(table.astype(np.int32)) for table in (spans, *ordered))
     return Spans(*(torch.from_numpy(table).to(device) for table in tables))

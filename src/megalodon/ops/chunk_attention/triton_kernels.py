@@ -5,6 +5,10 @@ consecutive rows of k. Query i of a span sees its keys 0 .. shift + i. A program
 of one span and one head. Values are wider than keys, so programs divide them into slices and compute the narrow
 scores anew for each slice; no score leaves the chip.
 
+A window over two chunks takes these kernels twice: WHOLE for the chunk before, of which every query sees every key, and
+once more for its own chunk, where CONTINUES goes on with the softmax that the first left. HAS_FIRST hides the keys
+before `first[query] - frame`.
+
 Dropout draws a number from (seed, key, query, head), so that every kernel drops the same weights.
 """
 
@@ -73,26 +77,41 @@ def uniform(seed, query, key, head):
 
 
 @triton.jit
-def scores_of(q, k, i, j, shift, first_query, head, seed, dropout, DROPKEY: tl.constexpr):
+def scores_of(q, k, i, j, queries, keys, first_query, head, seed, dropout, first, frame, DROPKEY: tl.constexpr,
+              WHOLE: tl.constexpr, HAS_FIRST: tl.constexpr):  # fmt: skip
     """Scores of a block of queries against a block of keys, -inf where hidden; both [rows, d]."""
     scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32))
-    visible = j[None, :] <= (i + shift)[:, None]
+    place = (i + keys - queries)[:, None]
+    visible = j[None, :] <= (place * 0 + keys - 1 if WHOLE else place)
+    if HAS_FIRST:
+        least = tl.load(first + first_query + i, mask=i < queries, other=0) - frame
+        visible = visible & (j[None, :] >= least[:, None])
     if DROPKEY:
-        own = j[None, :] == (i + shift)[:, None]
-        visible = visible & ((uniform(seed, first_query + i, j, head) >= dropout) | own)
+        kept = uniform(seed, first_query + i, j, head) >= dropout
+        if not WHOLE:
+            kept = kept | (j[None, :] == place)
+        visible = visible & kept
     return tl.where(visible, scores, float("-inf"))
 
 
 @triton.jit
 def forward_kernel(q, k, v, cache_k, cache_v, seed, spans, work, out, lse, H, D, E, dropout, HAS_CACHE: tl.constexpr,
                    DROPOUT: tl.constexpr, DROPKEY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr,
-                   DV: tl.constexpr, FULL_K: tl.constexpr, FULL_V: tl.constexpr):  # fmt: skip
-    """out = softmax(q k^T) v for one block of queries, one head and one slice of the values; lse by the first slice."""
+                   DV: tl.constexpr, FULL_K: tl.constexpr, FULL_V: tl.constexpr, first=None, frame=0, partial=None,
+                   partial_lse=None, WHOLE: tl.constexpr = False, HAS_FIRST: tl.constexpr = False,
+                   CONTINUES: tl.constexpr = False):  # fmt: skip
+    """out = softmax(q k^T) v for one block of queries, one head and one slice of the values; lse by the first slice.
+
+    With CONTINUES, the softmax goes on from `partial` and `partial_lse`, float32, where that is not -inf. A query that
+    sees nothing, which happens with WHOLE, gives zero and an lse of -inf.
+    """
     slices = tl.cdiv(E, DV)
     part, head, item = placed(slices, H)
     span, begin = tl.load(work + item * 2), tl.load(work + item * 2 + 1)
     first_query, queries, first_key, keys, first_cached, cached = span_of(spans, span)
     shift = keys - queries
+    if WHOLE:
+        shift = keys
     i = begin + tl.arange(0, BM)
     dk = tl.arange(0, DK)
     dv = part * DV + tl.arange(0, DV)
@@ -103,10 +122,22 @@ def forward_kernel(q, k, v, cache_k, cache_v, seed, spans, work, out, lse, H, D,
     highest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DV], tl.float32)
+    row = (first_query + i) * H + head
+    mask = (i < queries)[:, None]
+    if not FULL_V:
+        mask = mask & (dv < E)[None, :]
+    if CONTINUES:
+        highest = tl.load(partial_lse + row, mask=i < queries, other=float("-inf"))
+        begun = highest > float("-inf")
+        total = begun.to(tl.float32)
+        acc = tl.load(partial + row[:, None] * E + dv[None, :], mask=mask & begun[:, None], other=0.0)
     for start in range(0, tl.minimum(keys, begin + BM + shift), BN):
         j = start + tl.arange(0, BN)
         k_block = load_keys(k, cache_k, j, keys, first_key, first_cached, cached, head, H, dk, D, HAS_CACHE, FULL_K)
-        scores = scores_of(q_block, k_block, i, j, shift, first_query, head, chance, dropout, DROPKEY)
+        scores = scores_of(
+            q_block, k_block, i, j, queries, keys, first_query, head, chance, dropout, first, frame, DROPKEY, WHOLE,
+            HAS_FIRST
+        )  # fmt: skip
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # all keys of the first blocks may have been dropped
         weights = tl.exp(scores - base[:, None])
@@ -118,13 +149,11 @@ def forward_kernel(q, k, v, cache_k, cache_v, seed, spans, work, out, lse, H, D,
         v_block = load_keys(v, cache_v, j, keys, first_key, first_cached, cached, head, H, dv, E, HAS_CACHE, FULL_V)
         acc = dot(weights.to(v_block.dtype), v_block, acc * fade[:, None])
         highest = higher
-    row = (first_query + i) * H + head
-    mask = (i < queries)[:, None]
-    if not FULL_V:
-        mask = mask & (dv < E)[None, :]
-    tl.store(out + row[:, None] * E + dv[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
     if part == 0:
         tl.store(lse + row, highest + tl.log(total), mask=i < queries)
+    if WHOLE:
+        total = tl.where(total > 0, total, 1.0)
+    tl.store(out + row[:, None] * E + dv[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -142,12 +171,14 @@ def delta_kernel(out, d_out, delta, E, ROWS, BM: tl.constexpr, DV: tl.constexpr)
 
 
 @triton.jit
-def score_gradients(q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, shift, queries, keys, first_query,
-                    first_key, first_cached, cached, head, H, E, seed, dropout, HAS_CACHE: tl.constexpr,
+def score_gradients(q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, queries, keys, first_query,
+                    first_key, first_cached, cached, head, H, E, seed, dropout, first, frame, HAS_CACHE: tl.constexpr,
                     DROPOUT: tl.constexpr, DROPKEY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DV: tl.constexpr,
-                    FULL_V: tl.constexpr):  # fmt: skip
+                    FULL_V: tl.constexpr, WHOLE: tl.constexpr, HAS_FIRST: tl.constexpr):  # fmt: skip
     """Gradient of the loss with respect to a block of scores, [BM, BN] float32; the values are read slice by slice."""
-    scores = scores_of(q_block, k_block, i, j, shift, first_query, head, seed, dropout, DROPKEY)
+    scores = scores_of(
+        q_block, k_block, i, j, queries, keys, first_query, head, seed, dropout, first, frame, DROPKEY, WHOLE, HAS_FIRST
+    )  # fmt: skip
     d_weights = tl.zeros([BM, BN], tl.float32)
     for start in range(0, E, DV):
         e = start + tl.arange(0, DV)
@@ -166,12 +197,15 @@ def score_gradients(q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i
 def query_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, lse, delta, dq, H, D, E, dropout,
                            HAS_CACHE: tl.constexpr, DROPOUT: tl.constexpr, DROPKEY: tl.constexpr, BM: tl.constexpr,
                            BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, FULL_K: tl.constexpr,
-                           FULL_V: tl.constexpr):  # fmt: skip
+                           FULL_V: tl.constexpr, first=None, frame=0, WHOLE: tl.constexpr = False,
+                           HAS_FIRST: tl.constexpr = False):  # fmt: skip
     """dq of one block of queries and one head."""
     _, head, item = placed(1, H)
     span, begin = tl.load(work + item * 2), tl.load(work + item * 2 + 1)
     first_query, queries, first_key, keys, first_cached, cached = span_of(spans, span)
     shift = keys - queries
+    if WHOLE:
+        shift = keys
     i = begin + tl.arange(0, BM)
     dk = tl.arange(0, DK)
     chance = 0
@@ -186,9 +220,9 @@ def query_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, 
         j = start + tl.arange(0, BN)
         k_block = load_keys(k, cache_k, j, keys, first_key, first_cached, cached, head, H, dk, D, HAS_CACHE, FULL_K)
         d_scores = score_gradients(
-            q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, shift, queries, keys, first_query,
-            first_key, first_cached, cached, head, H, E, chance, dropout, HAS_CACHE, DROPOUT, DROPKEY, BM, BN, DV,
-            FULL_V
+            q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, queries, keys, first_query,
+            first_key, first_cached, cached, head, H, E, chance, dropout, first, frame, HAS_CACHE, DROPOUT, DROPKEY, BM,
+            BN, DV, FULL_V, WHOLE, HAS_FIRST
         )  # fmt: skip
         acc = dot(d_scores.to(k_block.dtype), k_block, acc)
     mask = (i < queries)[:, None] & (dk < D)[None, :]
@@ -197,15 +231,20 @@ def query_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, 
 
 @triton.jit
 def store_keys(x, cache, value, j, keys, first_key, first_cached, cached, head, H, column, width,
-               HAS_CACHE: tl.constexpr):  # fmt: skip
-    """Writes rows j of a span's keys, to the cache's gradient or the tokens'."""
+               HAS_CACHE: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+    """Writes rows j of a span's keys, to the cache's gradient or the tokens'; with ADD, adds to what is there."""
     mask = (j < keys)[:, None] & (column < width)[None, :]
     row = ((first_key + (j - cached)) * H + head)[:, None] * width + column[None, :]
     if HAS_CACHE:
         old = (j < cached)[:, None]
         cached_row = ((first_cached + j) * H + head)[:, None] * width + column[None, :]
-        tl.store(cache + cached_row, value.to(cache.dtype.element_ty), mask=mask & old)
+        of_cache = value
+        if ADD:
+            of_cache += tl.load(cache + cached_row, mask=mask & old, other=0.0).to(tl.float32)
+        tl.store(cache + cached_row, of_cache.to(cache.dtype.element_ty), mask=mask & old)
         mask = mask & (j >= cached)[:, None]
+    if ADD:
+        value += tl.load(x + row, mask=mask, other=0.0).to(tl.float32)
     tl.store(x + row, value.to(x.dtype.element_ty), mask=mask)
 
 
@@ -213,12 +252,15 @@ def store_keys(x, cache, value, j, keys, first_key, first_cached, cached, head, 
 def key_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, lse, delta, dk_out, d_cache, H, D, E,
                          dropout, HAS_CACHE: tl.constexpr, DROPOUT: tl.constexpr, DROPKEY: tl.constexpr,
                          BM: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, FULL_K: tl.constexpr,
-                         FULL_V: tl.constexpr):  # fmt: skip
+                         FULL_V: tl.constexpr, first=None, frame=0, WHOLE: tl.constexpr = False,
+                         HAS_FIRST: tl.constexpr = False, ADD: tl.constexpr = False):  # fmt: skip
     """dk of one block of keys and one head."""
     _, head, item = placed(1, H)
     span, begin = tl.load(work + item * 2), tl.load(work + item * 2 + 1)
     first_query, queries, first_key, keys, first_cached, cached = span_of(spans, span)
     shift = keys - queries
+    if WHOLE:
+        shift = keys
     j = begin + tl.arange(0, BN)
     dk = tl.arange(0, DK)
     chance = 0
@@ -233,25 +275,28 @@ def key_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, ls
         lse_rows = tl.load(lse + row, mask=i < queries, other=0.0)
         delta_rows = tl.load(delta + row, mask=i < queries, other=0.0)
         d_scores = score_gradients(
-            q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, shift, queries, keys, first_query,
-            first_key, first_cached, cached, head, H, E, chance, dropout, HAS_CACHE, DROPOUT, DROPKEY, BM, BN, DV,
-            FULL_V
+            q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, queries, keys, first_query,
+            first_key, first_cached, cached, head, H, E, chance, dropout, first, frame, HAS_CACHE, DROPOUT, DROPKEY, BM,
+            BN, DV, FULL_V, WHOLE, HAS_FIRST
         )  # fmt: skip
         acc = dot(tl.trans(d_scores).to(q_block.dtype), q_block, acc)
-    store_keys(dk_out, d_cache, acc, j, keys, first_key, first_cached, cached, head, H, dk, D, HAS_CACHE)
+    store_keys(dk_out, d_cache, acc, j, keys, first_key, first_cached, cached, head, H, dk, D, HAS_CACHE, ADD)
 
 
 @triton.jit
 def value_gradients_kernel(q, k, cache_k, seed, spans, work, d_out, lse, dv_out, d_cache, H, D, E, dropout,
                            HAS_CACHE: tl.constexpr, DROPOUT: tl.constexpr, DROPKEY: tl.constexpr, BM: tl.constexpr,
                            BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, FULL_K: tl.constexpr,
-                           FULL_V: tl.constexpr):  # fmt: skip
+                           FULL_V: tl.constexpr, first=None, frame=0, WHOLE: tl.constexpr = False,
+                         HAS_FIRST: tl.constexpr = False, ADD: tl.constexpr = False):  # fmt: skip
     """dv of one block of keys, one head and one slice of the values."""
     slices = tl.cdiv(E, DV)
     part, head, item = placed(slices, H)
     span, begin = tl.load(work + item * 2), tl.load(work + item * 2 + 1)
     first_query, queries, first_key, keys, first_cached, cached = span_of(spans, span)
     shift = keys - queries
+    if WHOLE:
+        shift = keys
     j = begin + tl.arange(0, BN)
     dk = tl.arange(0, DK)
     e = part * DV + tl.arange(0, DV)
@@ -264,14 +309,17 @@ def value_gradients_kernel(q, k, cache_k, seed, spans, work, d_out, lse, dv_out,
         i = start + tl.arange(0, BM)
         q_block = load_rows(q, i, queries, first_query, head, H, dk, D, FULL_K)
         lse_rows = tl.load(lse + (first_query + i) * H + head, mask=i < queries, other=0.0)
-        scores = scores_of(q_block, k_block, i, j, shift, first_query, head, chance, dropout, DROPKEY)
+        scores = scores_of(
+            q_block, k_block, i, j, queries, keys, first_query, head, chance, dropout, first, frame, DROPKEY, WHOLE,
+            HAS_FIRST
+        )  # fmt: skip
         weights = tl.where((i < queries)[:, None], tl.exp(scores - lse_rows[:, None]), 0.0)
         if DROPOUT:
             kept = uniform(chance, first_query + i, j, head) >= dropout
             weights = tl.where(kept, weights / (1 - dropout), 0.0)
         grad = load_rows(d_out, i, queries, first_query, head, H, e, E, FULL_V)
         acc = dot(tl.trans(weights).to(grad.dtype), grad, acc)
-    store_keys(dv_out, d_cache, acc, j, keys, first_key, first_cached, cached, head, H, e, E, HAS_CACHE)
+    store_keys(dv_out, d_cache, acc, j, keys, first_key, first_cached, cached, head, H, e, E, HAS_CACHE, ADD)
 
 
 @triton.jit(do_not_specialize=["place", "K"])  # else three kernels, as they grow

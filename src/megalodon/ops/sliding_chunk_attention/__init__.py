@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,19 @@ from megalodon.ops.sliding_chunk_attention.window import Visible, two_chunk_atte
 
 __all__ = ["IMPLEMENTATIONS", "Visible", "sliding_chunk_attention", "two_chunk_attention"]
 
+
+def _triton(q: Tensor, q_before: Tensor | None, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """The kernels, imported when they are first asked for: Triton need not be installed."""
+    from megalodon.ops.sliding_chunk_attention import triton
+
+    fits = v.numel() > 0 and triton.fits(q, k, v)
+    return (triton if fits else blocked).sliding_chunk_attention(q, q_before, k, v, *arguments)
+
+
 IMPLEMENTATIONS: Implementations = {
     "reference": reference.sliding_chunk_attention,
     "blocked": blocked.sliding_chunk_attention,
+    "triton": _triton,
 }
 
 
@@ -65,7 +76,7 @@ def sliding_chunk_attention(
         bos_places: what the rows carry of segments, see `megalodon.ops.Segments`.
         dropout: probability of dropping a weight after the softmax, or a key before it with `dropkey`.
         dropkey: drop keys before the softmax (never a token's own).
-        backend: "reference" or "blocked"; None chooses (see `megalodon.ops.backend`).
+        backend: "reference", "blocked" or "triton"; None chooses (see `megalodon.ops.backend`).
         layout: the batch's layout, in place of `segment_ids` and `positions`, where it is already known. Tokens beyond
             its `lengths` give zero.
         segments: the batch's segments, in place of `bos_mask` and `bos_places`, where they are already known.

@@ -78,7 +78,7 @@ def summary_kernel(x, padding, restart, summary, LENGTH, PIECES, LONGEST, beta1:
     float64 [n, G, 6]: keep1, mean, ones1, keep2, variance, ones2.
     """
     piece, g, channel, there = placed(G, F, GC, FP)
-    start, length, after = piece_of(piece, LENGTH, PIECES, LONGEST)
+    start, length, _after = piece_of(piece, LENGTH, PIECES, LONGEST)
     t = tl.arange(0, TT)
     zero = tl.zeros([GC], tl.float64)
     mean, var = zero, zero
@@ -215,7 +215,7 @@ def backward_kernel(x, dy, weight, padding, restart, means, scales, shares, flow
     first before the piece, the same of the second), [n, G, 4]; with WRITE, of what flowed in; without, of nothing.
     """
     piece, g, channel, there = placed(G, F, GC, FP)
-    start, length, after = piece_of(piece, LENGTH, PIECES, LONGEST)
+    start, length, _after = piece_of(piece, LENGTH, PIECES, LONGEST)
     t = tl.arange(0, TT)
     zero = tl.zeros([GC], tl.float64)
     to_mean0, to_var0 = zero, zero
@@ -234,10 +234,10 @@ def backward_kernel(x, dy, weight, padding, restart, means, scales, shares, flow
         within = index >= 0
         inside = within[:, None, None] & there
         where = token[:, None, None] * (G * F) + channel
-        real, own_keep1, own_keep2 = steps_of(padding, restart, token, within, beta1, beta2, HAS_PADDING, HAS_RESTART)
-        # what reached the average after this token from the next one: what that keeps. The next piece's is in `flowing`.
+        real, _keep1, _keep2 = steps_of(padding, restart, token, within, beta1, beta2, HAS_PADDING, HAS_RESTART)
+        # what the next token keeps of the average after this one; that of the next piece is in `flowing`
         followed = within & (index < length - 1)
-        follows, keep1, keep2 = steps_of(padding, restart, token + 1, followed, beta1, beta2, HAS_PADDING, HAS_RESTART)
+        _real, keep1, keep2 = steps_of(padding, restart, token + 1, followed, beta1, beta2, HAS_PADDING, HAS_RESTART)
         wide = tl.zeros([TT, GC], tl.float64)
         counts = real[:, None] + wide
         at = token[:, None] * G + g[None, :]
@@ -272,7 +272,7 @@ def backward_kernel(x, dy, weight, padding, restart, means, scales, shares, flow
         kept1, kept2 = kept1 * last_of(k1, t, TT), kept2 * last_of(k2, t, TT)
     # what its first token keeps lies between the piece and the one before it
     first = start + tl.arange(0, 1)
-    follows, keep1, keep2 = steps_of(padding, restart, first, first >= 0, beta1, beta2, HAS_PADDING, HAS_RESTART)
+    _real, keep1, keep2 = steps_of(padding, restart, first, first >= 0, beta1, beta2, HAS_PADDING, HAS_RESTART)
     first1, first2 = tl.sum(keep1, axis=0), tl.sum(keep2, axis=0)
     end = summary + (tl.cast(piece, tl.int64) * G + g) * 4
     tl.store(end, kept1 * first1, mask=g < G)

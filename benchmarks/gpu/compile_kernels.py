@@ -40,13 +40,14 @@ from megalodon.ops.cema import triton_kernels as cema_kernels
 from megalodon.ops.chunk_attention import strip_kernels
 from megalodon.ops.chunk_attention import triton as attention
 from megalodon.ops.chunk_attention import triton_kernels as attention_kernels
+from megalodon.ops.timestep_decay_norm import triton_kernels as decay_norm_kernels
 from megalodon.ops.timestep_norm import triton_kernels as norm_kernels
 
 os.environ["TRITON_INTERPRET"] = "1"  # from now on only the library asks, and takes tensors of the CPU
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}
-MODULES = (cema_kernels, norm_kernels, attention_kernels, strip_kernels)
+MODULES = (cema_kernels, norm_kernels, decay_norm_kernels, attention_kernels, strip_kernels)
 
 
 # Launches that compile -----------------------------------------------------------------------------------------------
@@ -186,6 +187,19 @@ def norm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"statistics and documents, G={groups}", lambda run=run, x=packed: there_and_back(run, x)
 
 
+def decay_norm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    dim = 4096
+    affine = {"weight": leaf(dim), "bias": leaf(dim)}
+    for groups in (64, 1):
+        run = partial(ops.timestep_decay_norm, num_groups=groups, backend="triton")
+        long, short = {"x": leaf(1, 4096, dim, dtype=dtype)}, {"x": leaf(8, 64, dim, dtype=dtype)}
+        yield f"long rows, G={groups}", lambda run=run, x=long: there_and_back(run, x | affine)
+        statistics = {name: leaf(8, groups, dtype=torch.float64) for name in ("mean", "var")}
+        carried = short | affine | statistics | {"count": torch.ones(8, dtype=torch.int64)}
+        packed = carried | {"segment_ids": documents(8, 64), "padding_mask": torch.zeros(8, 64, dtype=torch.bool)}
+        yield f"statistics and documents, G={groups}", lambda run=run, x=packed: there_and_back(run, x)
+
+
 def attention_cases(dtype: torch.dtype, form: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     heads, key, value, length = 4, attention.WIDEST_KEY[dtype], 2048, 640
     widths = {"q": key, "k": key, "v": value}
@@ -211,6 +225,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         for operator, found in (
             ("cema", cema_cases(dtype)),
             ("timestep_norm", norm_cases(dtype)),
+            ("timestep_decay_norm", decay_norm_cases(dtype)),
             ("attention, fused", attention_cases(dtype, "triton-fused")),
             ("attention, strips", attention_cases(dtype, "triton-strips")),
         ):

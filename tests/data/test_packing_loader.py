@@ -49,7 +49,7 @@ def setups(draw, mode: str | None = None) -> dict:
     lengths[0] += max(rows, length + 1)
     return {
         "documents": numbered(lengths),
-        "mode": mode or draw(st.sampled_from(["packed", "streamed"])),
+        "mode": mode or draw(st.sampled_from(["packed", "streamed", "reset"])),
         "batch_size": rows,
         "sequence_length": length,
         "seed": draw(st.integers(0, 3)),
@@ -72,7 +72,7 @@ def same(one: Batch, other: Batch) -> bool:
 def test_every_token_is_an_input_once_per_epoch(setup):
     documents, length, rows = setup["documents"], setup["sequence_length"], setup["batch_size"]
     total, loader = documents.num_tokens, Loader(**setup)
-    if setup["mode"] == "streamed":  # row r has its own span of every epoch
+    if setup["mode"] != "packed":  # row r has its own span of every epoch
         steps = -(-2 * total // (rows * length)) + 2
         read = torch.cat([next(loader).input_ids for _ in range(steps)], dim=1).numpy()
         spans = [((r + 1) * total // rows) - (r * total // rows) for r in range(rows)]
@@ -181,6 +181,15 @@ def test_ranks_together_make_the_global_batch(setup, world):
         assert [origin for part in parts for origin in part.origins] == batch.origins
         assert sum(part.num_tokens for part in parts) == batch.num_tokens
     assert ranks[0].state_dict() == whole.state_dict()
+
+
+@given(setup=setups(mode="streamed"))
+def test_reset_rows_are_the_streamed_ones_alone(setup):
+    streamed, reset = Loader(**setup), Loader(**setup | {"mode": "reset"})
+    for _ in range(5):
+        one, other = next(streamed), next(reset)
+        assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.labels, other.labels)
+        assert one.continues is not None and other.continues is None
 
 
 @given(setup=setups())
@@ -292,7 +301,7 @@ def test_held_out_rows_continue_within_documents_only(lengths, rows, length):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mode": "woven"}, "mode is 'woven'; give packed or streamed"),
+        ({"mode": "woven"}, "mode is 'woven'; give packed, streamed or reset"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"sequence_length": -1}, "sequence_length is -1"),
         ({"batch_size": 3, "world_size": 2}, "batch_size is 3; it must be a multiple of world_size 2"),

@@ -146,6 +146,13 @@ def test_differences_name_what_matters(write):
     assert "0.0003 before, 0.001 now" in found[1]
 
 
+def test_differences_look_into_plain_values(write):
+    model = "{architecture: megalodon-kin, num_layers: 1, model_dim: 32, num_heads: 2, mixers: gla, mixer_parameters: "
+    old, new = (load_config(write(f"model: {model}{{gla: {{expand_k: {size}}}}}}}")) for size in (0.5, 1.0))
+    assert differences(old, old, 0) == ([], None)
+    assert [found.partition(":")[0] for found in differences(old, new, 0)[0]] == ["model.mixer_parameters"]
+
+
 def test_a_constant_schedule_may_be_longer(write):
     old = load_config(write(SMALL), ["schedule.kind=constant"])
     new = load_config(write(SMALL), ["schedule.kind=constant", "run.steps=5000"])

@@ -94,6 +94,13 @@ def test_the_first_tokens_only_and_the_same_ones_for_every_batch(model):
     assert one == pytest.approx(other, rel=1e-5)
 
 
+def test_without_carrying_every_row_is_cut(model):
+    documents = DocumentSet.of(TokenizedCorpus.from_documents(TEXTS, ByteTokenizer()))
+    found = measure(model, held_out_batches(documents, batch_size=2, sequence_length=24, carry=False))
+    whole = measure(model, batches(2, 24))
+    assert found.num_targets == whole.num_targets and found.loss != pytest.approx(whole.loss, rel=1e-6)
+
+
 def test_a_mixture_is_the_mean_by_weight():
     parts = {"a": HeldOutLoss(1.0, 2.0, 10), "b": HeldOutLoss(3.0, 4.0, 1000)}
     assert combined(parts, {"a": 3.0, "b": 1.0}) == HeldOutLoss(1.5, 2.5, 1010)

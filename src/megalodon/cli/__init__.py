@@ -22,8 +22,10 @@ COMMANDS = {
     "serve": "answer OpenAI-style requests, with contexts that live on disk",
     "batch": "answer the prompts of a JSONL file",
     "evaluate": "measure a model on held-out text",
+    "compare": "train architectures alike and compare them",
     "tokenizer": "train a byte-pair encoding on your text",
     "plan": "choose a mesh for a model on many devices",
+    "linearize": "turn a pretrained Transformer into a model of constant memory",
     "convert": "read and write other implementations' checkpoints",
     "info": "show versions, hardware and the back ends in use",
 }

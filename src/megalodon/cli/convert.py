@@ -35,21 +35,29 @@ def reference(
     tokenizer: Annotated[
         str | None, typer.Option(help="save this tokenizer with the model: bytes, a file, or a folder")
     ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="refuse a checkpoint of any other; if not given, its config tells which it is")
+    ] = None,
 ) -> None:
-    """The authors' implementation of Megalodon: checkpoints of any model-parallel size, exact to the bit."""
+    """The authors' implementations of Megalodon and Gecko: checkpoints of any model-parallel size, exact to the bit."""
     from megalodon.convert.folders import pretrained_to_reference, reference_to_pretrained
     from megalodon.data import load_tokenizer
 
     if to_reference:
         if tokenizer is not None:
             raise ValueError("--tokenizer: the authors' format does not hold one; leave it out with --to-reference")
+        if architecture is not None:
+            raise ValueError("--architecture is for reading; with --to-reference, the model folder says it")
         config = pretrained_to_reference(source, target, model_parallel_size, torch_dtype(dtype))
     else:
         if model_parallel_size != 1:
             raise ValueError("--model-parallel-size is for --to-reference; when reading, the checkpoint says it")
         loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-        config = reference_to_pretrained(source, target, torch_dtype(dtype), loaded)
-    typer.echo(f"{target}: {config.num_layers} layers, model_dim {config.model_dim}, vocab_size {config.vocab_size}")
+        config = reference_to_pretrained(source, target, torch_dtype(dtype), loaded, architecture)
+    typer.echo(
+        f"{target}: {config.model_type}, {config.num_layers} layers, model_dim {config.model_dim}, "
+        f"vocab_size {config.vocab_size}"
+    )
 
 
 @app.command()

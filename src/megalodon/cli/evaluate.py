@@ -17,6 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 import megalodon
+from megalodon.cli.evaluate_memory import memory
+from megalodon.cli.evaluate_recall import recall
 from megalodon.data import Corpus, Document
 from megalodon.data.corpus import CorpusKind
 from megalodon.data.separator import Counter
@@ -33,6 +35,10 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 @app.callback()
 def evaluate() -> None:
     """Measure a model on held-out text."""
+
+
+app.command()(memory)
+app.command()(recall)
 
 
 @app.command()
@@ -71,7 +77,7 @@ def perplexity(
         output.mkdir(parents=True, exist_ok=True)
     model = load_model(folder, device, torch_dtype(dtype))
     tokenizer = load_tokenizer_for(model, folder, tokenizer_name)
-    piece_length = default_piece_length(model.config.chunk_size) if piece_length is None else piece_length
+    piece_length = default_piece_length(model.model.dimensions.alignment) if piece_length is None else piece_length
     started = time.perf_counter()
     counter = Counter([] if separator else tokenizer.separators)
     documents = (Document(d.name, counter.through(d.pieces)) for d in corpus.documents())

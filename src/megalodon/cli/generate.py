@@ -22,7 +22,8 @@ from megalodon.inference import (
     load_model,
     load_tokenizer_for,
 )
-from megalodon.inference.loading import RunDtype, torch_dtype
+from megalodon.inference.loading import RunDtype, choose_device, torch_dtype
+from megalodon.models import CausalLM
 from megalodon.models.storage import check_storage
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -55,6 +56,16 @@ def generate(
     tokenizer_name: Annotated[str | None, typer.Option("--tokenizer", help="if the model's folder holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU if not given")] = None,
     dtype: Annotated[RunDtype | None, typer.Option(help="that of the weights if not given; int8: for a CPU")] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="MODEL is a Transformer of another library, such as a Llama: read it as it is, with attention, hip "
+            "(keys that a search finds) or sliding_attention"
+        ),
+    ] = None,
+    attention_parameter: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="of --attention, such as mask_size=256; repeatable")
+    ] = None,
 ) -> None:
     """Continue a text. It goes to standard output as it is made, statistics go to standard error."""
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -63,7 +74,12 @@ def generate(
     if save_context is not None and not save_context.absolute().parent.is_dir():
         raise FileNotFoundError(f"--save-context: no folder {save_context.absolute().parent}")
     storage = check_storage(context_storage)
-    model = load_model(folder, device, torch_dtype(dtype))
+    if attention is None:
+        if attention_parameter:
+            raise ValueError("--attention-parameter: it goes with --attention")
+        model = load_model(folder, device, torch_dtype(dtype))
+    else:
+        model = transformer(folder, attention, attention_parameter or [], device, dtype)
     tokenizer = load_tokenizer_for(model, folder, tokenizer_name)
     start = None if context is None else Context.load(context, model, tokenizer)
     session = Session(model, start, seed, vocab_size=tokenizer.vocab_size)
@@ -71,6 +87,23 @@ def generate(
     write(generate_text(session, tokenizer, max_tokens, sampling, stop or (), save_context is not None), session)
     if save_context is not None:
         session.context.save(save_context, model, tokenizer, storage)
+
+
+def transformer(folder: Path, attention: str, given: list[str], device: str | None, dtype: str | None) -> CausalLM:
+    """The Transformer in a folder, with another attention. Nothing is trained."""
+    import yaml
+
+    from megalodon.convert.teachers import Teacher
+
+    if dtype == RunDtype.int8:
+        raise ValueError("--dtype int8: with --attention it must be float32 or bfloat16")
+    parameters = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--attention-parameter {text}: it must be KEY=VALUE")
+        parameters[name] = yaml.safe_load(value)
+    return Teacher(folder).with_attention(attention, parameters).model(choose_device(device), torch_dtype(dtype))
 
 
 def prompt_text(prompt: str | None, prompt_file: str | None, required: bool) -> Iterator[str]:

@@ -1,7 +1,8 @@
-"""Checkpoint folders of the reference implementation, of any model-parallel size: read, merge, cut and write.
+"""Checkpoint folders of the authors' implementations, of any model-parallel size: read, merge, cut and write.
 
 A folder holds `config.json`, `consolidate_config.json` and one weights file per model-parallel rank (SPEC: The
-reference's checkpoints). The weights files are pickles; they are read with PyTorch's restricted loader only.
+reference's checkpoints). The weights files are pickles; they are read with PyTorch's restricted loader only. The
+authors' Gecko writes no folders; its configs and state dicts stand here in the folder of their Megalodon.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon.convert.parameters import Stored, buffers, parameters
+from megalodon.convert.parameters import AnyConfig, Stored, buffers, parameters
 from megalodon.convert.reference import (
     TIED_HEAD,
+    architecture_of,
     config_from_reference,
     config_to_reference,
+    inner_config,
     state_dict_from_reference,
     state_dict_to_reference,
     without_wrapper,
@@ -39,12 +42,16 @@ def weights_file(rank: int, model_parallel_size: int) -> str:
     return "consolidated.pth" if model_parallel_size == 1 else f"consolidated.{rank:02d}.pth"
 
 
-def read_checkpoint(folder: Path) -> tuple[MegalodonConfig, dict[str, Tensor]]:
+def read_checkpoint(folder: Path, architecture: str | None = None) -> tuple[AnyConfig, dict[str, Tensor]]:
     """Our config and complete state dict (on the CPU, dtypes as stored) of a reference checkpoint folder.
+
+    Args:
+        architecture: "megalodon" or "gecko"; a folder of the other is refused. None: what the config's fields tell.
 
     Raises:
         FileNotFoundError: for a missing folder, config or rank file, naming it.
-        ValueError: for a damaged file, an unknown or missing parameter, or shapes that contradict the config.
+        ValueError: for a damaged file, an unknown or missing parameter, shapes that contradict the config, or a config
+            with fields that the architecture does not have.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give a checkpoint folder of the reference implementation")
@@ -52,13 +59,16 @@ def read_checkpoint(folder: Path) -> tuple[MegalodonConfig, dict[str, Tensor]]:
     size = _read_json(folder / CONSOLIDATE_CONFIG).get("model_parallel_size")
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{folder / CONSOLIDATE_CONFIG}: model_parallel_size is {size!r}; it must be 1 or more")
-    ranks = [_read_weights(path) for path in _weights_paths(folder, size)]
-    ours = _complete_config(config, ranks)
+    paths = _weights_paths(folder, size)
+    architecture = architecture_of(config) if architecture is None else architecture
+    _check_config(config, architecture)
+    ranks = [_read_weights(path) for path in paths]
+    ours = _complete_config(config, ranks, architecture)
     return ours, _complete(state_dict_from_reference(merge_ranks(ranks, ours), ours), ours)
 
 
 def write_checkpoint(
-    folder: Path, config: MegalodonConfig, state_dict: Mapping[str, Tensor], model_parallel_size: int = 1
+    folder: Path, config: AnyConfig, state_dict: Mapping[str, Tensor], model_parallel_size: int = 1
 ) -> None:
     """Write our model into an existing empty folder as the reference does.
 
@@ -68,13 +78,13 @@ def write_checkpoint(
     """
     check_divides(config, model_parallel_size)
     renamed = state_dict_to_reference(_complete(dict(state_dict), config), config)
-    dtype = _only_dtype(renamed)
+    dtype, model = _only_dtype(renamed), config_to_reference(config)
     for rank in range(model_parallel_size):
         part = cut_rank(renamed, config, rank, model_parallel_size)
         torch.save(OrderedDict(part), folder / weights_file(rank, model_parallel_size))
     whole_config = {
         "tokenizer": {"path": None, "additional_vocab_size": 0, "data_tokenized": False},
-        "model": config_to_reference(config),
+        "model": model,
         "model_parallel_size": model_parallel_size,
         "chunk_parallel_size": 1,
     }
@@ -83,7 +93,7 @@ def write_checkpoint(
         (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def merge_ranks(ranks: list[dict[str, Tensor]], config: MegalodonConfig) -> dict[str, Tensor]:
+def merge_ranks(ranks: list[dict[str, Tensor]], config: AnyConfig) -> dict[str, Tensor]:
     """One state dict, under the reference's names, of the state dicts of all model-parallel ranks in order.
 
     Raises:
@@ -117,7 +127,7 @@ def merge_ranks(ranks: list[dict[str, Tensor]], config: MegalodonConfig) -> dict
 
 
 def cut_rank(
-    state_dict: Mapping[str, Tensor], config: MegalodonConfig, rank: int, model_parallel_size: int
+    state_dict: Mapping[str, Tensor], config: AnyConfig, rank: int, model_parallel_size: int
 ) -> dict[str, Tensor]:
     """What model-parallel rank `rank` holds of a state dict under the reference's names: copies, not views."""
     expected = _shapes_and_splits(config)
@@ -129,7 +139,7 @@ def cut_rank(
     return part
 
 
-def check_divides(config: MegalodonConfig, model_parallel_size: int) -> None:
+def check_divides(config: AnyConfig, model_parallel_size: int) -> None:
     """Raises ValueError, naming the field, if the model cannot be cut into so many ranks."""
     if model_parallel_size < 1:
         raise ValueError(f"model_parallel_size is {model_parallel_size}; it must be 1 or more")
@@ -139,7 +149,7 @@ def check_divides(config: MegalodonConfig, model_parallel_size: int) -> None:
             raise ValueError(f"model_parallel_size {model_parallel_size} does not divide {field}, {value}")
 
 
-def _shapes_and_splits(config: MegalodonConfig) -> dict[str, tuple[tuple[int, ...], int | None]]:
+def _shapes_and_splits(config: AnyConfig) -> dict[str, tuple[tuple[int, ...], int | None]]:
     entries: list[Stored] = [*parameters(config), *buffers(config)]
     table = {entry.reference: (entry.shape, entry.split) for entry in entries}
     if config.share_emb:
@@ -151,19 +161,27 @@ def _part_shape(shape: tuple[int, ...], split: int | None, ranks: int) -> tuple[
     return tuple(size // ranks if axis == split else size for axis, size in enumerate(shape))
 
 
-def _complete_config(config: Mapping[str, Any], ranks: list[dict[str, Tensor]]) -> MegalodonConfig:
+def _check_config(config: Mapping[str, Any], architecture: str) -> None:
+    """That it is one of this architecture, before any weights are read; an unset vocab_size is left to them."""
+    inner = dict(inner_config(config))
+    if inner.get("vocab_size", -1) == -1:
+        inner["vocab_size"] = 1
+    config_from_reference(inner, architecture)
+
+
+def _complete_config(config: Mapping[str, Any], ranks: list[dict[str, Tensor]], architecture: str) -> AnyConfig:
     """The config, with what the reference leaves to the weights: an unset vocab_size, and the norms' prior count."""
-    inner = dict(config.get("model", config))
+    inner = dict(inner_config(config))
     if inner.get("vocab_size", -1) == -1 and "embed.weight" in ranks[0]:
         inner["vocab_size"] = ranks[0]["embed.weight"].shape[0]
-    ours = config_from_reference(inner)
+    ours: AnyConfig = config_from_reference(inner, architecture)
     prior_count = ranks[0].get("output.final_norm.prior_count")
-    if prior_count is not None and int(prior_count) > 0:
+    if isinstance(ours, MegalodonConfig) and prior_count is not None and int(prior_count) > 0:
         ours.norm_prior_count = int(prior_count)
     return ours
 
 
-def _complete(state_dict: dict[str, Tensor], config: MegalodonConfig) -> dict[str, Tensor]:
+def _complete(state_dict: dict[str, Tensor], config: AnyConfig) -> dict[str, Tensor]:
     missing = [entry for entry in parameters(config) if entry.ours not in state_dict]
     if missing:
         first = f"{missing[0].ours} (the reference's {missing[0].reference})"

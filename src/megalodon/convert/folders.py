@@ -9,19 +9,25 @@ import torch
 from torch import Tensor
 
 from megalodon.convert.checkpoint import check_divides, read_checkpoint, write_checkpoint
+from megalodon.convert.parameters import AnyConfig
 from megalodon.convert.pretrained import cast, read_pretrained, write_pretrained
 from megalodon.data import Tokenizer, check_vocabulary
 from megalodon.files import write_folder
-from megalodon.models.megalodon.config import MegalodonConfig
+from megalodon.models import Config, load_config
 from megalodon.parallel.sharded import is_sharded, write_whole_model
 
 
 def reference_to_pretrained(
-    source: Path, target: Path, dtype: torch.dtype | None = None, tokenizer: Tokenizer | None = None
-) -> MegalodonConfig:
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: Tokenizer | None = None,
+    architecture: str | None = None,
+) -> AnyConfig:
     """Write our model folder `target` for the reference's checkpoint folder `source`; return its config.
 
     Args:
+        architecture: whose checkpoint it must be; None: what its config tells.
         dtype: of the weights written; None keeps those of the checkpoint. A float16 checkpoint needs one.
         tokenizer: saved beside the weights, so that the folder is all that generation needs.
 
@@ -30,12 +36,10 @@ def reference_to_pretrained(
             more ids than the model.
     """
     _require_new(target)
-    config, state_dict = read_checkpoint(source)
+    config, state_dict = read_checkpoint(source, architecture)
     state_dict = _in_dtype(state_dict, dtype)
     if state_dict["model.embed_tokens.weight"].dtype == torch.float16:
-        raise ValueError(
-            "dtype: the checkpoint is float16, which Megalodon does not run in; choose float32 or bfloat16"
-        )
+        raise ValueError("dtype: the checkpoint is float16, which no model here runs in; choose float32 or bfloat16")
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
         config.eos_token_id = tokenizer.eos_token_id
@@ -52,7 +56,7 @@ def reference_to_pretrained(
 
 def pretrained_to_reference(
     source: Path, target: Path, model_parallel_size: int = 1, dtype: torch.dtype | None = None
-) -> MegalodonConfig:
+) -> AnyConfig:
     """Write the reference's checkpoint folder `target` for our model folder `source`; return the config.
 
     Args:
@@ -71,7 +75,7 @@ def pretrained_to_reference(
     return config
 
 
-def checkpoint_to_pretrained(source: Path, target: Path, dtype: torch.dtype | None = None) -> MegalodonConfig:
+def checkpoint_to_pretrained(source: Path, target: Path, dtype: torch.dtype | None = None) -> Config:
     """Write our model folder `target` for a sharded checkpoint of a run on a mesh, tokenizer included.
 
     Args:
@@ -87,7 +91,7 @@ def checkpoint_to_pretrained(source: Path, target: Path, dtype: torch.dtype | No
         raise FileNotFoundError(f"there is no checkpoint {source}")
     if not is_sharded(source):
         raise ValueError(f"{source} is no sharded checkpoint: that of a run on one process has its model in model/")
-    config = MegalodonConfig.from_pretrained(source / "model")
+    config = load_config(source / "model")
 
     def fill(folder: Path) -> None:
         for path in (source / "model").iterdir():

@@ -56,7 +56,9 @@ def parameters(config: AnyConfig) -> list[Parameter]:
 
 def buffers(config: AnyConfig) -> list[Stored]:
     """Every buffer that the reference's state dict holds for this config."""
-    table = [Stored("rope.freqs", (config.z_dim // config.num_heads // 2,), WHOLE)]
+    table = []
+    if not isinstance(config, GeckoConfig) or config.rotated_heads:
+        table.append(Stored("rope.freqs", (config.z_dim // config.num_heads // 2,), WHOLE))
     norms = [f"layers.{index}.mega.timenorm." for index in range(config.num_layers)] + ["output.final_norm."]
     for norm in norms:
         table.append(Stored(norm + "prior_count", (), WHOLE))

@@ -16,22 +16,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megalodon.models.megalodon.config import MegalodonConfig
+from megalodon.convert.parameters import AnyConfig
+from megalodon.convert.reference import FIELDS
+from megalodon.models import architecture
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def write_pretrained(folder: Path, config: MegalodonConfig, state_dict: Mapping[str, Tensor]) -> None:
+def write_pretrained(folder: Path, config: AnyConfig, state_dict: Mapping[str, Tensor]) -> None:
     """Write what `from_pretrained` loads, config.json and safetensors, sharded when large, into an existing folder."""
     config = copy.deepcopy(config)
-    config.architectures = ["MegalodonForCausalLM"]
+    config.architectures = [architecture(config.model_type).causal_lm.__name__]
     config.dtype = state_dict["model.embed_tokens.weight"].dtype
     config.save_pretrained(folder)
     save_torch_state_dict({name: value.contiguous() for name, value in state_dict.items()}, folder)
 
 
-def read_pretrained(folder: Path) -> tuple[MegalodonConfig, dict[str, Tensor]]:
+def read_pretrained(folder: Path) -> tuple[AnyConfig, dict[str, Tensor]]:
     """The config and the tensors of a model folder, on the CPU.
 
     Raises:
@@ -40,9 +42,9 @@ def read_pretrained(folder: Path) -> tuple[MegalodonConfig, dict[str, Tensor]]:
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: give a folder that save_pretrained wrote")
-    if (model_type := json.loads((folder / "config.json").read_text()).get("model_type")) != "megalodon":
-        raise ValueError(f"{folder} holds a model of type {model_type!r}; it must be 'megalodon'")
-    config = MegalodonConfig.from_pretrained(folder)
+    if (model_type := json.loads((folder / "config.json").read_text()).get("model_type")) not in FIELDS:
+        raise ValueError(f"{folder} holds a model of type {model_type!r}; it must be {' or '.join(map(repr, FIELDS))}")
+    config = FIELDS[model_type].config.from_pretrained(folder)
     state_dict: dict[str, Tensor] = {}
     for name in _weights_files(folder):
         try:

@@ -34,12 +34,16 @@ class Fields:
         names: the reference's name of each of our fields that has the same meaning.
         left_behind: what has no field of ours: ways of computing and of training.
         rope_base: what an absent rope_base means.
+        attention: what an absent efficient_attn means.
+        writes_null: whether null stands for what is absent; else the value is always written.
     """
 
     config: type[AnyConfig]
     names: Mapping[str, str]
     left_behind: tuple[str, ...]
     rope_base: float
+    attention: str | None
+    writes_null: bool
 
     @property
     def known(self) -> set[str]:
@@ -49,14 +53,21 @@ class Fields:
 
 FIELDS: dict[str, Fields] = {
     "megalodon": Fields(
-        MegalodonConfig, {name: name for name in (*_SHARED, "norm_num_groups")}, ("layerwise_ckpt",), 10000.0
+        MegalodonConfig,
+        {name: name for name in (*_SHARED, "norm_num_groups")},
+        ("layerwise_ckpt",),
+        rope_base=10000.0,
+        attention=None,
+        writes_null=True,
     ),
     "gecko": Fields(
         GeckoConfig,
         {name: name for name in (*_SHARED, "layernorm_num_groups", "two_hop_residual", "num_rope_heads")}
         | {f"norm_{name}": f"timenorm_{name}" for name in _TIME_NORM},
-        ("layerwise_ckpt", "memory_efficient_norm"),
-        500000.0,
+        ("memory_efficient_norm",),
+        rope_base=500000.0,
+        attention="fused",
+        writes_null=False,
     ),
 }
 """The authors' implementations, by the architecture that is ours."""
@@ -71,7 +82,7 @@ def config_from_reference(reference: Mapping[str, Any], architecture: str = "meg
     Args:
         reference: its model config (the golden vectors' `config`), or a whole checkpoint's config.json, whose `model`
             key holds one. Absent fields take our defaults; `efficient_attn` says how attention dropout acts;
-            `layerwise_ckpt` and `memory_efficient_norm`, ways of computing, are left behind.
+            `layerwise_ckpt` (Megalodon's) and `memory_efficient_norm` (Gecko's), ways of computing, are left behind.
         architecture: "megalodon" or "gecko": whose reference it is.
 
     Returns:
@@ -83,29 +94,56 @@ def config_from_reference(reference: Mapping[str, Any], architecture: str = "meg
     if architecture not in FIELDS:
         raise ValueError(f"architecture is {architecture!r}; it must be one of {', '.join(FIELDS)}")
     fields = FIELDS[architecture]
-    inner = reference.get("model", reference)
-    if not isinstance(inner, Mapping):
-        raise ValueError(f"config key 'model' must hold the model's fields, not {inner!r}")
+    inner = inner_config(reference)
     _check_fields(inner, architecture)
-    attention = inner.get("efficient_attn")
+    attention = inner.get("efficient_attn", fields.attention)
     if attention not in ATTENTION_DROPOUT:
         raise ValueError(f"efficient_attn is {attention!r}; it must be null, 'swift' or 'fused'")
-    if inner.get("vocab_size", -1) < 1:
-        raise ValueError(f"vocab_size is {inner.get('vocab_size')!r}; it must be the number of rows of embed.weight")
+    vocab_size = inner.get("vocab_size", -1)
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size!r}; it must be the number of rows of embed.weight")
     values = {ours: inner[theirs] for ours, theirs in fields.names.items() if theirs in inner}
     values["attention_dropout_mode"] = ATTENTION_DROPOUT[attention]
     if inner.get("output_size", -1) != -1:
         values["output_size"] = inner["output_size"]
-    if inner.get("rope_base") is not None:
-        values["rope_base"] = float(inner["rope_base"])
+    if (rope_base := inner.get("rope_base")) is not None:
+        values["rope_base"] = float(rope_base) if isinstance(rope_base, int) else rope_base
     try:
         return fields.config(**values)
     except StrictDataclassError as error:  # Transformers' wrapping of what is wrong
         raise ValueError(f"the reference's model config is not possible: {error.__cause__ or error}") from None
 
 
+def inner_config(reference: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The model's fields of a reference's config.json, or of a model config itself.
+
+    Raises:
+        ValueError: what should hold them is no object.
+    """
+    inner = reference.get("model", reference)
+    if not isinstance(inner, Mapping):
+        raise ValueError(f"config key 'model' must hold the model's fields, not {inner!r}")
+    return inner
+
+
+def architecture_of(reference: Mapping[str, Any]) -> str:
+    """Whose config it is, told by the fields that the others do not have; the first of `FIELDS` where none tells.
+
+    Raises:
+        ValueError: as `inner_config`.
+    """
+    inner = set(inner_config(reference))
+
+    def own(architecture: str) -> int:
+        others = set().union(*(fields.known for name, fields in FIELDS.items() if name != architecture))
+        return len(inner & (FIELDS[architecture].known - others))
+
+    return max(FIELDS, key=own)
+
+
 def _check_fields(inner: Mapping[str, Any], architecture: str) -> None:
-    unknown = sorted(set(inner) - FIELDS[architecture].known)
+    ways = {name for fields in FIELDS.values() for name in fields.left_behind}
+    unknown = sorted(set(inner) - FIELDS[architecture].known, key=lambda name: (name in ways, name))
     if not unknown:
         return
     others = [name for name, fields in FIELDS.items() if name != architecture and set(inner) <= fields.known]
@@ -115,13 +153,24 @@ def _check_fields(inner: Mapping[str, Any], architecture: str) -> None:
 
 def config_to_reference(config: AnyConfig) -> dict[str, Any]:
     """The reference's model config for ours. `norm_prior_count` has no field there: its state dict carries it; nor have
-    `multi_segments` and `bos_token_id`, which its programs pass to the model."""
+    `multi_segments` and `bos_token_id`, which its programs pass to the model.
+
+    Raises:
+        ValueError: for Gecko with attention dropout of weights: its reference can only drop keys.
+    """
     fields = FIELDS[config.model_type]
     values = {theirs: getattr(config, ours) for ours, theirs in fields.names.items()}
     values["efficient_attn"] = "fused" if config.attention_dropout_mode == "dropkey" else None
+    if not fields.writes_null and values["efficient_attn"] is None:
+        if config.attention_dropout > 0:
+            raise ValueError(
+                f"attention_dropout_mode={config.attention_dropout_mode!r} with attention_dropout="
+                f"{config.attention_dropout}: the authors' {config.model_type} can only drop keys, 'dropkey'"
+            )
+        values["efficient_attn"] = fields.attention  # nothing is dropped either way
     tied_to_vocabulary = config.output_size in (None, config.vocab_size)
     values["output_size"] = -1 if tied_to_vocabulary else config.output_size
-    values["rope_base"] = None if config.rope_base == fields.rope_base else config.rope_base
+    values["rope_base"] = None if fields.writes_null and config.rope_base == fields.rope_base else config.rope_base
     return values | dict.fromkeys(fields.left_behind, False)
 
 
@@ -221,7 +270,12 @@ def _checked_buffers(state_dict: Mapping[str, Tensor], config: AnyConfig) -> lis
 
 def _check_buffer(name: str, value: Tensor, config: AnyConfig) -> None:
     if name.endswith("prior_count") and int(value) != prior_count(config):
-        raise ValueError(f"{name} is {int(value)}, but the config's norm_prior_count is {prior_count(config)}")
+        where = (
+            "but Gecko's norms have no prior: it must be"
+            if isinstance(config, GeckoConfig)
+            else ("but the config's norm_prior_count is")
+        )
+        raise ValueError(f"{name} is {int(value)}, {where} {prior_count(config)}")
     if name == "rope.freqs":
         expected = rope_frequencies(config)
         tolerance = 4 * torch.finfo(value.dtype).eps

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from megalodon.data.documents import DocumentSet
 from megalodon.data.mixture import Mixture, another_text
 from megalodon.data.packing import NO_TARGET, DocumentStream, PackedRows, Row, StreamedRows, Stretch
 
-Mode: TypeAlias = Literal["packed", "streamed"]
+Mode: TypeAlias = Literal["packed", "streamed", "reset"]
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ class Loader:
     """Endless batches of a set of documents, or of a mixture of sets.
 
     `mode` "packed": independent rows; "streamed": each row reads on from batch to batch, and the trainer carries its
-    state. `isolate`: documents in a row do not see each other (`segment_ids` marks them, no label crosses a border);
-    without it a row is one text. `batch_size` counts the rows of all `world_size` ranks together. `seed` orders the
-    documents anew in every epoch; with `shuffle=False` they stay in the corpus's order.
+    state; "reset": the same batches as streamed, but nothing is carried. `isolate`: documents in a row do not see each
+    other (`segment_ids` marks them, no label crosses a border); without it a row is one text. `batch_size` counts the
+    rows of all `world_size` ranks together. `seed` orders the documents anew in every epoch; with `shuffle=False` they
+    stay in the corpus's order.
 
     Raises ValueError for sizes that are not positive or do not divide, and for too few tokens.
     """
@@ -129,10 +130,10 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if mode not in ("packed", "streamed"):
-            raise ValueError(f"mode is {mode!r}; give packed or streamed")
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}; give packed, streamed or reset")
         self.own_rows = own_rows(batch_size, sequence_length, rank, world_size)
-        needed = max(batch_size, sequence_length + 1) if mode == "streamed" else sequence_length + 1
+        needed = sequence_length + 1 if mode == "packed" else max(batch_size, sequence_length + 1)
         documents = Mixture.of(documents)
         if documents.num_tokens < needed:
             raise ValueError(
@@ -232,6 +233,7 @@ def held_out_batches(
     max_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
+    carry: bool = True,
 ) -> Iterator[Batch]:
     """Every text of the documents once, in streamed batches: the same ones every time.
 
@@ -242,6 +244,8 @@ def held_out_batches(
 
     Args:
         max_tokens: read only so many tokens, the first ones of the set.
+        carry: without it, nothing is carried from one batch to the next, so that every `sequence_length` tokens of a
+            document stand alone.
     """
     own = own_rows(batch_size, sequence_length, rank, world_size)
     texts = documents.without_ends().first(max_tokens)
@@ -256,7 +260,7 @@ def held_out_batches(
             rows.append(replace(row, documents=shares[number][row.documents]))
             goes_on = 0 < begin < end and not streams[number].begins_document(0, begin)
             continues.append(goes_on)
-        yield make_batch(rows, Mixture.of(texts), True, continues)
+        yield make_batch(rows, Mixture.of(texts), True, continues if carry else None)
 
 
 def _shared_out(documents: DocumentSet, rows: int) -> list[np.ndarray]:

@@ -1,5 +1,6 @@
 """Measuring trained models. One file a task; `megalodon evaluate TASK` runs it."""
 
+from megalodon.evaluation.memory import evaluate_memory, memory_parts
 from megalodon.evaluation.perplexity import Losses, Progress, document_losses, evaluate_perplexity
 from megalodon.evaluation.plot import plot_by_position
 from megalodon.evaluation.scores import Distances, Places, Positions, Score, bucket_index, bucket_range
@@ -16,6 +17,8 @@ __all__ = [
     "bucket_index",
     "bucket_range",
     "document_losses",
+    "evaluate_memory",
     "evaluate_perplexity",
+    "memory_parts",
     "plot_by_position",
 ]

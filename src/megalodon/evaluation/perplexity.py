@@ -44,6 +44,7 @@ def evaluate_perplexity(
     on_progress: Callable[[Progress], None] | None = None,
     reset_every: int | None = None,
     on_losses: Callable[[int, Losses], None] | None = None,
+    forget: str | None = None,
 ) -> dict[str, Any]:
     """Score documents, each alone. Memory does not depend on their lengths.
 
@@ -56,6 +57,8 @@ def evaluate_perplexity(
         on_progress: called after every piece.
         reset_every: forget everything after every so many tokens; None: never.
         on_losses: called with a document's number, from 0 on, and the losses of each piece of it.
+        forget: the one of `State.parts` that is forgotten after every `reset_every` tokens, while the others go on;
+            None: everything.
 
     Returns:
         A dict ready for JSON: `overall` (with `documents`), `by_position` over all documents, `by_chunk_place` (None
@@ -63,7 +66,8 @@ def evaluate_perplexity(
         `documents`, each with `name`, its own scores and `by_position`. Losses are nats per token; sums are float64.
 
     Raises:
-        ValueError: if the tokenizer has more ids than the model, no document has two tokens, or a loss is not finite.
+        ValueError: if the tokenizer has more ids than the model, no document has two tokens, a loss is not finite, or
+            the state has no such part or cannot forget it there.
     """
     check_vocabulary(tokenizer, model.config.vocab_size)
     chunk_size: int | None = getattr(model.config, "chunk_size", None)
@@ -77,7 +81,7 @@ def evaluate_perplexity(
     running = Score()
     for number, document in enumerate(documents):
         scores = Positions()
-        for losses in document_losses(model, tokenizer, document, piece_length, max_tokens, reset_every):
+        for losses in document_losses(model, tokenizer, document, piece_length, max_tokens, reset_every, forget):
             piece = Positions()
             piece.add_losses(losses.first, losses.nats, losses.sizes)
             scores.add(piece)
@@ -121,6 +125,7 @@ def document_losses(
     piece_length: int,
     max_tokens: int | None = None,
     reset_every: int | None = None,
+    forget: str | None = None,
 ) -> Iterator[Losses]:
     """The losses of a document's tokens, piece by piece."""
     state: State | None = None
@@ -128,7 +133,7 @@ def document_losses(
     for piece in overlapping_pieces(document_tokens(tokenizer, document, max_tokens), piece_length):
         for ids, sizes in _between_resets(piece, position, reset_every):
             if reset_every is not None and position % reset_every == 0:
-                state = None
+                state = None if forget is None or state is None else state.forget(forget)
             nats, state = _piece_losses(model, ids, state)
             if not np.isfinite(nats).all():
                 place = position + 1 + int(np.flatnonzero(~np.isfinite(nats))[0])

@@ -33,19 +33,28 @@ from megalodon.models.megabyte import MegabyteConfig, MegabyteForCausalLM, Megab
 from megalodon.models.megalodon.config import PRESETS, MegalodonConfig
 from megalodon.models.megalodon.model import MegalodonForCausalLM, MegalodonModel
 from megalodon.models.megalodon.state import MegalodonState
+from megalodon.models.peers import PeerConfig, PeerForCausalLM, PeerModel, PeerState
 from megalodon.models.pretrained import StatefulPreTrainedModel
 from megalodon.models.state import State
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What makes an architecture: its config, the network without a head, and the language model.
+class Trainable:
+    """What can be trained and run: its config, the network without a head, and the language model."""
+
+    config: type[Config]
+    model: Any
+    causal_lm: Any
+
+
+@dataclass(frozen=True)
+class Architecture(Trainable):
+    """An architecture of ours.
 
     Attributes:
         heads: other heads, by the ends of their classes' names (`megalodon.models.heads`).
     """
 
-    config: type[Config]
     model: type[StatefulModel]
     causal_lm: type[CausalLM]
     heads: dict[str, type[StatefulPreTrainedModel]] = field(init=False)
@@ -70,6 +79,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "megalodon-megabyte": Architecture(MegabyteConfig, MegabyteModel, MegabyteForCausalLM),
 }
 """Every architecture by its `model_type`. The first is the default where none is named."""
+
+TRAINABLE: dict[str, Trainable] = {
+    **ARCHITECTURES,
+    PeerConfig.model_type: Trainable(PeerConfig, PeerModel, PeerForCausalLM),
+}
+"""What `model.architecture` may name: ours, and any causal language model of Transformers (`models.peers`)."""
 
 _TABLES = {
     AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -102,17 +117,17 @@ def auto_classes_by_name() -> dict[str, type]:
     return {kind.__name__: kind for kind in kinds}
 
 
-def architecture(name: str) -> Architecture:
-    """The architecture of this name.
+def architecture(name: str) -> Trainable:
+    """The architecture of this name, or "transformers".
 
     Raises:
         ValueError: there is none; the message names the nearest.
     """
-    if name not in ARCHITECTURES:
-        near = get_close_matches(str(name), ARCHITECTURES, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(ARCHITECTURES)}"
+    if name not in TRAINABLE:
+        near = get_close_matches(str(name), TRAINABLE, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(TRAINABLE)}"
         raise ValueError(f"no architecture {name!r}; {hint}")
-    return ARCHITECTURES[name]
+    return TRAINABLE[name]
 
 
 def all_presets() -> dict[str, type[Config]]:
@@ -131,6 +146,8 @@ def load_config(folder: str | Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: it is not a model folder")
     kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind not in ARCHITECTURES and PeerConfig.is_kind(kind):
+        return PeerConfig.from_pretrained(folder)
     if kind not in ARCHITECTURES:
         raise ValueError(f"{folder} holds a model of type {kind!r}: it must be one of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[kind].config.from_pretrained(folder)
@@ -138,12 +155,14 @@ def load_config(folder: str | Path) -> Config:
 
 def build_model(config: Config) -> CausalLM:
     """A new language model of this config, drawn from the global generator."""
-    return architecture(config.model_type).causal_lm(config)
+    model: CausalLM = architecture(config.model_type).causal_lm(config)
+    return model
 
 
 __all__ = [
     "ARCHITECTURES",
     "PRESETS",
+    "TRAINABLE",
     "Architecture",
     "CausalLM",
     "Config",
@@ -161,8 +180,13 @@ __all__ = [
     "MegalodonForCausalLM",
     "MegalodonModel",
     "MegalodonState",
+    "PeerConfig",
+    "PeerForCausalLM",
+    "PeerModel",
+    "PeerState",
     "State",
     "StatefulModel",
+    "Trainable",
     "all_presets",
     "architecture",
     "build_model",

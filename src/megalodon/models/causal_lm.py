@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megalodon.files import load_tensors
 from megalodon.models import documents
 from megalodon.models.config import Config
 from megalodon.models.generation import StateGenerationMixin
 from megalodon.models.keywords import refuse_unknown
 from megalodon.models.layers.head import apply_head
-from megalodon.models.loss import summed_loss
+from megalodon.models.loss import mean_of, summed_loss
 from megalodon.models.output import LanguageModelOutput, ModelOutput, the_state
 from megalodon.models.padding import RealTokens
 from megalodon.models.pretrained import StatefulPreTrainedModel, refuse_float16
@@ -338,8 +340,22 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.output_size or config.vocab_size
-        self.lm_head = nn.Linear(config.model_dim, self.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.model_dim, self.vocab_size, bias=getattr(config, "head_bias", False))
         self.post_init()
+
+    @property
+    def note(self) -> str | None:
+        """One line for the user before training, of what this model does otherwise than others; None: nothing."""
+        return None
+
+    def read_weights(self, folder: Path) -> tuple[list[str], list[str]]:
+        """Take the weights of a folder of `save_pretrained`: (those that are missing, those that are not known)."""
+        missing, unexpected = self.load_state_dict(load_tensors(folder / "model.safetensors"), strict=False)
+        return missing, unexpected
+
+    def read_state(self, tensors: dict[str, Tensor]) -> State:
+        """The state of a `state_dict`, where the model is."""
+        return self.model.state_class.from_state_dict(tensors, self.config).to(self.device)
 
     def keep_tables(self) -> None:
         """Keep what operators make of coefficients alone, for whoever reads many pieces and has the memory."""
@@ -414,10 +430,10 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
                 total = F.cross_entropy(
                     logits.flatten(0, 1), shift_labels[:, kept].flatten().to(x.device), reduction="sum"
                 )
-                loss = _mean(total, shift_labels[:, kept], num_items_in_batch)
+                loss = mean_of(total, shift_labels[:, kept], num_items_in_batch)
         else:
             total = summed_loss(self.lm_head, x, shift_labels.to(x.device))
-            loss = _mean(total, shift_labels, num_items_in_batch)
+            loss = mean_of(total, shift_labels, num_items_in_batch)
         output = LanguageModelOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
         return output if return_dict is not False else output.to_tuple()
 
@@ -432,9 +448,3 @@ def _in_turn(
         out, memory = module(piece, memory, *given)
         outs.append(out)
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1), memory
-
-
-def _mean(total: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:
-    if count is None:
-        return total / (targets != -100).sum().to(total.device)
-    return total / (count.to(total.device) if isinstance(count, Tensor) else count)

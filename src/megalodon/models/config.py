@@ -54,6 +54,7 @@ class Config(PreTrainedConfig):
         tensor_fields: sizes that the tensor axis of a mesh cuts; empty: the architecture cannot be cut so.
         chunk_axis: whether the sequence can be cut over ranks.
         chunks_before: whole chunks before a token's own that attention sees.
+        on_mesh: whether several processes can train one model of it.
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
@@ -69,6 +70,7 @@ class Config(PreTrainedConfig):
     tensor_fields: ClassVar[tuple[str, ...]] = ()
     chunk_axis: ClassVar[bool] = False
     chunks_before: ClassVar[int] = 0
+    on_mesh: ClassVar[bool] = True
 
     vocab_size: int = 32000
     num_layers: int = 12

@@ -54,3 +54,10 @@ def sum_in_slices(loss_of: Callable[[Tensor, Tensor], Tensor], x: Tensor, target
     if not torch.is_grad_enabled():
         return torch.stack([loss_of(*pair) for pair in slices]).sum()
     return torch.stack([checkpoint(loss_of, *pair, use_reentrant=False) for pair in slices]).sum()
+
+
+def mean_of(total: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:
+    """A summed loss over `count`; None: over the number of targets, which are not -100."""
+    if count is None:
+        return total / (targets != -100).sum().to(total.device)
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)

@@ -123,6 +123,11 @@ class State:
         return position % int(sizes.alignment)
 
     @classmethod
+    def could_have(cls, sizes: Any, name: str, position: int, count: int) -> bool:
+        """Whether a tensor of any length could be so long for one row of so many tokens."""
+        return count == cls.places(sizes, name, position)
+
+    @classmethod
     def is_possible(cls, name: str, tensor: Tensor) -> bool:
         """Whether a tensor of `state_dict` could be that of a state: finite, and no variance negative."""
         return bool(tensor.isfinite().all()) and not (name.endswith(".var") and bool((tensor < 0).any()))
@@ -272,6 +277,38 @@ class State:
             return self
         there = rows.to(self.device)
         return self._with(lambda memory: memory.reset(there), self.position.masked_fill(rows, 0))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What `forget` can take out of this state, by name; empty where an architecture's memory is one piece."""
+        return ()
+
+    def forget(self, part: str) -> Self:
+        """The state in which one of its `parts` has read nothing, in every row, while the others go on.
+
+        Raises:
+            ValueError: there is no such part, or it cannot be told apart from the others here; the message says why.
+        """
+        if part not in self.parts:
+            there = ", ".join(self.parts) or "none that can be forgotten alone"
+            raise ValueError(f"part={part!r}: a {self.model_type} state has {there}")
+        return self._forget(part)
+
+    def _forget(self, part: str) -> Self:
+        raise NotImplementedError
+
+    def _begun_again(self) -> Self:
+        """This state with every row at position 0: whatever is counted or placed by the position has read nothing.
+
+        Raises:
+            ValueError: a row is inside a chunk, whose keys and values are placed by the position too.
+        """
+        if self.open_tokens.any():
+            raise ValueError(
+                f"position={self.position.tolist()}: this part is forgotten where a chunk of "
+                f"{self.dimensions.alignment} tokens is complete"
+            )
+        return type(self)(self.layers, self.final, torch.zeros_like(self.position), self.dimensions)
 
     @staticmethod
     def concatenate(states: Sequence[State]) -> Any:

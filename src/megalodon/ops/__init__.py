@@ -21,7 +21,7 @@ from megalodon.ops.linear_attention import (
 )
 from megalodon.ops.long_convolution import IMPLEMENTATIONS as _LONG_CONVOLUTION
 from megalodon.ops.long_convolution import long_convolution
-from megalodon.ops.rotary import rotate, rotate_halves, rotations, rotations_of
+from megalodon.ops.rotary import rotate, rotate_halves, rotations, rotations_of, turns_of
 from megalodon.ops.segments import Segments, segmented
 from megalodon.ops.selective_scan import IMPLEMENTATIONS as _SELECTIVE_SCAN
 from megalodon.ops.selective_scan import selective_scan
@@ -81,6 +81,7 @@ __all__ = [
     "sparse_attention",
     "timestep_decay_norm",
     "timestep_norm",
+    "turns_of",
     "two_chunk_attention",
     "two_way_linear_attention",
     "two_way_window_attention",

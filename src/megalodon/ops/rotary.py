@@ -35,6 +35,17 @@ def rotations_of(layout: Layout, dim: int, base: float) -> Tensor:
     return cache[dim, base]
 
 
+def turns_of(layout: Layout, frequencies: tuple[float, ...], amplitude: float) -> Tensor:
+    """`rotations_of` where pair i turns by `frequencies[i]` radians a token, every number times `amplitude`."""
+    cache = layout.__dict__.setdefault("_rotations", {})
+    if (frequencies, amplitude) not in cache:
+        positions = layout.token_positions
+        wide = torch.float32 if positions.device.type == "mps" else torch.float64
+        angles = positions[..., None].to(wide) * torch.tensor(frequencies, dtype=wide, device=positions.device)
+        cache[frequencies, amplitude] = torch.polar(torch.full_like(angles, amplitude), angles).to(torch.complex64)
+    return cache[frequencies, amplitude]
+
+
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Turn the pairs of each head.
 
@@ -55,7 +66,11 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def rotate_halves(x: Tensor, turns: Tensor) -> Tensor:
-    """`rotate` with pairs (i, i + d/2): arguments and result are those of `rotate`."""
+    """`rotate` with pairs (i, i + d/2): arguments and result are those of `rotate`. Turns of fewer pairs turn the first
+    numbers of each head, in halves, and leave the others."""
+    turned = 2 * turns.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat([rotate_halves(x[..., :turned], turns), x[..., turned:]], dim=-1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cosine, sine = torch.view_as_real(turns)[..., None, :, :].to(wide).unbind(-1)
     low, high = x.to(wide).chunk(2, dim=-1)

@@ -74,6 +74,8 @@ def mesh_problems(
     virtual_stages: int = 1,
 ) -> list[str]:
     """Why a mesh cannot work for a model and its batches, one sentence each naming the key; empty when it can."""
+    if not config.on_mesh:
+        return [f"mesh: a {config.model_type} model is trained by one process"]
     below = [name for name in AXES if getattr(sizes, name) < 1]
     if below:
         return [f"mesh.{name}: {getattr(sizes, name)}: it must be at least 1" for name in below]

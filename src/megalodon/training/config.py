@@ -166,12 +166,16 @@ def differences(old: TrainConfig, new: TrainConfig, step: int) -> tuple[list[str
     return list(found.values()), note
 
 
+def _is_sections(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, BaseModel) for each in value.values())
+
+
 def _differences(old: BaseModel, new: BaseModel, path: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
     """(key, before, now) of every field that differs and may not change."""
     for name, field in type(old).model_fields.items():
         before, now = getattr(old, name), getattr(new, name)
         inside = (*path, name)
-        if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+        if _is_sections(before) and _is_sections(now) and before.keys() == now.keys():
             for key in before:
                 yield from _differences(before[key], now[key], (*inside, key))
         elif isinstance(before, BaseModel) and type(before) is type(now):

@@ -64,6 +64,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         FileNotFoundError: if there is no such file.
         ValueError: naming every unknown key, wrong value and contradiction at once.
     """
+    return check_config(read_values(path, overrides), str(path))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values in a YAML file with `section.key=value` overrides laid over them, unchecked.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a mapping in YAML, or an override is not one.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no config file {path}")
@@ -72,8 +82,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a config is a mapping of sections, not a {type(values).__name__}")
     for override in overrides:
-        _apply(values, override)
-    return check_config(values, str(path))
+        lay_over(values, override)
+    return values
 
 
 def check_config(values: dict[str, Any], where: str) -> TrainConfig:
@@ -96,7 +106,7 @@ def check_config(values: dict[str, Any], where: str) -> TrainConfig:
     return config
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def lay_over(values: dict[str, Any], override: str) -> None:
     """Lay one `a.b=value` over nested values, in place."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):

@@ -81,7 +81,7 @@ def load_weights(folder: Path, model: CausalLM) -> None:
         CheckpointError: if a parameter is missing, has another shape, or belongs to no parameter.
     """
     try:
-        missing, unexpected = model.load_state_dict(load_tensors(folder / "model.safetensors"), strict=False)
+        missing, unexpected = model.read_weights(folder)
     except RuntimeError as error:  # other shapes
         raise CheckpointError(f"{folder} holds the weights of another model: {error}") from None
     tied = set(model.all_tied_weights_keys)
@@ -140,5 +140,4 @@ def _read_carried(path: Path, model: CausalLM) -> States:
     for key, tensor in load_tensors(path).items():
         index, _, name = key.partition("/")
         parts.setdefault(int(index), {})[name] = tensor
-    states = (model.model.state_class.from_state_dict(parts[index], model.config) for index in sorted(parts))
-    return [state.to(model.device) for state in states]
+    return [model.read_state(parts[index]) for index in sorted(parts)]

@@ -149,6 +149,7 @@ def held_out_sets(config: TrainConfig, texts: Texts, rank: int, world_size: int,
                 max_tokens=config.evaluation.max_tokens,
                 rank=rank,
                 world_size=world_size,
+                carry=config.data.mode != "reset",
             ),
             weights[name],
         )

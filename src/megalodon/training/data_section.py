@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
 
 from pydantic import Field, field_validator
 
 from megalodon.data import CorpusConfig, HeldOutConfig
+from megalodon.data.loader import Mode
 from megalodon.training.section import Section, changeable
 
 SOURCE_NAME = re.compile(r"[\w.-]+")
@@ -31,9 +31,12 @@ class DataSection(Section):
     mixture: dict[str, MixtureSource] | None = Field(
         default=None, description="instead of corpus and held_out: several sources by name, each with its weight"
     )
-    mode: Literal["packed", "streamed"] = Field(
+    mode: Mode = Field(
         default="streamed",
-        description="streamed: each row reads on from step to step, with its state; packed: it does not",
+        description=(
+            "streamed: each row reads on from step to step, with its state; packed: it does not; reset: it reads on "
+            "without its state, and so does the held-out text"
+        ),
     )
     isolate: bool = Field(default=True, description="documents in a row do not see each other")
     shuffle: bool = Field(default=True, description="order the documents anew in every epoch")

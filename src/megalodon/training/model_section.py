@@ -13,7 +13,16 @@ from pydantic import Field, create_model
 
 from megalodon.data import Tokenizer, check_vocabulary
 from megalodon.inference.loading import load_model, model_folder
-from megalodon.models import ARCHITECTURES, CausalLM, Config, all_presets, architecture, build_model, load_config
+from megalodon.models import (
+    ARCHITECTURES,
+    TRAINABLE,
+    CausalLM,
+    Config,
+    all_presets,
+    architecture,
+    build_model,
+    load_config,
+)
 from megalodon.training.section import Section
 from megalodon.training.wording import nearest
 
@@ -23,7 +32,7 @@ NOT_IN_CONFIG = ("use_cache", "pad_token_id", "eos_token_id")
 
 
 class _Origin(Section):
-    architecture: str = Field(default=DEFAULT_ARCHITECTURE, description=", ".join(ARCHITECTURES))
+    architecture: str = Field(default=DEFAULT_ARCHITECTURE, description=", ".join(TRAINABLE))
     preset: str | None = Field(default=None, description="a published size, by name")
     init_from: str | None = Field(default=None, description="a model folder whose weights training starts from")
 

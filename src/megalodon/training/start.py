@@ -50,6 +50,8 @@ def train(resolved: launch.Resolved, display: Display | None = None) -> StopRequ
         parts = launch.build_parts(resolved, texts, device)
         trainer = Trainer(config, folder, parts, display, records_of(config, folder))
         display.say(launch.introduction(resolved, parts, folder))
+        if parts.model.note is not None:
+            display.say(parts.model.note)
         if checkpoint is not None:
             trainer.restore(checkpoint)
             display.say(f"resuming from {checkpoint}")

@@ -68,6 +68,30 @@ class GeckoState(State):
         window: Window = self.layers[0].chunk
         return window.bos_before, window.bos_open
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """average: CEMA's h. statistics: the norms' moments. working_memory: that of chunks long read.
+        attention: it and the chunks."""
+        return ("average", "statistics", "working_memory", "attention")
+
+    def _forget(self, part: str) -> GeckoState:
+        everything = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+        start = self._begun_again() if part == "attention" else self
+        layers, final = [], self.final.reset(everything) if part == "statistics" else self.final
+        for layer in self.layers:
+            window: Window = layer.chunk
+            fresh = layer.reset(everything)
+            if part == "average":
+                layers.append(layer._replace(cema=fresh.cema))
+            elif part == "statistics":
+                layers.append(layer._replace(moments=fresh.moments))
+            elif part == "attention":
+                layers.append(layer._replace(chunk=fresh.chunk))
+            else:
+                memory, mass = fresh.chunk.memory, fresh.chunk.log_mass
+                layers.append(layer._replace(chunk=window._replace(memory=memory, log_mass=mass)))
+        return GeckoState(layers, final, start.position, self.dimensions)
+
     @classmethod
     def shapes(cls, sizes: GeckoDimensions) -> dict[str, tuple[int | None, ...]]:
         heads, dim, width = sizes.num_heads, sizes.head_dim, sizes.value_head_dim

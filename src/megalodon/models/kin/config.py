@@ -4,7 +4,7 @@
 import math
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ValidationError
@@ -30,7 +30,14 @@ class KinConfig(Config):
         ffn_hidden_dim: width of the SwiGLU layer (alias `intermediate_size`); 0: none. None: 8/3 of model_dim, in
             sixteens.
         rope_base: base of the rotary embedding of the mixers that have one; None: no rotary embedding.
-        norm_eps: added to mean squares.
+        rope_frequencies: in place of rope_base: pair i of a head turns by so many radians a token; numbers of a head
+            beyond its pairs do not turn. What a model was trained with, whatever scaling it came from.
+        rope_amplitude: what turned numbers are multiplied with, with rope_frequencies.
+        norm: "rms", or "layer" with biases.
+        norm_eps: added to mean squares or variances.
+        parallel: mixer and feed-forward layer read the same norm of a block's input, and both are added to it.
+        feed_forward: "swiglu", or "gelu" of two layers with biases.
+        head_bias: of the output matrix.
         init_std: of linear layers and embeddings.
         two_way: every token sees the whole of its document: an encoder, of the mixers that have this form.
         share_emb: tie the output matrix to the embedding (alias `tie_word_embeddings`).
@@ -52,7 +59,8 @@ class KinConfig(Config):
     }
     identity_fields = (
         *("vocab_size", "num_layers", "model_dim", "num_heads", "num_key_value_heads", "head_dim", "mixers"),
-        *("mixer_parameters", "ffn_hidden_dim", "rope_base", "norm_eps", "two_way", "share_emb", "output_size"),
+        *("mixer_parameters", "ffn_hidden_dim", "rope_base", "rope_frequencies", "share_emb", "output_size"),
+        *("rope_amplitude", "norm", "norm_eps", "parallel", "feed_forward", "head_bias", "two_way"),
     )
     free_in_fine_tuning = ("dropout",)
 
@@ -66,7 +74,13 @@ class KinConfig(Config):
     mixer_parameters: dict[str, dict[str, Any]] | None = None
     ffn_hidden_dim: int | None = None
     rope_base: float | int | None = 10000.0
+    rope_frequencies: list[float] | None = None
+    rope_amplitude: float | int = 1.0
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: float | int = 1e-6
+    parallel: bool = False
+    feed_forward: Literal["swiglu", "gelu"] = "swiglu"
+    head_bias: bool = False
     init_std: float | int = 0.02
     two_way: bool = False
     share_emb: bool = False
@@ -106,7 +120,22 @@ class KinConfig(Config):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value}: it must be positive and finite")
+        self._check_rotary()
         self._check_mixers()
+
+    def _check_rotary(self) -> None:
+        found = self.rope_frequencies
+        if found is None:
+            if self.rope_amplitude != 1:
+                raise ValueError(f"rope_amplitude={self.rope_amplitude}: it goes with rope_frequencies")
+            return
+        if not 1 <= len(found) <= self.head_size // 2:
+            raise ValueError(
+                f"rope_frequencies has {len(found)} numbers: a head of {self.head_size} has 1 to {self.head_size // 2} "
+                "pairs"
+            )
+        if not all(value >= 0 and math.isfinite(value) for value in found):
+            raise ValueError("rope_frequencies: they must be finite and not negative")
 
     def _check_mixers(self) -> None:
         if isinstance(self.mixers, list) and len(self.mixers) != self.num_layers:
@@ -121,6 +150,10 @@ class KinConfig(Config):
                 raise ValueError(f"mixer_parameters has {name!r}, but no layer has this mixer: they have {names}")
         for name in names:
             mixer = mixer_class(name)
+            if self.rope_frequencies is not None and mixer.own_rotary:
+                raise ValueError(f"rope_frequencies: {name} turns by powers of rope_base alone")
+            if self.parallel and mixer.takes_residual:
+                raise ValueError(f"parallel=True: {name} has norms of its own, so that there is none to share")
             if self.two_way and not mixer.two_way_mode:
                 raise ValueError(f"two_way=True: {name} has no form that sees both sides")
             if not self.two_way and not mixer.causal_mode:

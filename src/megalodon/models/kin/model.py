@@ -11,7 +11,7 @@ from transformers import initialization as init
 from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.kin.block import KinBlock
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers import Mixer
+from megalodon.models.kin.mixers import Mixer, mixer_class
 from megalodon.models.kin.state import KinState
 from megalodon.models.pretrained import StatefulPreTrainedModel
 from megalodon.ops.layout import Layout
@@ -31,25 +31,53 @@ class KinPreTrainedModel(StatefulPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.init_std
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, 0.0, std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, 0.0, std)
-        elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.weight is not None:
-            init.ones_(module.weight)
-            if isinstance(module, nn.LayerNorm) and module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, Mixer):
-            module.initialise(std)
-        else:
+        if not initialise(module, self.config.init_std):
             super()._init_weights(module)
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, std: float) -> bool:
+    """Give a module's own parameters the values that a new model has; False where that is not known here."""
+    if isinstance(module, nn.Linear):
+        init.normal_(module.weight, 0.0, std)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        init.normal_(module.weight, 0.0, std)
+    elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+        if module.weight is not None:
+            init.ones_(module.weight)
+        if isinstance(module, nn.LayerNorm) and module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, Mixer):
+        module.initialise(std)
+    else:
+        return False
+    return True
+
+
+def new_mixer(config: KinConfig, layer: int) -> Mixer:
+    """The mixer of a layer as it is in a new model, drawn from the global generator."""
+    name, parameters = config.mixer_of(layer)
+    mixer = mixer_class(name)(config, layer, parameters)
+    for module in mixer.modules():
+        if module is not mixer:
+            initialise(module, config.init_std)
+    initialise(mixer, config.init_std)
+    return mixer
 
 
 class FinalNorm(nn.RMSNorm):
     """An RMS norm, called as the shell calls a final norm: it remembers nothing."""
+
+    # narrower than a mixer's: there is no memory
+    def forward(self, x: Tensor, memory: None, layout: Layout) -> tuple[Tensor, None]:  # type: ignore[override]
+        """[B, L, D] -> ([B, L, D], None)."""
+        return super().forward(x), None
+
+
+class FinalLayerNorm(nn.LayerNorm):
+    """A layer norm, called so."""
 
     # narrower than a mixer's: there is no memory
     def forward(self, x: Tensor, memory: None, layout: Layout) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -65,8 +93,9 @@ class KinModel(KinPreTrainedModel, StatefulModel):
     def make_block(self, layer: int) -> KinBlock:
         return KinBlock(self.config, layer)
 
-    def make_final_norm(self) -> FinalNorm:
-        return FinalNorm(self.config.model_dim, self.config.norm_eps)
+    def make_final_norm(self) -> FinalNorm | FinalLayerNorm:
+        kind = FinalNorm if self.config.norm == "rms" else FinalLayerNorm
+        return kind(self.config.model_dim, self.config.norm_eps)
 
     @property
     def reads_in_pieces(self) -> bool:
@@ -80,6 +109,6 @@ class KinModel(KinPreTrainedModel, StatefulModel):
 
 
 class KinForCausalLM(KinPreTrainedModel, CausalLM):
-    """The language model: `KinModel` and a linear head without bias; logits in float32."""
+    """The language model: `KinModel` and a linear head; logits in float32."""
 
     model_class = KinModel

@@ -50,12 +50,30 @@ class KinState(State):
     dimensions_class = KinDimensions
     dimensions: KinDimensions
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Those of its layers' memories, in order."""
+        return tuple(dict.fromkeys(part for layer in self.layers if layer is not None for part in layer.PARTS))
+
+    def _forget(self, part: str) -> KinState:
+        layers = [None if layer is None else layer.forget(part) for layer in self.layers]
+        return KinState(layers, self.final, self.position, self.dimensions)
+
     @classmethod
     def shapes(cls, sizes: KinDimensions) -> dict[str, tuple[int | None, ...]]:
         shapes: dict[str, tuple[int | None, ...]] = {"position": (None,)}
         for i, form in enumerate(sizes.memories()):
             shapes |= {} if form is None else form.shapes(f"layers.{i}.")
         return shapes
+
+    @classmethod
+    def places(cls, sizes: KinDimensions, name: str, position: int) -> int:
+        """At most: attention keeps a place for every token, others fewer."""
+        return position
+
+    @classmethod
+    def could_have(cls, sizes: KinDimensions, name: str, position: int, count: int) -> bool:
+        return count <= position
 
     @classmethod
     def empty(cls, config: KinConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Self:

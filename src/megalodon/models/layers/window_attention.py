@@ -159,7 +159,7 @@ class GatedWindowAttention(nn.Module):
         if use_cache or ends >= 2 * self.chunk_size:  # before its third chunk, a document has nothing to read
             carried: dict[str, Any] = {} if window is None else {"memory": window.memory, "log_mass": window.log_mass}
             w, memory, log_mass = ops.working_memory(
-                queries.memory_q, queries.memory_k, v, **of_memory, **carried, **shared
+                queries.memory_q, queries.memory_k, v, **of_memory, **carried, **shared, use_cache=use_cache
             )
         if not use_cache:
             return Found(o, w), None

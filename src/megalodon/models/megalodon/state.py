@@ -57,6 +57,17 @@ class MegalodonState(State):
     def device(self) -> torch.device:
         return self.layers[0].cema.device
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """average: CEMA's h. statistics: the norms' moments. An open chunk is empty wherever they can be forgotten."""
+        return ("average", "statistics")
+
+    def _forget(self, part: str) -> MegalodonState:
+        if part == "statistics":
+            return self._begun_again()
+        layers = [layer._replace(cema=torch.zeros_like(layer.cema)) for layer in self.layers]
+        return MegalodonState(layers, self.final, self.position, self.dimensions)
+
     @classmethod
     def shapes(cls, sizes: MegalodonDimensions) -> dict[str, tuple[int | None, ...]]:
         moments = (None, sizes.norm_num_groups)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalodon.ops.chunk_attention.causal import causal_attention
 from megalodon.ops.layout import Layout
-from megalodon.ops.tiles import move_rows
+from megalodon.ops.tiles import move_rows, tokens_of
 
 
 def chunk_attention(
@@ -43,7 +43,9 @@ def _uniform(
         values = torch.cat([prefix[1][:, :offset].to(v.dtype), v[:, :head]], dim=1)
         outputs.append(causal_attention(q[:, :head], keys, values, offset, None, dropout, dropkey))
     if whole:
-        queries, keys, values = (x[:, head : head + whole].reshape(-1, chunk, *x.shape[2:]) for x in (q, k, v))
+        queries, keys, values = (
+            tokens_of(x, head, head + whole).reshape(-1, chunk, *x.shape[2:]) for x in (q, k, v)
+        )
         out = causal_attention(queries, keys, values, 0, None, dropout, dropkey)
         outputs.append(out.reshape(len(q), whole, *v.shape[2:]))
     if head + whole < length:

@@ -12,7 +12,8 @@ from megalodon.ops.compiled.vectors import f32, f64, float32, i64, loops, u8
 
 
 @loops
-def _mean_of(u: Any, size: Any) -> Any:
+def mean_of(u: Any, size: Any) -> Any:
+    """Of float32 numbers."""
     total = float32(0)
     for i in range(size):
         total += u[i]
@@ -41,7 +42,7 @@ def forward(a: Any) -> Any:
                 here = 4 * (at * D + g * size)
                 u, y = f32(a[Norm.x] + here), f32(a[Norm.y] + here)
                 if real:
-                    m = _mean_of(u, size)
+                    m = mean_of(u, size)
                     total = float32(0)
                     for i in range(size):
                         total += (u[i] - m) * (u[i] - m)
@@ -88,7 +89,7 @@ def backward(a: Any) -> Any:
                         f32(a[Norm.d_weight] + own),
                         f32(a[Norm.d_bias] + own),
                     )
-                    centre, scale, m = float32(means[g]), scales[g], _mean_of(u, size)
+                    centre, scale, m = float32(means[g]), scales[g], mean_of(u, size)
                     total, product = float32(0), float32(0)
                     for i in range(size):
                         weighted = dy[i] * w[i]

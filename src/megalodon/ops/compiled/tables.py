@@ -271,3 +271,35 @@ class _Norm(NamedTuple):
 
 Norm = _Norm(*range(len(_Norm._fields)))
 """Where each number of a norm stands."""
+
+
+class _DecayNorm(NamedTuple):
+    """TimestepDecayNorm of whole texts."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    rows: int  # B
+    length: int
+    dim: int
+    groups: int
+    x: int  # [B, L, D]
+    y: int  # [B, L, D]; the gradient of x in the backward pass
+    weight: int  # [D]; the effective scale
+    bias: int  # [D]
+    restart: int  # uint8 [B, L]: 1 where all before a token is forgotten
+    real: int  # uint8 [B, L]: 0 where a token is padding
+    corrections: int  # float64 [B, L, 2]: what mean and variance are multiplied by, 1 / (1 - beta**count)
+    betas: int  # float64 [2]
+    centres: int  # [B, L, G]: corrected means
+    scales: int  # [B, L, G]: 1 / sqrt(corrected var + eps)
+    mean: int  # float64 [B, G]: before the first token, then after the last; gradients the other way
+    var: int
+    eps: int  # float64 [1]
+    dy: int  # [B, L, D]
+    d_weight: int  # [B, D]; these two are added to
+    d_bias: int
+
+
+DecayNorm = _DecayNorm(*range(len(_DecayNorm._fields)))
+"""Where each number of a decaying norm stands."""

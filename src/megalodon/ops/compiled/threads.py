@@ -100,6 +100,7 @@ class Balance:
 
     def __init__(self) -> None:
         self._seconds: list[float | None] = [None, None]
+        self._warm = [False, False]
         self._calls, self._again, self._way, self._tried = 0, TRIED_AGAIN // 8, TEAM, False
 
     def choose(self) -> int:
@@ -112,11 +113,14 @@ class Balance:
             self._way = 1 - better
             known, other = self._seconds[better], self._seconds[1 - better]
             ratio = other / known if known and other else 1.0
-            self._again = self._calls + int(TRIED_AGAIN * max(ratio, 1.0))
+            self._again = self._calls + (int(TRIED_AGAIN * max(ratio, 1.0)) if self._warm[self._way] else 1)
         return self._way
 
     def took(self, seconds: float) -> None:
-        """What the call took."""
+        """What the call took; a way's first call also wakes threads and brings memory, and says nothing."""
+        if not self._warm[self._way]:
+            self._warm[self._way] = True
+            return
         before = self._seconds[self._way]
         fresh = before is None or (self._tried and seconds < before)  # what was known of it was old
         self._seconds[self._way] = seconds if fresh or before is None else before + (seconds - before) / 4

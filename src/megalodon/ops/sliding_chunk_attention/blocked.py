@@ -17,8 +17,9 @@ from megalodon.ops.chunk_attention.causal import causal_attention
 from megalodon.ops.layout import Layout
 from megalodon.ops.prefix import Prefix
 from megalodon.ops.segments import Segments
+from megalodon.ops.sliding_chunk_attention import line
 from megalodon.ops.sliding_chunk_attention.window import Visible, two_chunk_attention
-from megalodon.ops.tiles import move_rows, ranges
+from megalodon.ops.tiles import move_rows, ranges, tokens_of
 
 
 def sliding_chunk_attention(
@@ -88,7 +89,17 @@ def _uniform(
         )
         outputs.append(part(0, head, own, offset))
         before = own
-    if whole:
+    if whole and dropout == 0 and first is None and line.fits(v, chunk):
+        queries, turned, keys, values = (
+            None if x is None else tokens_of(x, head, head + whole) for x in (q, q_before, k, v)
+        )
+        assert queries is not None and keys is not None and values is not None
+        last = keys[:, -chunk:], values[:, -chunk:]
+        if before is not None:
+            keys, values = (torch.cat(both, dim=1) for both in zip(before, (keys, values), strict=True))
+        outputs.append(line.line_attention(queries, turned, keys, values, chunk))
+        before = last
+    elif whole:
         span = slice(head, head + whole)
         # chunks come one after another, so that the keys before one are those of another
         queries, turned, keys, values, seen = (

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from megalodon.ops.backend import full_precision, matmul_dtype
 from megalodon.ops.chunk_attention.causal import STRIP, weighted_sum
+from megalodon.ops.tiles import teams
 
 
 class Visible(NamedTuple):
@@ -100,11 +101,11 @@ def _groups(
     """Rows that are worked on together, with what they see before their chunk, and how."""
     edges = {0, len(k), *(edge for before in befores for edge in (before.rows.start, before.rows.stop))}
     unit = 1 if visible.by_row is None else len(k) // visible.by_row  # heads of a row have its mask
-    size = len(k) if v.device.type != "cpu" else max(AT_ONCE // max(v[0].numel(), 1) // unit, 1) * unit
     for start, stop in pairwise(sorted(edges)):
-        for first in range(start, stop, size):
-            rows = slice(first, min(first + size, stop))
-            seen = []
+        count, most = (stop - start) // unit, AT_ONCE // max(v[0].numel(), 1) // unit
+        for begin, end in teams(count, most) if v.device.type == "cpu" else ((0, count),):
+            rows = slice(start + unit * begin, start + unit * end)
+            first, seen = rows.start, []
             for before in befores:
                 if before.rows.start <= first < before.rows.stop:
                     part = slice(first - before.rows.start, rows.stop - before.rows.start)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,27 @@ __all__ = [
     "timestep_decay_norm",
 ]
 
+
+def _numba(x: Tensor, *arguments: Any) -> tuple[Tensor, DecayedStatistics]:
+    """The compiled loops, imported when they are first asked for."""
+    from megalodon.ops.timestep_decay_norm import numba
+
+    return (numba if numba.fits(x) else blocked).timestep_decay_norm(x, *arguments)
+
+
+def _triton(x: Tensor, *arguments: Any) -> tuple[Tensor, DecayedStatistics]:
+    """The kernels, imported when they are first asked for: Triton need not be installed."""
+    from megalodon.ops.timestep_decay_norm import triton
+
+    fits = x.numel() > 0 and triton.fits(x, arguments[2])
+    return (triton if fits else blocked).timestep_decay_norm(x, *arguments)
+
+
 IMPLEMENTATIONS: Implementations = {
     "reference": reference.timestep_decay_norm,
     "blocked": blocked.timestep_decay_norm,
+    "numba": _numba,
+    "triton": _triton,
 }
 
 
@@ -68,7 +88,7 @@ def timestep_decay_norm(
         segment_ids: int [B, L]; a change along L starts a document with fresh statistics. The row's first document
             continues count, mean and var.
         eps: added to the variance.
-        backend: "reference" or "blocked"; None chooses (see `megalodon.ops.backend`).
+        backend: "reference", "blocked", "numba" or "triton"; None chooses (see `megalodon.ops.backend`).
         layout: the batch's layout, in place of `segment_ids` and `padding_mask`, where it is already known.
 
     Returns:

@@ -83,6 +83,16 @@ def decayed_sums(values: Tensor, beta: float, places: Places) -> Tensor:
     return torch.cat([inner[:, :1], later], dim=1).flatten(1, 2)[:, :length]
 
 
+def counts(places: Places, before: Tensor, padding_mask: Tensor | None, restart: Tensor | None) -> Tensor:
+    """int64 [B, L]: tokens that each token's statistics are of, itself included; before [B]: of the carried ones."""
+    count = places.seen + before[:, None]
+    if restart is None:
+        return count
+    present = 1 if padding_mask is None else (~padding_mask).long()
+    skipped = torch.where(restart, places.seen - present, 0).cummax(1).values
+    return torch.where(places.restarts == 0, count, places.seen - skipped)
+
+
 def running_statistics(
     m: Tensor,
     s: Tensor,
@@ -108,11 +118,7 @@ def running_statistics(
         m, s = (value.masked_fill(padding_mask[..., None], 0) for value in (m, s))
     places = places_of(m, padding_mask, restart)
     continues = places.restarts == 0
-    count = places.seen + initial.count[:, None]
-    if restart is not None:
-        present = 1 if padding_mask is None else (~padding_mask).long()
-        skipped = torch.where(restart, places.seen - present, 0).cummax(1).values
-        count = torch.where(continues, count, places.seen - skipped)
+    count = counts(places, initial.count, padding_mask, restart)
 
     def average(beta: float, values: Tensor, before: Tensor) -> Tensor:
         share = power(beta, places.seen, wide) * continues

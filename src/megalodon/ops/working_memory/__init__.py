@@ -40,6 +40,7 @@ def working_memory(
     segment_ids: Tensor | None = None,
     bos_mask: Tensor | None = None,
     bos_places: tuple[Tensor, Tensor] | None = None,
+    use_cache: bool = True,
     backend: str | None = None,
     layout: Layout | None = None,
     segments: Segments | None = None,
@@ -67,6 +68,8 @@ def working_memory(
             than the token's reads as zero, and is forgotten by the first chunk in which a segment begins, of which the
             tokens of the last segment are absorbed.
         bos_places: what the rows carry of segments, see `megalodon.ops.Segments`.
+        use_cache: False: M and u after the last token are not wanted. What only they need may be left out, and what
+            stands in their place means nothing.
         backend: "reference" or "blocked"; None chooses (see `megalodon.ops.backend`).
         layout: the batch's layout, in place of `segment_ids` and `positions`, where it is already known. Tokens beyond
             its `lengths` give zero.
@@ -101,7 +104,7 @@ def working_memory(
         flags = bos_mask if bos_mask is not None else q.new_zeros(q.shape[:2], dtype=torch.bool)
         segments = Segments(flags, layout, bos_places)
     memory, log_mass = _initial(k, v, memory, log_mass, layout)
-    return run(q, k, v, memory, log_mass, prefix, layout, segments)
+    return run(q, k, v, memory, log_mass, prefix, layout, segments, use_cache)
 
 
 def _initial(

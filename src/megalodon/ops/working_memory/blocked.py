@@ -17,7 +17,7 @@ from megalodon.ops.layout import Layout
 from megalodon.ops.prefix import Prefix
 from megalodon.ops.segments import Segments
 from megalodon.ops.working_memory.ragged import ragged
-from megalodon.ops.working_memory.scan import absorb, read
+from megalodon.ops.working_memory.scan import Reading, absorb, read_all
 
 
 def working_memory(
@@ -29,13 +29,14 @@ def working_memory(
     prefix: Prefix,
     layout: Layout,
     segments: Segments | None,
+    use_cache: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `megalodon.ops.working_memory`."""
     with torch.autocast(q.device.type, enabled=False):
         if q.shape[1] == 0 or q.shape[0] == 0:
             return v, memory, log_mass
         if layout.plain and (layout.positions == layout.positions[0]).all():
-            return _plain(q, k, v, memory, log_mass, prefix, layout, segments)
+            return _plain(q, k, v, memory, log_mass, prefix, layout, segments, use_cache)
         return ragged(q, k, v, memory, log_mass, prefix, layout, segments)
 
 
@@ -48,33 +49,42 @@ def _plain(
     prefix: Prefix,
     layout: Layout,
     segments: Segments | None,
+    use_cache: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size, batch, length = layout.chunk_size, q.shape[0], q.shape[1]
     assert size is not None
     position = int(layout.positions[0])
     chunk = position // size
-    y = _Reads(q, v, position, size)
-    y.read(chunk, memory[None])
+    reads = _Reads(length, position, size)
+    reads.add(chunk, memory[None])
     reading = max(chunk, 1) + 1  # the first chunk to read what is absorbed next
-    for keys, values, leaving in _leaving(k, v, position, size, prefix):
+    last = (position + length) // size - 1  # the chunk that is before the open one at the end, and stays
+    if not use_cache:  # the last token reads what was there two chunks before
+        last = min(last, (position + length - 1) // size - 1)
+    for keys, values, leaving in _leaving(k, v, position, size, prefix, last):
         live = keep = None
         if segments is not None:
             live, keep = _segments(segments, leaving, position, size)
         memories, masses = absorb(keys, values, memory, log_mass, [batch] * len(leaving), live, keep)
         memories = memories.unflatten(0, (-1, batch))
         memory, log_mass = memories[-1], masses[-batch:]
-        y.read(reading, memories)
+        reads.add(reading, memories)
         reading += len(leaving)
-    out = y.all(length)
+    out = reads.found(q, v)
     if segments is not None:
         out = out * segments.readable[..., None, None]
     return out, memory, log_mass
 
 
-def _leaving(k: Tensor, v: Tensor, position: int, size: int, prefix: Prefix) -> Iterator[tuple[Tensor, Tensor, range]]:
-    """The chunks that leave the window, in runs: (keys [n, B, C, H, d], values [n, B, C, H, e], their numbers)."""
+def _leaving(
+    k: Tensor, v: Tensor, position: int, size: int, prefix: Prefix, last: int
+) -> Iterator[tuple[Tensor, Tensor, range]]:
+    """The chunks before the `last` that leave the window, in runs.
+
+    Yields:
+        keys [n, B, C, H, d], values [n, B, C, H, e], their numbers.
+    """
     chunk, offset = divmod(position, size)
-    last = (position + k.shape[1]) // size - 1  # the chunk that is before the open one at the end, and stays
     if chunk and last > chunk - 1:
         assert prefix.before is not None
         yield prefix.before[0][None], prefix.before[1][None], range(chunk - 1, chunk)
@@ -103,39 +113,23 @@ def _segments(segments: Segments, chunks: range, position: int, size: int) -> tu
 
 
 class _Reads:
-    """What the tokens of a plain batch read, chunk after chunk."""
+    """Which tokens of a plain batch read what, chunk after chunk."""
 
-    def __init__(self, q: Tensor, v: Tensor, position: int, size: int) -> None:
-        self.q, self.v, self.position, self.size = q, v, position, size
-        self.parts: list[Tensor] = []
-        self.done = 0
+    def __init__(self, length: int, position: int, size: int) -> None:
+        self.length, self.position, self.size = length, position, size
+        self.readings: list[Reading] = []
+        self.memories: list[Tensor] = []
 
-    def read(self, chunk: int, memories: Tensor) -> None:
-        """The tokens of the chunks from `chunk` on: memories [n, B, H, d, e]."""
-        if chunk < 2:
-            return
-        length, size = self.q.shape[1], self.size
-        start, stop = (min(max(c * size - self.position, 0), length) for c in (chunk, chunk + len(memories)))
-        if start == stop:
-            return
-        if start > self.done:
-            self._nothing(start)
-        whole = (stop - start) // size if len(memories) > 1 else 0
-        if whole:
-            queries = self.q[:, start : start + whole * size].unflatten(1, (-1, size)).transpose(0, 1)
-            found = read(queries, memories[:whole].flatten(0, 1)).unflatten(0, (whole, -1))
-            self.parts.append(found.transpose(0, 1).flatten(1, 2).to(self.v.dtype))
-        if start + whole * size < stop:
-            rest = self.q[:, start + whole * size : stop]
-            self.parts.append(read(rest, memories[whole]).to(self.v.dtype))
-        self.done = stop
+    def add(self, chunk: int, memories: Tensor) -> None:
+        """The tokens of the chunks from `chunk` on read memories [n, B, H, d, e]."""
+        run = len(self.memories)
+        for index in range(len(memories)):
+            begins = (chunk + index) * self.size - self.position
+            tokens = slice(max(begins, 0), min(begins + self.size, self.length))
+            if chunk + index >= 2 and tokens.start < tokens.stop:
+                self.readings.append(Reading(tokens, run, index))
+        self.memories.append(memories)
 
-    def _nothing(self, stop: int) -> None:
-        self.parts.append(self.v.new_zeros(len(self.v), stop - self.done, *self.v.shape[2:]))
-        self.done = stop
-
-    def all(self, length: int) -> Tensor:
+    def found(self, q: Tensor, v: Tensor) -> Tensor:
         """[B, L, H, e]; zero where there was nothing to read."""
-        if self.done < length:
-            self._nothing(length)
-        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=1)
+        return read_all(q, v.dtype, self.readings, self.memories) if self.readings else torch.zeros_like(v)

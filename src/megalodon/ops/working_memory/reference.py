@@ -34,6 +34,7 @@ def working_memory(
     prefix: Prefix,
     layout: Layout,
     segments: Segments | None,
+    use_cache: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `megalodon.ops.working_memory`."""
     size = layout.chunk_size

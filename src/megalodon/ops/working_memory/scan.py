@@ -11,7 +11,7 @@ sequences, which fall from step to step, so that sequences of any lengths need n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,23 +159,73 @@ def absorb(
     return _Absorb.apply(k, v, torch.exp(own - masses).to(memory.dtype), memory, live, keep, steps), masses
 
 
+class Reading(NamedTuple):
+    """Tokens that read one memory: `tokens` of the batch, number `place` of the memories of group `run`."""
+
+    tokens: slice
+    run: int
+    place: int
+
+
 class _Read(torch.autograd.Function):
+    """Memories are given group by group, [n, B, H, d, e] each."""
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, memory: Tensor) -> Tensor:
-        ctx.save_for_backward(q, memory)
-        address = heads_first(q, memory.dtype).softmax(-1)
-        return torch.matmul(address, memory).transpose(1, 2)
+    def forward(ctx: Any, q: Tensor, dtype: torch.dtype, readings: list[Reading], *memories: Tensor) -> Tensor:
+        ctx.save_for_backward(q, *memories)
+        ctx.readings = readings
+        out = q.new_empty(*q.shape[:3], memories[0].shape[-1], dtype=dtype)
+        done = 0
+        for tokens, run, place in readings:
+            out[:, done : tokens.start] = 0
+            _product(_address(q, tokens, memories[run]), memories[run][place], out[:, tokens])
+            done = tokens.stop
+        out[:, done:] = 0
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        q, memory = ctx.saved_tensors
-        address, grad = heads_first(q, memory.dtype).softmax(-1), grad.transpose(1, 2)
-        d_address = torch.matmul(grad, memory.mT)
-        d_memory = torch.matmul(address.mT, grad)
-        return _tokens_first(torch._softmax_backward_data(d_address, address, -1, address.dtype), q), d_memory
+        q, *memories = ctx.saved_tensors
+        dq, d_memories = torch.zeros_like(q), [torch.zeros_like(memory) for memory in memories]
+        for tokens, run, place in ctx.readings:
+            memory = memories[run][place]
+            address, found = _address(q, tokens, memories[run]), grad[:, tokens].transpose(1, 2).to(memory.dtype)
+            torch.matmul(address.mT, found, out=d_memories[run][place])
+            d_address = torch.matmul(found, memory.mT)
+            d_scores = torch._softmax_backward_data(d_address, address, -1, address.dtype)
+            dq[:, tokens] = d_scores.transpose(1, 2).to(q.dtype)
+        return dq, None, None, *d_memories
+
+
+def _address(q: Tensor, tokens: slice, memory: Tensor) -> Tensor:
+    """[B, H, l, d]: how much of each of a memory's rows tokens read."""
+    return heads_first(q[:, tokens], memory.dtype).softmax(-1)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = (a @ b).transpose(1, 2)`; written where it belongs if there is one row and head."""
+    if len(a) == a.shape[1] == 1 and out.dtype == a.dtype:
+        torch.mm(a[0, 0], b[0, 0], out=out[0, :, 0])
+    else:
+        out.copy_(torch.matmul(a, b).transpose(1, 2))
+
+
+def read_all(q: Tensor, dtype: torch.dtype, readings: list[Reading], memories: list[Tensor]) -> Tensor:
+    """What tokens find in the memories of their chunks.
+
+    Args:
+        q: [B, L, H, d].
+        dtype: of the result.
+        readings: in order, each token in one at most, each memory in one at most.
+        memories: [n, B, H, d, e] each.
+
+    Returns:
+        [B, L, H, e]; zero for tokens that read nothing.
+    """
+    return _Read.apply(q, dtype, readings, *memories)
 
 
 def read(q: Tensor, memory: Tensor) -> Tensor:
-    """What tokens find: q [..., l, H, d] and the memory of each group, [T, H, d, e] -> [T, l, H, e]."""
-    return _Read.apply(q, memory)
+    """What tokens find: q [T, l, H, d] and the memory of each group, [T, H, d, e] -> [T, l, H, e]."""
+    return read_all(q, memory.dtype, [Reading(slice(0, q.shape[1]), 0, 0)], [memory[None]])

@@ -79,6 +79,7 @@ class Attamba(Mixer):
     """`k = n + SSMk(n), v = n + SSMv(n), out = Wo softmax(rope(Wq n) rope(k)^T / sqrt d) v`, n the normalised input."""
 
     kind = "growing"
+    own_rotary = True
 
     class Parameters(MixerParameters):
         """chunk: C, tokens between boundaries; leading: earlier tokens that a query sees beside itself; offset: the
@@ -147,7 +148,14 @@ class Attamba(Mixer):
 
     def boundaries(self, position: np.ndarray) -> np.ndarray:
         """Which positions of a document end a chunk: 0, C - 1 - offset, 2 C - 1 - offset, ..."""
-        return (position == 0) | ((position + self.offset) % self.chunk == self.chunk - 1)
+        return _ends(position, self.chunk, self.offset)
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        ends = np.cumsum(_ends(np.arange(length), parameters.chunk, parameters.offset or 0))
+        near = np.minimum(np.arange(length), parameters.leading) + 1  # itself and the tokens just before it
+        older = np.concatenate([np.zeros(min(parameters.leading + 1, length)), ends[: -parameters.leading - 1]])
+        return 2.0 * config.model_dim * float((near + older[:length]).mean())
 
     def chunks(self, layout: Layout) -> Layout:
         """The layout whose documents are the chunks."""
@@ -197,3 +205,8 @@ class Attamba(Mixer):
             "norm_eps": config["norm_eps"],
         }
         return Reference(fields, parameters, ours)
+
+
+def _ends(position: np.ndarray, chunk: int, offset: int) -> np.ndarray:
+    """Which positions of a document end a chunk."""
+    return (position == 0) | ((position + offset) % chunk == chunk - 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import MixerParameters, Reference
+from megalodon.models.kin.mixers.base import Memory, Reference
 from megalodon.models.kin.mixers.keys_and_values import KeysAndValues, attend
 from megalodon.models.kin.mixers.projected import Projected
 from megalodon.ops.layout import Layout, document_numbers
@@ -23,35 +23,22 @@ class Attention(Projected):
     kind = "growing"
     two_way_mode = True
 
-    class Parameters(MixerParameters):
-        """bias: of the projections of queries, keys and values; out_bias: of the output projection."""
-
-        bias: bool = False
-        out_bias: bool = False
-
-    def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
-        super().__init__(config, layer_index, parameters, parameters.bias, parameters.out_bias)
-
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeysAndValues:
         return KeysAndValues.empty(batch, self.num_groups, self.head_dim, self.head_dim, device, dtype)
 
-    def forward(self, x: Tensor, memory: KeysAndValues | None, layout: Layout) -> tuple[Tensor, KeysAndValues | None]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         q, k, v = self.queries_keys_values(x, layout, rotated=True)
         if self.two_way:
-            return self.o_proj(_both_sides(q, k, v, layout).flatten(-2)), None
+            return _both_sides(q, k, v, layout), None
         memory = self.empty(len(x), x.device, k.dtype) if memory is None else memory
-        out, memory = attend(q / math.sqrt(self.head_dim), k, v, memory, layout)
-        return self.o_proj(out.flatten(-2)), memory
+        return attend(q / math.sqrt(self.head_dim), k, v, memory, layout)
 
     @classmethod
     def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
         return window_multiply_adds(config, length, length)
 
     def cross(self, x: Tensor, source: Tensor, padding: Tensor | None = None) -> Tensor:
-        q, k, v = (
-            project(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project, y in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
-        )
+        q, k, v = (y.transpose(1, 2) for y in self._heads(x, source))
         seen = None if padding is None else ~padding[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=self.num_heads != self.num_groups)
         return self.o_proj(out.transpose(1, 2).flatten(-2))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -38,10 +39,17 @@ class Memory:
         GROWING: fields whose second dimension is time: place p holds what token p of the row's document left. It is as
             wide as the row that has read most needs; a row's places beyond its own tokens mean nothing.
         ASIDE: fields that are no part of what is remembered, None in every memory made from another.
+        PARTS: name -> fields which, zeros together, have read nothing whatever the row's position.
     """
 
     GROWING: ClassVar[frozenset[str]] = frozenset()
     ASIDE: ClassVar[frozenset[str]] = frozenset()
+    PARTS: ClassVar[Mapping[str, frozenset[str]]] = MappingProxyType({})
+
+    def forget(self, part: str) -> Self:
+        """The memory without one of its `PARTS`; as it is where it has none of this name."""
+        fields = self.PARTS.get(part, frozenset())
+        return replace(self, **{name: torch.zeros_like(getattr(self, name)) for name in fields})
 
     def children(self) -> Iterator[tuple[str, Tensor | Memory, bool]]:
         """(name, value, whether its second dimension grows) of each field."""
@@ -188,12 +196,14 @@ class Mixer(nn.Module):
         kind: how its memory grows with what was read.
         two_way_mode: whether it has a noncausal form, used where `config.two_way`.
         causal_mode: whether it has a causal form.
+        own_rotary: whether it turns heads by powers of rope_base and in no other way.
         takes_residual: whether it is given the residual stream itself, not its norm, to bring norms of its own.
     """
 
     kind: ClassVar[Kind]
     two_way_mode: ClassVar[bool] = False
     causal_mode: ClassVar[bool] = True
+    own_rotary: ClassVar[bool] = False
     takes_residual: ClassVar[bool] = False
 
     class Parameters(MixerParameters):
@@ -224,6 +234,11 @@ class Mixer(nn.Module):
             padding is ignored.
         """
         raise NotImplementedError
+
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
+        """`forward` before the output projection, of mixers that have heads and one: (each head's output
+        [B, L, H, e], the memory after it)."""
+        raise NotImplementedError(f"{type(self).__name__} has no heads before an output projection")
 
     @classmethod
     def kind_with(cls, parameters: MixerParameters) -> Kind:

@@ -35,7 +35,7 @@ class Based(NormalisedLinear):
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
         dim, self.feature_dim, self.eps = config.model_dim, parameters.feature_dim, parameters.eps
-        self.rope_base = None
+        self.rotary = None
         self.num_heads, self.num_groups = config.num_heads, config.key_value_heads
         self.value_dim = parameters.value_dim or config.head_size
         self.q_proj = nn.Linear(dim, self.num_heads * self.feature_dim, bias=False)

@@ -7,17 +7,16 @@ from typing import Any
 import torch
 
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import MixerParameters
 from megalodon.models.kin.mixers.feature_maps import FeedForwardMap
 from megalodon.models.kin.mixers.normalised import NormalisedLinear
-from megalodon.models.kin.mixers.projected import Projected
+from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
 from megalodon.models.kin.mixers.sums import WeightedSums
 
 
 class FeedForwardKernel(Projected, NormalisedLinear):
     """`phi(q)^T sum phi(k) v^T / phi(q)^T sum phi(k)`, phi(x) = softplus(W2 gelu(W1 x))."""
 
-    class Parameters(MixerParameters):
+    class Parameters(ProjectedParameters):
         """hidden_dim: of the network; None: twice head_dim. feature_dim: its features; None: head_dim. gated: a gated
         linear unit in place of the hidden layer. eps: added to the normaliser."""
 
@@ -28,7 +27,7 @@ class FeedForwardKernel(Projected, NormalisedLinear):
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
-        self.eps, self.rope_base = parameters.eps, None
+        self.eps, self.rotary = parameters.eps, None
         self.features = parameters.feature_dim or self.head_dim
         hidden = parameters.hidden_dim or 2 * self.head_dim
         self.feature_map = FeedForwardMap(self.head_dim, hidden, self.features, parameters.gated)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ from megalodon.ops.layout import Layout
 @dataclass(frozen=True)
 class DeltaMemory(Memory):
     """sums: [B, H, d, e]; recent: [B, K - 1, channels], the last inputs of the convolution."""
+
+    PARTS: ClassVar[Mapping[str, frozenset[str]]] = MappingProxyType(
+        {"state": frozenset({"sums"}), "convolution": frozenset({"recent"})}
+    )
 
     sums: Tensor
     recent: Tensor

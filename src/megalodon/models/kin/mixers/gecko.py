@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +33,14 @@ class GeckoMemory(Memory):
 
     GROWING: ClassVar[frozenset[str]] = frozenset({"keys", "values", "before_keys", "before_values"})
 
+    PARTS: ClassVar[Mapping[str, frozenset[str]]] = MappingProxyType(
+        {
+            "average": frozenset({"average"}),
+            "statistics": frozenset({"count", "mean", "var"}),
+            "working_memory": frozenset({"working", "log_mass"}),
+        }
+    )
+
     count: Tensor
     mean: Tensor
     var: Tensor
@@ -53,6 +63,7 @@ class GeckoMixer(Mixer):
     """The first residual branch of a Gecko block."""
 
     kind = "constant"
+    own_rotary = True
 
     class Parameters(BlockParameters):
         mixer = "gecko"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ from megalodon.ops.layout import Layout
 @dataclass(frozen=True)
 class H3Memory(Memory):
     """recent: [B, N - 1, D], the last keys before the shift; state: [B, D h, N / 2, 2], complex as pairs."""
+
+    PARTS: ClassVar[Mapping[str, frozenset[str]]] = MappingProxyType(
+        {"state": frozenset({"state"}), "convolution": frozenset({"recent"})}
+    )
 
     recent: Tensor
     state: Tensor

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -249,6 +250,16 @@ class Hax(Mamba):
         wanted = (apart.sign() + 1) / 2
         chosen = score[rows, drawn]
         return F.binary_cross_entropy_with_logits(chosen[..., :, None] - chosen[..., None, :], wanted.to(chosen.dtype))
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        """As many keys as may be chosen: how often two ways choose the same one, the text decides."""
+        read, share = np.arange(1, length + 1), parameters.keys // len(parameters.selection)
+        stride = parameters.dilated_length // share
+        counts = [read // stride if way == "dilated" else np.minimum(read, share) for way in parameters.selection]
+        seen = np.minimum(sum(counts), read).mean()
+        hashes = 2.0 * parameters.bits * parameters.state_size * ("lsh" in parameters.selection)
+        return hashes + (parameters.state_size + parameters.expand * config.model_dim) * float(seen)
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

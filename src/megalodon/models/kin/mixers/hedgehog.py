@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import MixerParameters, Reference
+from megalodon.models.kin.mixers.base import Reference
 from megalodon.models.kin.mixers.feature_maps import HeadwiseMap, features_of
 from megalodon.models.kin.mixers.normalised import NormalisedLinear
-from megalodon.models.kin.mixers.projected import Projected
+from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
 from megalodon.models.kin.mixers.sums import WeightedSums
 
 
 class Hedgehog(Projected, NormalisedLinear):
     """`phi(q)^T sum phi(k) v^T / phi(q)^T sum phi(k)`, phi(x) = [softmax(x W_h), softmax(-x W_h)], after rotation."""
 
-    class Parameters(MixerParameters):
+    class Parameters(ProjectedParameters):
         """feature_dim: m, columns of W_h; None: the config's head_dim. activation: of the features, "relu" for T2R's.
         skip: add x to x W_h. eps: added to the normaliser."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +47,9 @@ class Hip(Attention):
     two_way_mode = False
 
     class Parameters(Attention.Parameters):
-        """mask_size: keys that a search finds; query_block: queries that share a search; key_block: keys that are
-        found together; window: keys until a block's first query that it sees in any case, with those after; sinks: the
-        same, of the document's first keys."""
+        """mask_size: keys that a search finds, 0 for none beside sinks and window; query_block: queries that share a
+        search; key_block: keys that are found together; window: keys until a block's first query that it sees in any
+        case, with those after; sinks: the same, of the document's first keys."""
 
         mask_size: int = 512
         query_block: int = 32
@@ -57,13 +58,11 @@ class Hip(Attention):
         sinks: int = 32
 
         def check(self, config: KinConfig) -> None:
-            for name in ("mask_size", "query_block", "key_block", "window"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"hip: {name}={getattr(self, name)}: it must be at least 1")
+            for name, least in (("mask_size", 0), ("query_block", 1), ("key_block", 1), ("window", 1), ("sinks", 0)):
+                if getattr(self, name) < least:
+                    raise ValueError(f"hip: {name}={getattr(self, name)}: it must be at least {least}")
             if self.mask_size % self.key_block:
                 raise ValueError(f"hip: mask_size={self.mask_size} is not divisible by key_block={self.key_block}")
-            if self.sinks < 0:
-                raise ValueError(f"hip: sinks={self.sinks}: it must be at least 0")
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
@@ -73,17 +72,12 @@ class Hip(Attention):
         probe = torch.zeros(batch, self.num_heads, self.head_dim, device=device, dtype=dtype)
         return HipMemory(super().empty(batch, device, dtype), probe)
 
-    def forward(  # type: ignore[override]  # its own memory
-        self, x: Tensor, memory: HipMemory | None, layout: Layout
-    ) -> tuple[Tensor, HipMemory]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         memory = self.empty(len(x), x.device, x.dtype) if memory is None else memory
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if self.rope_base is not None:
-            turns = ops.rotations_of(layout, self.head_dim, self.rope_base)
-            q, k = ops.rotate_halves(q, turns), ops.rotate_halves(k, turns)
+        q, k, v = self.queries_keys_values(x, layout, rotated=True)
         q = q / math.sqrt(self.head_dim)
         if not x.numel():
-            return x, memory
+            return q, memory
         context, past = context_of(memory.past, k, v, layout)
         plan = _Plan(context, self.given)
         probes = torch.cat([memory.probe[:, None].to(q.dtype), q], dim=1)
@@ -91,7 +85,19 @@ class Hip(Attention):
         out = self._attend(q, context, plan, chosen)
         rows = torch.arange(len(x), device=x.device)
         last = torch.from_numpy(plan.last_probe(layout)).to(x.device)
-        return self.o_proj(out.flatten(-2)), HipMemory(past, probes[rows, last.expand(len(x))])
+        return out, HipMemory(past, probes[rows, last.expand(len(x))])
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        """As many keys as may be found: how many of them are among the first ones, the text decides."""
+        block, size, count = parameters.query_block, parameters.key_block, parameters.mask_size // parameters.key_block
+        token = np.arange(length)
+        blocks = np.maximum(token // block * block + 1 - parameters.window, 0) // size  # that may be chosen
+        found = np.minimum(blocks * size, parameters.mask_size + parameters.sinks)
+        seen = found + token + 1 - blocks * size
+        halvings = np.ceil(np.log2(np.maximum(blocks / count, 1)))
+        searched = halvings * 2 * parameters.mask_size / block  # once a block of queries
+        return config.num_heads * config.head_size * float((2 * seen + searched).mean())
 
     @torch.no_grad()
     def _search(self, probes: Tensor, context: Context, plan: _Plan) -> Tensor:
@@ -99,6 +105,8 @@ class Hip(Attention):
         given, size = self.given, self.given.key_block
         count = given.mask_size // size
         batch, heads = probes.shape[0], self.num_heads
+        if not count:
+            return torch.zeros(batch, heads, plan.probe.shape[1], 0, dtype=torch.int64, device=probes.device)
         keys = context.keys.transpose(1, 2)  # [B, G, S, d]
         per_group = heads // keys.shape[1]
         probe, blocks = (torch.from_numpy(table).to(probes.device) for table in (plan.probe, plan.blocks))

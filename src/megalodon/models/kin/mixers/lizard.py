@@ -12,9 +12,9 @@ from transformers import initialization as init
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.attention import window_multiply_adds
-from megalodon.models.kin.mixers.base import MixerParameters
+from megalodon.models.kin.mixers.base import Memory
 from megalodon.models.kin.mixers.feature_maps import HeadwiseMap
-from megalodon.models.kin.mixers.projected import Projected
+from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
 from megalodon.models.kin.mixers.sums import WindowedSums, sums_of
 from megalodon.ops.layout import Layout
 
@@ -31,7 +31,7 @@ class Lizard(Projected):
 
     kind = "constant"
 
-    class Parameters(MixerParameters):
+    class Parameters(ProjectedParameters):
         """window: W, the token itself included. sinks: m. feature_dim: columns of the maps' matrices; None: head_dim.
         eps: added to the gated part's normaliser."""
 
@@ -77,7 +77,7 @@ class Lizard(Projected):
             *(torch.zeros(*recent, self.head_dim, device=device, dtype=dtype) for _ in range(2)),
         )
 
-    def forward(self, x: Tensor, memory: WindowedSums | None, layout: Layout) -> tuple[Tensor, WindowedSums]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         q, k, v = self.queries_keys_values(x, layout, rotated=False)
         out, state = ops.linear_attention(
             q,
@@ -91,4 +91,4 @@ class Lizard(Projected):
             initial_state=None if memory is None else memory.state(),
             layout=layout,
         )
-        return self.o_proj(out.flatten(-2)), WindowedSums.of(state)
+        return out, WindowedSums.of(state)

@@ -13,10 +13,10 @@ from transformers import initialization as init
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.attention import window_multiply_adds
-from megalodon.models.kin.mixers.base import MixerParameters, Reference
+from megalodon.models.kin.mixers.base import Memory, Reference
 from megalodon.models.kin.mixers.feature_maps import HeadwiseMap
 from megalodon.models.kin.mixers.hedgehog import distilled, distilled_fields
-from megalodon.models.kin.mixers.projected import Projected
+from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
 from megalodon.models.kin.mixers.sums import WindowedSums, sums_of
 from megalodon.ops.layout import Layout
 
@@ -30,7 +30,7 @@ class LoLCATs(Projected):
 
     kind = "constant"
 
-    class Parameters(MixerParameters):
+    class Parameters(ProjectedParameters):
         """window: W, the token itself included. feature_dim: columns of the maps' matrices; None: head_dim. affine:
         weigh the linear part with 1 - sigmoid(g_h)."""
 
@@ -69,10 +69,10 @@ class LoLCATs(Projected):
             *(torch.zeros(*recent, self.head_dim, device=device, dtype=dtype) for _ in range(2)),
         )
 
-    def forward(self, x: Tensor, memory: WindowedSums | None, layout: Layout) -> tuple[Tensor, WindowedSums]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         q, k, v = self.queries_keys_values(x, layout, rotated=True)
         out, state = self.mix(q, k, v, memory, layout)
-        return self.o_proj(out.flatten(-2)), WindowedSums.of(state)
+        return out, WindowedSums.of(state)
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, memory: WindowedSums | None, layout: Layout

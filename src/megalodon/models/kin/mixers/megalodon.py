@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +30,8 @@ class MegalodonMemory(Memory):
     [B, n, H, e] of the open chunk, at most a chunk of them."""
 
     GROWING: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
+
+    PARTS: ClassVar[Mapping[str, frozenset[str]]] = MappingProxyType({"average": frozenset({"average"})})
 
     mean: Tensor
     var: Tensor
@@ -84,6 +88,7 @@ class MegalodonMixer(Mixer):
     """The first residual branch of a Megalodon block. The kin's block has a residual of its own for the second hop."""
 
     kind = "constant"
+    own_rotary = True
 
     class Parameters(BlockParameters):
         mixer = "megalodon"

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from megalodon import ops
-from megalodon.models.kin.mixers.base import Mixer
+from megalodon.models.kin.mixers.base import Memory, Mixer
+from megalodon.models.kin.mixers.rotary import Rotary
 from megalodon.models.kin.mixers.sums import WeightedSums
 from megalodon.ops.layout import Layout
 
@@ -16,7 +17,7 @@ class NormalisedLinear(Mixer):
     """`o_t = phi(q_t)^T sum phi(k) v^T / phi(q_t)^T sum phi(k)`. A subclass has the projections and says what phi is.
 
     Attributes:
-        rope_base: None where queries and keys are not rotated.
+        rotary: None where queries and keys are not rotated.
         feature_map: phi, or one for queries and one for keys.
     """
 
@@ -28,24 +29,28 @@ class NormalisedLinear(Mixer):
     o_proj: nn.Linear
     num_heads: int
     num_groups: int
-    rope_base: float | None
+    rotary: Rotary | None
     eps: float
 
     def maps(self) -> Any:
         """phi, as `ops.linear_attention` takes it."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, memory: WeightedSums | None, layout: Layout) -> tuple[Tensor, WeightedSums | None]:
+    def forward(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Any]:
+        out, memory = self.head_outputs(x, memory, layout)
+        return self.o_proj(out.flatten(-2)), memory
+
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
+        """`forward` before the output projection: (each head's output [B, L, H, d], the memory after it)."""
         q, k, v = self._heads(x, x)
-        if self.rope_base is not None:
-            turns = ops.rotations_of(layout, q.shape[-1], self.rope_base)
-            q, k = ops.rotate_halves(q, turns), ops.rotate_halves(k, turns)
+        if self.rotary is not None:
+            q, k = self.rotary.turn(layout, q, k)
         options: dict[str, Any] = {"feature_map": self.maps(), "normalise": True, "eps": self.eps, "layout": layout}
         if self.two_way:
-            return self.o_proj(ops.two_way_linear_attention(q, k, v, **options).flatten(-2)), None
+            return ops.two_way_linear_attention(q, k, v, **options), None
         before = None if memory is None else memory.state()
         out, state = ops.linear_attention(q, k, v, initial_state=before, **options)
-        return self.o_proj(out.flatten(-2)), WeightedSums.of(state)
+        return out, WeightedSums.of(state)
 
     def cross(self, x: Tensor, source: Tensor, padding: Tensor | None = None) -> Tensor:
         q, k, v = self._heads(x, source)

@@ -2,34 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Mixer
+from megalodon.models.kin.mixers.base import Mixer, MixerParameters
+from megalodon.models.kin.mixers.rotary import Rotary
 from megalodon.ops.layout import Layout
 
 
-class Projected(Mixer):
-    """`q_proj` to H heads, `k_proj` and `v_proj` to G, `o_proj` back; `bias` of the first three, `out_bias` of it."""
+class ProjectedParameters(MixerParameters):
+    """bias: of the projections of queries, keys and values; out_bias: of the output projection. head_norm: of each
+    head's queries and keys before they turn, "rms" as Qwen3 has it or "layer" as Phi has it."""
 
-    def __init__(
-        self, config: KinConfig, layer_index: int, parameters: Any, bias: bool = False, out_bias: bool = False
-    ) -> None:
+    bias: bool = False
+    out_bias: bool = False
+    head_norm: Literal["rms", "layer"] | None = None
+
+
+class Projected(Mixer):
+    """`q_proj` to H heads, `k_proj` and `v_proj` to G, `o_proj` back."""
+
+    class Parameters(ProjectedParameters):
+        pass
+
+    def __init__(self, config: KinConfig, layer_index: int, parameters: Any) -> None:
         super().__init__(config, layer_index, parameters)
-        dim, self.head_dim, self.rope_base = config.model_dim, config.head_size, config.rope_base
+        dim, self.head_dim, self.rotary = config.model_dim, config.head_size, Rotary.of(config)
         self.num_heads, self.num_groups = config.num_heads, config.key_value_heads
+        bias = parameters.bias
         self.q_proj = nn.Linear(dim, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(dim, self.num_groups * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, self.num_groups * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, dim, bias=out_bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, dim, bias=parameters.out_bias)
+        self.head_norms = None
+        if parameters.head_norm is not None:
+            norm = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[parameters.head_norm]
+            self.head_norms = nn.ModuleDict({name: norm(self.head_dim, eps=float(config.norm_eps)) for name in "qk"})
+
+    def forward(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Any]:
+        out, memory = self.head_outputs(x, memory, layout)
+        return self.o_proj(out.flatten(-2)), memory
 
     def queries_keys_values(self, x: Tensor, layout: Layout, rotated: bool) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, D] -> q [B, L, H, d], k and v [B, L, G, d]; `rotated`: q and k by their places, on halves."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if rotated and self.rope_base is not None:
-            turns = ops.rotations_of(layout, self.head_dim, self.rope_base)
-            q, k = ops.rotate_halves(q, turns), ops.rotate_halves(k, turns)
+        q, k, v = self._heads(x, x)
+        if rotated and self.rotary is not None:
+            q, k = self.rotary.turn(layout, q, k)
+        return q, k, v
+
+    def _heads(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x, keys and values of source, before they turn."""
+        q, k, v = (
+            project(y).unflatten(-1, (-1, self.head_dim))
+            for project, y in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
+        )
+        if self.head_norms is not None:
+            q, k = self.head_norms["q"](q), self.head_norms["k"](k)
         return q, k, v

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import MixerParameters, Reference
-from megalodon.models.kin.mixers.projected import Projected
+from megalodon.models.kin.mixers.base import Memory, Reference
+from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
 from megalodon.models.kin.mixers.sums import Sums, sums_of
 from megalodon.ops.layout import Layout
 
@@ -25,7 +25,7 @@ class Retention(Projected):
 
     kind = "constant"
 
-    class Parameters(MixerParameters):
+    class Parameters(ProjectedParameters):
         """decay: slopes as of ALiBi, of RetNet, or none. first_slope: of head 0, in place of ALiBi's. qk_norm: a layer
         norm of all heads of a token together, before the rotation. norm_eps: of the norm of each head."""
 
@@ -55,18 +55,18 @@ class Retention(Projected):
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> Sums:
         return Sums(sums_of((batch, self.num_heads, self.head_dim, self.head_dim), device, dtype))
 
-    def forward(self, x: Tensor, memory: Sums | None, layout: Layout) -> tuple[Tensor, Sums]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         groups = self.num_heads // self.num_groups
-        q = F.relu(self.feature_q(self.q_proj(x)))
-        k = F.relu((self.feature_q if self.feature_k is None else self.feature_k)(self.k_proj(x)))
+        q, k, v = self._heads(x, x)
+        q = F.relu(self.feature_q(q.flatten(-2)))
+        k = F.relu((self.feature_q if self.feature_k is None else self.feature_k)(k.flatten(-2)))
         k = k.unflatten(-1, (self.num_groups, -1)).repeat_interleave(groups, 2).flatten(-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k))
-        if self.rope_base is not None:
-            turns = ops.rotations_of(layout, self.head_dim, self.rope_base)
-            q, k = ops.rotate_halves(q, turns), ops.rotate_halves(k, turns)
-        v = self.v_proj(x).unflatten(-1, (self.num_groups, -1)).repeat_interleave(groups, 2)
+        if self.rotary is not None:
+            q, k = self.rotary.turn(layout, q, k)
+        v = v.repeat_interleave(groups, 2)
         decay = None
         if self.slopes is not None:
             decay = torch.tensor(self.slopes, device=x.device, dtype=torch.float64).neg()
@@ -79,7 +79,7 @@ class Retention(Projected):
             layout=layout,
         )
         out = F.layer_norm(out, (self.head_dim,), eps=self.norm_eps)
-        return self.o_proj(out.flatten(-2)), Sums(state.sums)
+        return out, Sums(state.sums)
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

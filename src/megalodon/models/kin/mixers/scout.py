@@ -69,6 +69,7 @@ class Scout(Mixer):
     """`x1 = x + local(norm x); x2 = x1 + mlp(norm x1); y = x2 + checkpoint_attention(norm x2) - x`."""
 
     kind = "growing"
+    own_rotary = True
     takes_residual = True
 
     class Parameters(MixerParameters):
@@ -130,6 +131,12 @@ class Scout(Mixer):
             total = total + self.feed_forward(self.feed_forward_norm(x + total))
         y, checkpoints = self.attention(self.attention_norm(x + total), memory.checkpoints, layout)
         return total + y, ScoutMemory(local, checkpoints)
+
+    @classmethod
+    def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:
+        seen = 1 + float((np.arange(length) // parameters.segment).mean())  # itself, and earlier checkpoints
+        local = mixer_class(parameters.over).multiply_adds(config, parameters.local(), length)
+        return local + 2.0 * config.num_heads * config.head_size * seen
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

@@ -12,8 +12,8 @@ from torch import Tensor
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.attention import unpacked, window_multiply_adds
-from megalodon.models.kin.mixers.base import MixerParameters, Reference
-from megalodon.models.kin.mixers.projected import Projected
+from megalodon.models.kin.mixers.base import Memory, Reference
+from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
 from megalodon.models.kin.mixers.sums import WindowMemory
 from megalodon.ops.layout import Layout
 from megalodon.ops.recent import recent_after, with_recent
@@ -25,35 +25,33 @@ class SlidingAttention(Projected):
     kind = "constant"
     two_way_mode = True
 
-    class Parameters(MixerParameters):
-        """window: W, the token itself included. bias, out_bias: of the projections."""
+    class Parameters(ProjectedParameters):
+        """window: W, the token itself included."""
 
         window: int = 128
-        bias: bool = False
-        out_bias: bool = False
 
         def check(self, config: KinConfig) -> None:
             if self.window < 1:
                 raise ValueError(f"sliding_attention: window={self.window}: it must be at least 1")
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
-        super().__init__(config, layer_index, parameters, parameters.bias, parameters.out_bias)
+        super().__init__(config, layer_index, parameters)
         self.window = parameters.window
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> WindowMemory:
         shape = (batch, self.window - 1, self.num_groups, self.head_dim)
         return WindowMemory(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
 
-    def forward(self, x: Tensor, memory: WindowMemory | None, layout: Layout) -> tuple[Tensor, WindowMemory | None]:
+    def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
         q, k, v = self.queries_keys_values(x, layout, rotated=True)
         if self.two_way:
             out = ops.two_way_window_attention(q / math.sqrt(self.head_dim), k, v, self.window, layout=layout)
-            return self.o_proj(out.flatten(-2)), None
+            return out, None
         recent = None if memory is None else ops.RecentKeys(memory.keys, memory.values)
         out = ops.window_attention(q / math.sqrt(self.head_dim), k, v, self.window, recent, layout=layout)
         count, old = self.window - 1, (None, None) if recent is None else recent
         after = (recent_after(with_recent(b, x, count), count, layout) for b, x in zip(old, (k, v), strict=True))
-        return self.o_proj(out.flatten(-2)), WindowMemory(*after)
+        return out, WindowMemory(*after)
 
     @classmethod
     def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:

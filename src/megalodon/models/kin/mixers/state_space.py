@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,10 @@ from megalodon.ops.layout import Layout
 @dataclass(frozen=True)
 class ScanMemory(Memory):
     """recent: [B, K - 1, channels], the convolution's last inputs; state: of the scan, [B, ...], at least float32."""
+
+    PARTS: ClassVar[Mapping[str, frozenset[str]]] = MappingProxyType(
+        {"state": frozenset({"state"}), "convolution": frozenset({"recent"})}
+    )
 
     recent: Tensor
     state: Tensor

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ def sums_of(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) ->
 class Sums(Memory):
     """sums: [B, G, f, e]."""
 
+    PARTS: ClassVar[Mapping[str, frozenset[str]]] = MappingProxyType({"state": frozenset({"sums"})})
+
     sums: Tensor
 
     def state(self) -> LinearState:
@@ -31,6 +36,8 @@ class Sums(Memory):
 @dataclass(frozen=True)
 class WeightedSums(Memory):
     """sums: [B, G, f, e]; weights: [B, G, f], what normalises them."""
+
+    PARTS: ClassVar[Mapping[str, frozenset[str]]] = MappingProxyType({"state": frozenset({"sums", "weights"})})
 
     sums: Tensor
     weights: Tensor

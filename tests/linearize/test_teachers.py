@@ -1,0 +1,79 @@
+"""Transformers of other libraries, read from their folders as attention kin: the same logits to 1e-5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megalodon.convert.teachers import Teacher
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "max_position_embeddings": 256,
+}
+SCALED = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 8}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", **SCALED, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", **SCALED}}),
+        ("mistral", {"sliding_window": 9}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+        ("qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
+        ("phi", {}),
+        ("phi", {"qk_layernorm": True, "num_key_value_heads": 4}),
+        ("phi3", {"pad_token_id": 0, "sliding_window": 9}),
+    ],
+)
+@torch.no_grad()
+def test_logits_are_the_teachers(model_type: str, options: dict, tmp_path: Path) -> None:
+    theirs = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**SIZES, **options}), attn_implementation="eager"
+    )
+    for parameter in theirs.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.eval().save_pretrained(tmp_path, max_shard_size="60KB")
+    x = torch.randint(0, 97, (2, 100))
+    wanted = theirs(x).logits
+    found = Teacher(tmp_path).model()(x).logits
+    assert (found - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "told"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 1, "n_head": 2}, "'gpt2': it must be one of llama"),
+        ("llama", {**SIZES, "rope_parameters": {"rope_type": "dynamic", **SCALED}}, "rope_type='dynamic' cannot be"),
+        ("llama", {**SIZES, "mlp_bias": True}, "mlp_bias=True is not reproduced"),
+    ],
+)
+def test_what_cannot_be_kept_is_named(model_type: str, options: dict, told: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type, **options).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=told):
+        Teacher(tmp_path)
+
+
+def test_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        Teacher(tmp_path)
+    AutoConfig.for_model("llama", **SIZES).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
+        Teacher(tmp_path)

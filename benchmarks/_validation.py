@@ -45,7 +45,13 @@ def bodies(size: int) -> dict[str, tuple[str, bytes]]:
     def text(unit: bytes) -> bytes:
         return b'{"model": "none", "max_tokens": 1, "prompt": "' + unit * (size // len(unit)) + b'"}'
 
-    completions, chat = "/v1/completions", "/v1/chat/completions"
+    def filled(begin: bytes, unit: bytes, end: bytes) -> bytes:
+        return begin + unit * (size // len(unit)) + end
+
+    completions, chat, responses = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+    message = b'{"model": "none", "messages": [{"role": "user", "content": "'
+    biases = b",".join(b'"%d":"x"' % i for i in range(30_000))
+    digits = b"[" + b",".join([b"9" * 4299] * 16) + b"],"
     return {
         "list of empty lists": (completions, prompt(b"[],")),
         "list of empty objects": (completions, prompt(b"{},")),
@@ -59,6 +65,18 @@ def bodies(size: int) -> dict[str, tuple[str, bytes]]:
         "a number of many digits": (completions, b'{"prompt": ' + b"9" * size + b"}"),
         "a text of escapes, for another model": (completions, text(b"\\n")),
         "a text of letters, for another model": (completions, text(b"a")),
+        "numbers of 4,299 digits": (completions, filled(b'{"metadata": [', digits, b"1]}")),
+        "white space": (completions, filled(b'{"prompt": ', b" ", b'"a"}')),
+        "a long name": (completions, filled(b'{"', b"\\n", b'": 1}')),
+        "biases that are none": (completions, b'{"model": "model", "logit_bias": {' + biases + b"}}"),
+        "a message, for another model": (chat, filled(message, b"a", b'"}]}')),
+        "instructions": (responses, filled(b'{"model": "model", "input": "a", "instructions": "', b"\\u00e9", b'"}')),
+        "input, for another model": (responses, filled(b'{"model": "none", "input": "', b"\\n", b'"}')),
+        "embeddings, ids out of range": ("/v1/embeddings", filled(b'{"model": "model", "input": [', b"999,", b"1]}")),
+        "a text to tokenize": ("/tokenize", filled(b'{"prompt": "', b"a", b'"}')),
+        "ids to detokenize": ("/detokenize", filled(b'{"tokens": [', b"97,", b"97]}")),
+        "a context's text with a NUL": ("/v1/contexts", filled(b'{"text": "', b"a", b'\\u0000"}')),
+        "a context file that is none": ("/v1/contexts/import", b"\xff" * size),
         "no JSON": (completions, b"\xff" * size),
     }
 

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from engine_cases import make_engine, make_model, run, submit, text_tokens
+from engine_cases import CHUNK, make_engine, make_model, run, submit, text_tokens
+from megalodon import GeckoConfig, GeckoForCausalLM, KinConfig, KinForCausalLM
 from megalodon.inference.snapshot import Segment, Snapshot
 from megalodon.inference.snapshot_file import _checksum, load_snapshot, save_snapshot
 
@@ -37,6 +38,24 @@ def test_saved_and_loaded_is_the_same(saved: Path) -> None:
     mine, theirs = again.state.state_dict(), snapshot.state.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert sorted(path.name for path in saved.parent.iterdir()) == ["a.context", "b.context"]
+
+
+@pytest.mark.parametrize("length", [5, CHUNK + 1, 3 * CHUNK + 4])
+def test_contexts_of_models_that_keep_more_than_an_open_chunk(tmp_path: Path, length: int) -> None:
+    sizes = {"vocab_size": 256, "num_layers": 2, "model_dim": 32, "num_heads": 2}
+    gecko = {"z_dim": 16, "value_dim": 32, "ffn_hidden_dim": 32, "cema_ndim": 4, "chunk_size": CHUNK}
+    for model in (
+        GeckoForCausalLM(GeckoConfig(**sizes, **gecko, norm_num_groups=4)),
+        KinForCausalLM(KinConfig(**sizes, mixers="attention")),
+    ):
+        engine = make_engine(model.eval())
+        whole = run(engine, submit(engine, text_tokens(1, length), max_tokens=30)).tokens()
+        first = run(engine, submit(engine, text_tokens(1, length), max_tokens=11, keep=True))
+        save_snapshot(tmp_path / "context", first.snapshot, engine.identity)
+        other = make_engine(model)
+        start = load_snapshot(tmp_path / "context", other.identity)
+        more = run(other, submit(other, start=start, max_tokens=19, seed=None, resume_generator=True))
+        assert first.tokens() + more.tokens() == whole
 
 
 def test_every_kind_of_damage_is_noticed(saved: Path) -> None:

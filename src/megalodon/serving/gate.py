@@ -73,6 +73,10 @@ class Gate:
         if scope["path"] not in OPEN and not scope["path"].startswith(PAGE_FILES):
             self._refuse_other_sites(headers)
             scope.setdefault("state", {})["owner"] = self._keys.owner(headers.get("authorization"))
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", ""):
+            message = f"the body is encoded as {encoding[:80]}, which is not taken here: send it as it is"
+            raise ApiError(415, message, "unsupported_encoding", "Content-Encoding")
         limit = self._limit(scope, headers)
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > limit:

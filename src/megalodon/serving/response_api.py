@@ -7,7 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from anyio import to_thread
@@ -88,7 +88,10 @@ def _check_include(body: ResponsesRequest) -> None:
 
 
 def _kept(store: ContextStore, owner: str, response_id: str) -> Any:
-    record = store.get(owner, response_id) if response_id.startswith("resp_") else None
+    record = None
+    if response_id.startswith("resp_"):
+        with suppress(NoContextError):
+            record = store.get(owner, response_id)
     if record is None or record.note is None:
         raise ApiError(404, f"no response {response_id[:80]!r} is kept", "response_not_found", "response_id")
     return record
@@ -136,7 +139,7 @@ def _resolved(store: ContextStore, owner: str, items: Any) -> list[Message]:
             continue
         try:
             record = _kept(store, owner, f"resp_{item.id.removeprefix('msg_')}")
-        except (ApiError, NoContextError):
+        except ApiError:
             param = f"input.{place}.id"
             raise ApiError(400, f"{param}: no item {item.id[:80]!r} is kept", "item_not_found", param) from None
         content = json.loads(record.note)["output"][0]["content"]

@@ -173,6 +173,10 @@ class Generating(Strict):
 
     parallel_tool_calls: Any = ignored("there are no tool calls")
     reasoning_effort: Any = ignored("the model does not think before it answers")
+    reasoning: Any = ignored("the model does not think before it answers")
+    include_reasoning: Any = ignored("the model does not think before it answers")
+    enable_thinking: Any = ignored("the model does not think before it answers")
+    thinking: Any = ignored("the model does not think before it answers")
     verbosity: Any = ignored("ask for it in words")
 
     tools: list[Any] | None = Field(
@@ -296,6 +300,9 @@ class Message(Strict):
     audio: refused("this model hears nothing") = None  # type: ignore[valid-type]
     reasoning_content: Any = ignored("not shown to the model again")
     reasoning: Any = ignored("not shown to the model again")
+    thinking_blocks: Any = ignored("not shown to the model again")
+    id: Any = ignored("messages are told apart by their place")
+    index: Any = ignored("of the choice that it was")
     provider_specific_fields: Any = ignored("LiteLLM's own")
 
     @model_validator(mode="after")
@@ -425,7 +432,6 @@ class ResponsesRequest(Generating):
     conversation: refused("use `previous_response_id`") = None  # type: ignore[valid-type]
     prompt: refused("prompts are not kept here") = None  # type: ignore[valid-type]
     max_tool_calls: Any = ignored("there are no tool calls")
-    reasoning: Any = ignored("the model does not think before it answers")
 
     @model_validator(mode="after")
     def _one_beginning(self) -> ResponsesRequest:

@@ -118,6 +118,12 @@ class GeckoState(State):
         return shapes
 
     @classmethod
+    def places(cls, sizes: GeckoDimensions, name: str, position: int) -> int:
+        if ".before." in name:
+            return sizes.chunk_size if position >= sizes.chunk_size else 0
+        return super().places(sizes, name, position)
+
+    @classmethod
     def tensor_dtype(cls, name: str, activations: torch.dtype, statistics: torch.dtype) -> torch.dtype:
         kind = name.rsplit(".", 1)[-1]
         if kind.startswith("bos_"):

@@ -136,10 +136,10 @@ def apply(name: str, share: float, llama: Path, config: Any, options: Any, text:
         f"data.corpus.source={data.corpus.source}",
         *options.set,
     ]
+    keys = [key for key in keys if key.partition("=")[0].partition(".")[0] in recipe.config.model_fields]
     stages = read_config(recipe.config, CONFIGS / "demo.yaml", keys).stage_sections()
     keys += [f"{stage}.tokens={tokens // len(stages)}" for stage in stages]
     out = options.folder / f"{name}-{share}"
-    keys = [key for key in keys if key.partition("=")[0].partition(".")[0] in recipe.config.model_fields]
     job = plan(llama, out, recipe, read_config(recipe.config, CONFIGS / "demo.yaml", keys))
     if linearize(job):
         raise SystemExit("interrupted and saved: the same command goes on")

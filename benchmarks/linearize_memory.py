@@ -115,6 +115,7 @@ def main() -> None:
                 peak = peak_of(teacher, place / f"out-{layers}-{held}", keys)
                 found.append({"layers": layers, "layers_at_once": held, "peak": peak, "activations": activations})
                 rows.append([str(layers), held, f"{peak / 1e6:.0f}", f"{activations / 1e6:.1f}"])
+                print(rows[-1], flush=True)
     header = ["layers", "layers_at_once", "peak, MB", "one batch of activations, MB"]
     result = new_run("linearize_memory", describe_machine(), {k: str(v) for k, v in vars(options).items()})
     result["rows"] = found

@@ -92,7 +92,7 @@ def test_what_moves_in_which_stage(teacher: Path, given: list[str], tmp_path: Pa
 
 def test_the_loss_of_a_transfer_falls(teacher: Path, given: list[str], tmp_path: Path) -> None:
     for recipe, own in (("lolcats", ["window=8"]), ("hedgehog", [])):
-        keys = [*given, *own, "transfer.tokens=1024", "finetune.tokens=64", "checkpoint.every=100"]
+        keys = [*given, *own, "transfer.tokens=1024", "finetune.tokens=64"]
         out = run(teacher, tmp_path / recipe, recipe, keys)
         lines = (out / "linearize" / "1-transfer" / "metrics.jsonl").read_text().splitlines()
         held_out = [record["heldout_loss"] for record in map(json.loads, lines) if "heldout_loss" in record]
@@ -146,7 +146,7 @@ for number in [3, 8, 14, 10**9]:
 
 @pytest.mark.slow
 def test_killed_at_any_instant(teacher: Path, given: list[str], tmp_path: Path) -> None:
-    keys = [*given, *STEPS, "window=8", "memory.layers_at_once=1", "memory.activations=disk", "keep_attention=[2]"]
+    keys = [*given, *STEPS, "window=8", "memory.layers_at_once=1", "memory.activations=disk", "checkpoint.every=2"]
     wanted = run(teacher, tmp_path / "alone", "lolcats", keys)
     out = tmp_path / "killed"
     done = subprocess.run(

@@ -71,14 +71,26 @@ class GLA(Mixer):
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> Sums:
         return Sums(sums_of((batch, self.num_groups, self.key_dim, self.value_dim), device, dtype))
 
-    def forward(self, x: Tensor, memory: Sums | None, layout: Layout) -> tuple[Tensor, Sums | None]:
+    def _keys(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(q [B, L, H, d], k [B, L, G, d], log decays [B, L, G, d])."""
         decay = F.logsigmoid(self.decay_up(self.decay_down(x)).float()) / self.options.gate_normalizer
         if self.options.least_log_decay is not None:
             decay = decay.clamp(min=self.options.least_log_decay)
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
-        k, v = (project(x).unflatten(-1, (self.num_groups, -1)) for project in (self.k_proj, self.v_proj))
-        options: dict[str, Any] = {"feature_map": self.options.feature_map, "layout": layout}
-        options["log_decay"] = decay.unflatten(-1, (self.num_groups, -1))
+        k = self.k_proj(x).unflatten(-1, (self.num_groups, -1))
+        return q, k, decay.unflatten(-1, (self.num_groups, -1))
+
+    def mixing_matrix(self, x: Tensor, layout: Layout) -> Tensor:
+        """[B, H, L, L]: how much each token reads of each, before the heads' norm."""
+        q, k, decay = self._keys(x)
+        each = torch.eye(x.shape[1], dtype=k.dtype, device=x.device)[None, :, None].expand(*k.shape[:3], -1)
+        options: dict[str, Any] = {"feature_map": self.options.feature_map, "layout": layout, "log_decay": decay}
+        return ops.linear_attention(q, k, each, **options)[0].transpose(1, 2) * self.key_dim**-0.5
+
+    def forward(self, x: Tensor, memory: Sums | None, layout: Layout) -> tuple[Tensor, Sums | None]:
+        q, k, decay = self._keys(x)
+        v = self.v_proj(x).unflatten(-1, (self.num_groups, -1))
+        options: dict[str, Any] = {"feature_map": self.options.feature_map, "layout": layout, "log_decay": decay}
         after = None
         if self.two_way:
             out = ops.two_way_linear_attention(q, k, v, **options)

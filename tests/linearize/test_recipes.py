@@ -112,5 +112,5 @@ def test_lizards_open_questions_are_keys(teacher: Path, given: list[str]) -> Non
 def test_bad_input_is_named(teacher: Path, given: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one of the weights must be more than 0"):
         run(teacher, tmp_path / "out", "distill", [*given, "next_token=0", "logits=0", "hidden=0"])
-    with pytest.raises(ValueError, match="student: input should be .gla. or .gated_delta."):
+    with pytest.raises(ValueError, match=r"student: input should be .gla. or .gated_delta."):
         run(teacher, tmp_path / "out", "distill", [*given, "student=mamba"])

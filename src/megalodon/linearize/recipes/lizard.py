@@ -1,7 +1,7 @@
 """Lizard (2507.09025): gated linear attention over everything plus softmax over a window with sinks.
 
-There is no published code. Stage, rates, 20M tokens in each, rows of 2048 and rank are the paper's. What it leaves open,
-and what is done here (docs/linearize.md has what each costs):
+There is no published code. Stages, rates, 20M tokens in each, rows of 2048 and rank are the paper's. What it leaves
+open, and what is done here (the documentation has what each costs):
 
 - a gate of one number a token, shared by heads, as its shape says; it has a bias, without which memory would fade by
   half with every token. `gate_bias` is where it starts.

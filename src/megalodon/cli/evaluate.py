@@ -71,7 +71,7 @@ def perplexity(
         output.mkdir(parents=True, exist_ok=True)
     model = load_model(folder, device, torch_dtype(dtype))
     tokenizer = load_tokenizer_for(model, folder, tokenizer_name)
-    piece_length = default_piece_length(model.config.chunk_size) if piece_length is None else piece_length
+    piece_length = default_piece_length(model.model.dimensions.alignment) if piece_length is None else piece_length
     started = time.perf_counter()
     counter = Counter([] if separator else tokenizer.separators)
     documents = (Document(d.name, counter.through(d.pieces)) for d in corpus.documents())

@@ -35,8 +35,10 @@ class Pupils(nn.Module):
 
     all_tied_weights_keys: Mapping[str, str] = {}
 
-    def __init__(self, mixers: Mapping[int, Mixer], blocks: Mapping[int, KinBlock]) -> None:
+    def __init__(self, mixers: Mapping[int, Mixer], blocks: Mapping[int, KinBlock], learning: int) -> None:
+        """`learning`: mixers that learn in the stage, in memory or not: a loss is their mean."""
         super().__init__()
+        self.learning = learning
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in mixers.items()})
         self._blocks = [(layer, blocks.get(layer)) for layer in sorted(blocks)]
 
@@ -124,7 +126,7 @@ def pupils(
             fresh = nn.Parameter(mixer.get_parameter(name).detach().float().clone())
             setattr(mixer.get_submodule(parent), last, fresh)
         mixers[layer] = mixer
-    return Pupils(mixers, blocks)
+    return Pupils(mixers, blocks, len(replaced))
 
 
 class TransferTrainer(Trainer):
@@ -143,7 +145,7 @@ class TransferTrainer(Trainer):
         optimizer, config = self.parts.optimizer, self.config
         optimizer.zero_grad(set_to_none=True)
         parts = split_batch(batch, config.run.accumulation_steps)
-        share = 1 / (len(parts) * max(len(self.pupils.mixers), 1))
+        share = 1 / (len(parts) * self.pupils.learning)
         with autocast(self.parts.device, config.run.precision):
             x = self.lessons.inputs(self.state.step, batch.input_ids, self._layout(batch))
         total, outputs = 0.0, []

@@ -93,7 +93,7 @@ class GatedDelta(Mixer):
 
     def _parts(
         self, x: Tensor, memory: DeltaMemory | None, layout: Layout
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any], Tensor]:
         """(q and k [B, L, H, d], v [B, L, H, e], log decays and strengths, the convolution's memory)."""
         before = None if memory is None else memory.recent
         mixed, recent = ops.short_convolution(self.qkv_proj(x), self.conv_weight, None, before, layout)

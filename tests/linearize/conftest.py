@@ -44,6 +44,6 @@ def given(tmp_path: Path) -> list[str]:
         "data.sequence_length=32",
         "data.batch_size=2",
         f"data.cache_folder={tmp_path / 'cache'}",
-        "checkpoint.every=3",
+        "checkpoint.every=2",
         "evaluation.max_tokens=200",
     ]

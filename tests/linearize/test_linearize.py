@@ -18,7 +18,7 @@ from megalodon.files import load_tensors
 from megalodon.inference import load_model
 from megalodon.linearize import linearize, plan, read_config, recipe_of
 
-STEPS = ["transfer.tokens=512", "finetune.tokens=512"]
+STEPS = ["transfer.tokens=256", "finetune.tokens=128"]  # four and two steps
 
 
 def run(teacher: Path, out: Path, recipe: str, keys: list[str]) -> Path:
@@ -54,7 +54,7 @@ def test_the_model_keeps_what_a_state_promises(recipe: str, teacher: Path, given
     assert (padded.logits[:, 5:] - whole.logits).abs().max() < 1e-4 * whole.logits.abs().max()
 
 
-@pytest.mark.parametrize("memory", [["1", "recompute"], ["1", "disk"], ["2", "disk"]])
+@pytest.mark.parametrize("memory", [["1", "recompute"], ["2", "disk"]])
 def test_blocks_in_turn_learn_what_they_learn_together(
     memory: list[str], teacher: Path, given: list[str], tmp_path: Path
 ) -> None:
@@ -91,14 +91,16 @@ def test_what_moves_in_which_stage(teacher: Path, given: list[str], tmp_path: Pa
 
 
 def test_the_loss_of_a_transfer_falls(teacher: Path, given: list[str], tmp_path: Path) -> None:
-    for recipe in ("lolcats", "hedgehog"):
-        out = run(teacher, tmp_path / recipe, recipe, [*given, "transfer.tokens=4096", "finetune.tokens=64"])
+    for recipe, own in (("lolcats", ["window=8"]), ("hedgehog", [])):
+        keys = [*given, *own, "transfer.tokens=1024", "finetune.tokens=64", "checkpoint.every=100"]
+        out = run(teacher, tmp_path / recipe, recipe, keys)
         lines = (out / "linearize" / "1-transfer" / "metrics.jsonl").read_text().splitlines()
         held_out = [record["heldout_loss"] for record in map(json.loads, lines) if "heldout_loss" in record]
         assert held_out[-1] < held_out[0]
 
 
-# Forks children, each of which kills itself at one of its operations on the disk, ever later, until one comes to the end.
+# Forks children, each of which kills itself at one of its operations on the disk, ever later, until one
+# comes to the end.
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
@@ -123,7 +125,7 @@ def work_and_die_at(left):
     linearize(plan(Path(teacher), Path(out), recipe, read_config(recipe.config, None, keys)))
 
 kills = 0
-for number in [*range(2, 26, 3), 10**9]:
+for number in [3, 8, 14, 10**9]:
     child = os.fork()
     if child == 0:
         try:
@@ -142,8 +144,9 @@ for number in [*range(2, 26, 3), 10**9]:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant(teacher: Path, given: list[str], tmp_path: Path) -> None:
-    keys = [*given, *STEPS, "window=8", "memory.layers_at_once=1", "memory.activations=disk", "data.batch_size=4"]
+    keys = [*given, *STEPS, "window=8", "memory.layers_at_once=1", "memory.activations=disk", "keep_attention=[2]"]
     wanted = run(teacher, tmp_path / "alone", "lolcats", keys)
     out = tmp_path / "killed"
     done = subprocess.run(
@@ -154,7 +157,7 @@ def test_killed_at_any_instant(teacher: Path, given: list[str], tmp_path: Path) 
         check=False,
     )
     kills, status = map(int, done.stdout.splitlines()[-1].split())
-    assert status == 0 and kills >= 5, done.stderr[-3000:]
+    assert status == 0 and kills == 3, done.stderr[-3000:]
     one, other = (load_tensors(folder / "model.safetensors") for folder in (wanted, out))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -207,4 +210,4 @@ def test_the_command(teacher: Path, given: list[str], tmp_path: Path, capsys: py
             main(arguments)
         assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert "tokens: 512" in printed and "done: the model is in" in printed and "bits/byte" in printed
+    assert "tokens: 256" in printed and "done: the model is in" in printed and "bits/byte" in printed

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from megalodon.convert.teachers import Teacher
 from megalodon.data import Batch, Tokenizer, check_vocabulary, load_tokenizer
-from megalodon.files import is_full, load_tensors, write_folder, write_text
+from megalodon.files import is_full, load_tensors, remove_partial, write_file, write_folder, write_text
 from megalodon.inference import choose_device, load_model
 from megalodon.inference.loading import has_tokenizer
 from megalodon.linearize.activations import OnDisk, Recomputed
@@ -362,12 +363,6 @@ def _finetune(job: Linearization, stage: FineTune, folder: Path, number: int) ->
 
 def _publish(job: Linearization, folder: Path) -> None:
     """Put the files of a model into OUT, the config last: where it is, all is there."""
-
-    def copy(source: Path) -> None:
-        partial = job.out / f".{source.name}.partial"
-        shutil.copyfile(source, partial)
-        partial.replace(job.out / source.name)
-
-    files = sorted(folder.iterdir(), key=lambda path: path.name == "config.json")
-    for path in files:
-        copy(path)
+    remove_partial(job.out)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+        write_file(job.out / path.name, partial(shutil.copyfile, path))

@@ -1,0 +1,127 @@
+"""Memory of attention transfer with one block at a time, beside all of them and beside training one block alone.
+
+Draws a Llama of each depth, runs two steps of `lolcats` in a process of its own, and samples the process's anonymous
+memory, which mapped weights are no part of. What a process holds before its first step is taken off.
+
+    python benchmarks/linearize_memory.py --width 512 --layers 4 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from _machine import describe_machine
+from _report import RESULTS, document, markdown_table, new_run, save
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megalodon.data import ByteTokenizer
+
+WORKER = """
+import sys, threading, time
+from pathlib import Path
+import torch, matplotlib.pyplot, torch.utils.tensorboard
+from megalodon.linearize import linearize, plan, read_config, recipe_of, run
+from megalodon.linearize.transfer import TransferTrainer
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+class Stop(Exception): pass
+peak, base, done = 0, 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+run.measure_peak_flops = lambda device, dtype: 1e9
+inside = TransferTrainer.train
+def train(self, stop):
+    inside(self, stop)
+    raise Stop
+TransferTrainer.train = train
+made = run.pupils
+def pupils(*arguments):
+    global base
+    base = anonymous()
+    thread.start()
+    return made(*arguments)
+run.pupils = pupils
+thread = threading.Thread(target=watch, daemon=True)
+teacher, out, *keys = sys.argv[1:]
+recipe = recipe_of("lolcats")
+try:
+    linearize(plan(Path(teacher), Path(out), recipe, read_config(recipe.config, None, keys)))
+except Stop:
+    done = True
+print(peak - base)
+"""
+
+
+def peak_of(teacher: Path, out: Path, keys: list[str]) -> int:
+    """Bytes above what the process held before the first group of blocks was read."""
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, str(teacher), str(out), *keys],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    return int(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", nargs="+", type=int, default=[4, 16])
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows, found = [], []
+    with tempfile.TemporaryDirectory() as name:
+        place, tokenizer = Path(name), ByteTokenizer()
+        (place / "text.txt").write_text("All work and no play. " * 4000)
+        for layers in options.layers:
+            torch.manual_seed(0)
+            sizes: dict[str, Any] = {
+                "hidden_size": options.width,
+                "intermediate_size": 3 * options.width,
+                "num_attention_heads": options.width // 64,
+                "num_hidden_layers": layers,
+            }
+            teacher = place / f"teacher-{layers}"
+            LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.vocab_size, **sizes)).save_pretrained(teacher)
+            tokenizer.save(teacher)
+            activations = options.rows * options.length * options.width * 4
+            for held in ("1", "null"):
+                keys = [
+                    f"data.corpus.source={place / 'text.txt'}",
+                    f"data.cache_folder={place / 'cache'}",
+                    f"data.sequence_length={options.length}",
+                    f"data.batch_size={options.rows}",
+                    f"transfer.tokens={2 * options.rows * options.length}",
+                    f"memory.layers_at_once={held}",
+                    "evaluation.every=null",
+                ]
+                peak = peak_of(teacher, place / f"out-{layers}-{held}", keys)
+                found.append({"layers": layers, "layers_at_once": held, "peak": peak, "activations": activations})
+                rows.append([str(layers), held, f"{peak / 1e6:.0f}", f"{activations / 1e6:.1f}"])
+    header = ["layers", "layers_at_once", "peak, MB", "one batch of activations, MB"]
+    result = new_run("linearize_memory", describe_machine(), {k: str(v) for k, v in vars(options).items()})
+    result["rows"] = found
+    page = document("Memory of attention transfer", result, [markdown_table(header, rows)], False)
+    save(result, page, options.results, "linearize-memory")
+    print(markdown_table(header, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -47,8 +47,8 @@ def begun(teacher: Path, recipe: str, keys: list[str]) -> tuple[Any, Any]:
     ],
 )
 def test_from_teacher_to_model(recipe: str, own: list[str], teacher: Path, given: list[str], tmp_path: Path) -> None:
-    tokens = [f"{stage}.tokens=1024" for stage in STAGES[recipe]]
-    faster = [f"{stage}.optimizer.learning_rate=1e-2" for stage in STAGES[recipe]]
+    tokens = [f"{stage}.tokens=2048" for stage in STAGES[recipe]]
+    faster = [f"{stage}.optimizer.learning_rate=3e-3" for stage in STAGES[recipe]]
     out = run(teacher, tmp_path / "out", recipe, [*given, *own, *tokens, *faster, "checkpoint.every=1000"])
     for number, stage in enumerate(STAGES[recipe], 1):
         lines = (out / "linearize" / f"{number}-{stage}" / "metrics.jsonl").read_text().splitlines()

@@ -41,7 +41,7 @@ class GLA(Mixer):
         def check(self, config: KinConfig) -> None:
             for name in ("expand_k", "expand_v"):
                 width = config.model_dim * getattr(self, name)
-                if width < 1 or width % config.num_heads:
+                if width < 1 or abs(width - round(width)) > 1e-6 or round(width) % config.num_heads:
                     raise ValueError(
                         f"gla: {name}={getattr(self, name)} makes a width of {width:g}, not divisible by "
                         f"num_heads={config.num_heads}"
@@ -53,7 +53,7 @@ class GLA(Mixer):
         super().__init__(config, layer_index, parameters)
         dim, heads, groups = config.model_dim, config.num_heads, config.key_value_heads
         self.num_heads, self.num_groups, self.options = heads, groups, parameters
-        self.key_dim, self.value_dim = int(dim * parameters.expand_k) // heads, int(dim * parameters.expand_v) // heads
+        self.key_dim, self.value_dim = (round(dim * x) // heads for x in (parameters.expand_k, parameters.expand_v))
         self.q_proj = nn.Linear(dim, heads * self.key_dim, bias=False)
         self.k_proj = nn.Linear(dim, groups * self.key_dim, bias=False)
         self.v_proj = nn.Linear(dim, groups * self.value_dim, bias=False)

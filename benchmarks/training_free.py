@@ -101,7 +101,7 @@ def main(
 
     def table(cell: Any) -> str:
         rows = [[name, *(cell(name, size) for size in sizes)] for name in models]
-        return markdown_table(["", *(f"{size:,}" for size in sizes)], rows)
+        return markdown_table(["attention ", *(f"{size:,}" for size in sizes)], rows)
 
     parts_of_page = [
         f"A {source.model_type} of {source.config.num_layers} layers, trained on rows of {source.length:,} tokens; "

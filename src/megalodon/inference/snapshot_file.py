@@ -277,11 +277,11 @@ def _check_state(parts: dict[str, Tensor], header: _Header, identity: ModelIdent
             raise ValueError(f"the context file is damaged: its {name} is {tensor.dtype}")
         if name not in shapes:
             raise ValueError(f"the context file is damaged: no state of this model has a {name}")
-        if -1 in shapes[name]:
-            if tensor.ndim != len(shapes[name]) or not kind.could_have(
-                sizes, name, header.position, tensor.shape[shapes[name].index(-1)]
-            ):
-                raise ValueError(f"the context file is damaged: its {name} is not that of {header.position} tokens")
+        if tensor.ndim != len(shapes[name]):
+            raise ValueError(f"the context file is damaged: its {name} has {tensor.ndim} dimensions")
+        count = tensor.shape[shapes[name].index(-1)] if -1 in shapes[name] else None
+        if count is not None and not kind.could_have(sizes, name, header.position, count):
+            raise ValueError(f"the context file is damaged: its {name} is not that of {header.position} tokens")
         large = tensor.is_floating_point() and tensor.numel() and float(tensor.abs().amax()) > MOST_VALUE
         if large or not kind.is_possible(name, tensor):
             raise ValueError(f"the context file is damaged: its {name} has values that no state has")

@@ -42,6 +42,18 @@ class MemorySection(Section):
     )
 
 
+class KeepSection(Section):
+    """How keep_attention=auto chooses: the layers that lose most when they see the last tokens alone."""
+
+    count: int | None = Field(default=None, ge=1, description="layers that stay; null: a quarter of them, rounded up")
+    window: int = Field(default=64, ge=1, description="the last tokens that a layer sees while its cost is measured")
+    tokens: int = Field(default=8192, ge=1, description="measured on; whole rows, rounded up")
+
+    def number(self, layers: int) -> int:
+        """Layers that stay, of so many."""
+        return -(-layers // 4) if self.count is None else self.count
+
+
 class StageSection(Section):
     """One stage: how long, and how its weights move."""
 
@@ -75,7 +87,10 @@ class LinearizeConfig(Section):
     """What all recipes share. A recipe's own config adds sections."""
 
     tokenizer: str | None = Field(default=None, description="null: that in the teacher's folder")
-    keep_attention: list[int] | Literal["auto"] = Field(default=[], description="layers that stay as they are, from 0")
+    keep_attention: list[int] | Literal["auto"] = Field(
+        default=[], description="layers that stay as they are, from 0; auto: as keep says"
+    )
+    keep: KeepSection = KeepSection()
     data: DataSection = packed(8, 1024)
     run: RunSection = RunSection()
     memory: MemorySection = MemorySection()
@@ -109,6 +124,8 @@ class LinearizeConfig(Section):
                     f"{name}.accumulation_steps: {stage.accumulation_steps} must divide data.batch_size "
                     f"({self.data.batch_size}), the rows of a step"
                 )
+        if self.keep_attention != "auto" and self.keep != KeepSection():
+            found.append("keep: it is for keep_attention=auto; keep_attention names the layers")
         if self.memory.activations == "disk" and self.memory.layers_at_once is None:
             found.append("memory.activations: disk is for blocks in turn; give memory.layers_at_once too")
         return found

@@ -91,7 +91,7 @@ class FineTuner(Trainer):
                     theirs = self.teacher(part.input_ids, **asked)
                 loss = self.stage.objective(Batchwise(model(part.input_ids, **asked), theirs, part.labels)) * share
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         norm = clip_gradients(model.parameters(), config.optimizer.max_grad_norm)
         if not torch.isfinite(norm + total):
             self.parts.optimizer.zero_grad(set_to_none=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megalodon.linearize.config import LinearizeConfig, LoraSection, StageSection
 from megalodon.models.kin import KinConfig
-from megalodon.models.kin.mixers import Mixer
+from megalodon.models.kin.mixers import Mixer, mixer_class
 from megalodon.ops.layout import Layout
 
 
@@ -142,7 +142,8 @@ class Recipe:
 
     @staticmethod
     def _inherited(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-        projections = ("bias", "out_bias", "head_norm")
+        own = mixer_class(new["name"]).Parameters.model_fields
+        projections = [name for name in ("bias", "out_bias", "head_norm") if name in own]
         return {**{name: old[name] for name in projections if name in old}, **new}
 
 

@@ -2,6 +2,7 @@
 
 OUT/                        the model, its tokenizer: there when all is done
 OUT/linearize/config.yaml   what was asked for
+OUT/linearize/keep_attention.json   with keep_attention=auto: what each layer costs, and which stay
 OUT/linearize/1-transfer/   a run folder; with blocks in turn, one for each group of layers in it
 OUT/linearize/student/      the teacher's blocks with the new mixers, where a whole model is to be trained
 OUT/linearize/2-finetune/   a run folder
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ import yaml
 from torch import Tensor
 
 from megalodon.convert.teachers import Teacher
-from megalodon.data import Tokenizer, check_vocabulary, load_tokenizer
+from megalodon.data import Batch, Tokenizer, check_vocabulary, load_tokenizer
 from megalodon.files import is_full, load_tensors, remove_partial, write_file, write_folder, write_text
 from megalodon.inference import choose_device, load_model
 from megalodon.inference.loading import has_tokenizer
@@ -30,6 +31,7 @@ from megalodon.linearize.assembly import assemble
 from megalodon.linearize.config import LinearizeConfig
 from megalodon.linearize.finetune import FineTuner, prepare
 from megalodon.linearize.recipe import FineTune, Recipe, Stage, Transfer
+from megalodon.linearize.selection import kept_by_cost
 from megalodon.linearize.transfer import Pupils, TransferTrainer, pupils
 from megalodon.models import CausalLM
 from megalodon.models.kin import KinConfig
@@ -118,8 +120,13 @@ def kept_layers(settings: LinearizeConfig, teacher: KinConfig) -> list[int]:
         ValueError: one is not there, or all would stay.
     """
     kept = settings.keep_attention
-    if kept == "auto":
-        raise ValueError("keep_attention: auto is not known yet: name the layers")
+    if kept == "auto":  # chosen when the run begins
+        if settings.keep.number(teacher.num_layers) >= teacher.num_layers:
+            raise ValueError(
+                f"keep.count: {settings.keep.number(teacher.num_layers)} of {teacher.num_layers} layers would stay as "
+                "they are: nothing would change"
+            )
+        return []
     for layer in kept:
         if not 0 <= layer < teacher.num_layers:
             raise ValueError(f"keep_attention: there is no layer {layer}: the teacher has {teacher.num_layers}, from 0")
@@ -145,6 +152,8 @@ def linearize(job: Linearization) -> StopRequest:
         _require_same(job, work.config)
         if (job.out / "config.json").is_file():
             return stop
+        if job.settings.keep_attention == "auto":
+            job = _chosen(job, work.path)
         for number, stage in enumerate(job.stages, 1):
             folder = work.path / f"{number}-{stage.name}"
             if isinstance(stage, Transfer):
@@ -161,6 +170,25 @@ def linearize(job: Linearization) -> StopRequest:
         raise
     finally:
         lock.release()
+
+
+def _chosen(job: Linearization, work: Path) -> Linearization:
+    """The run with those layers kept that cost most."""
+    settings, display = job.settings, make_display(1)
+    device = choose_device(None if settings.run.device == "auto" else settings.run.device)
+    rows = -(-settings.keep.tokens // settings.data.sequence_length)
+
+    def read() -> Batch:
+        config = _stage_config(job, job.stages[0], work)
+        config = config.model_copy(update={"data": settings.data.model_copy(update={"batch_size": rows})})
+        display.say("which layers keep their attention: measuring what each costs")
+        return corpora.build_loader(config, corpora.prepare(config, job.tokenizer, display).training, 0, 1).batch_at(0)
+
+    kept = kept_by_cost(settings.keep, job.teacher, work / "keep_attention.json", read, device, job.dtype)
+    display.say(f"layers {', '.join(map(str, kept))} keep their attention")
+    config = job.recipe.student_config(settings, job.teacher.config, kept)
+    replaced = [layer for layer in range(config.num_layers) if layer not in kept]
+    return replace(job, config=config, replaced=replaced)
 
 
 def _require_same(job: Linearization, file: Path) -> None:

@@ -8,8 +8,11 @@ from importlib import import_module
 from megalodon.linearize.recipe import Recipe
 
 RECIPES: dict[str, str] = {
+    "distill": "distill.Distill",
     "hedgehog": "hedgehog.Hedgehog",
+    "lizard": "lizard.Lizard",
     "lolcats": "lolcats.LoLCATs",
+    "mohawk": "mohawk.Mohawk",
     "supra": "supra.Supra",
 }
 """Name -> module of this folder and class."""

@@ -96,7 +96,10 @@ class GatedDelta(Mixer):
         shape = (batch, self.conv_weight.shape[1] - 1, sum(self.sizes))
         return DeltaMemory(sums, torch.zeros(shape, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, memory: DeltaMemory | None, layout: Layout) -> tuple[Tensor, DeltaMemory]:
+    def _parts(
+        self, x: Tensor, memory: DeltaMemory | None, layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any], Tensor]:
+        """(q and k [B, L, H, d], v [B, L, H, e], log decays and strengths, the convolution's memory)."""
         before = None if memory is None else memory.recent
         mixed, recent = ops.short_convolution(self.qkv_proj(x), self.conv_weight, None, before, layout)
         q, k, v = F.silu(mixed).split(self.sizes, dim=-1)
@@ -106,15 +109,19 @@ class GatedDelta(Mixer):
         q, k = (y.repeat_interleave(repeats, 2) if repeats > 1 else y for y in (q, k))
         wide = self.decay_proj(x).to(self.decay_log.dtype).float() if x.dtype != torch.float64 else self.decay_proj(x)
         decay = -self.decay_log.to(wide.dtype).exp() * F.softplus(wide + self.decay_bias.to(wide.dtype))
-        out, state = ops.linear_attention(
-            q * self.key_dim**-0.5,
-            k,
-            v.unflatten(-1, (self.num_heads, -1)),
-            log_decay=decay,
-            beta=torch.sigmoid(self.beta_proj(x)),
-            initial_state=None if memory is None else ops.LinearState(memory.sums),
-            layout=layout,
-        )
+        rule = {"log_decay": decay, "beta": torch.sigmoid(self.beta_proj(x))}
+        return q * self.key_dim**-0.5, k, v.unflatten(-1, (self.num_heads, -1)), rule, recent
+
+    def mixing_matrix(self, x: Tensor, layout: Layout) -> Tensor:
+        """[B, H, L, L]: how much each token reads of each, before the heads' norm."""
+        q, k, _, rule, _ = self._parts(x, None, layout)
+        each = torch.eye(x.shape[1], dtype=k.dtype, device=x.device)[None, :, None].expand(*k.shape[:3], -1)
+        return ops.linear_attention(q, k, each, layout=layout, **rule)[0].transpose(1, 2)
+
+    def forward(self, x: Tensor, memory: DeltaMemory | None, layout: Layout) -> tuple[Tensor, DeltaMemory]:
+        q, k, v, rule, recent = self._parts(x, memory, layout)
+        state = None if memory is None else ops.LinearState(memory.sums)
+        out, state = ops.linear_attention(q, k, v, initial_state=state, layout=layout, **rule)
         gated = ops.silu_product(self.z_proj(x), self.head_norm(out).flatten(-2))
         return self.o_proj(gated), DeltaMemory(state.sums, recent)
 

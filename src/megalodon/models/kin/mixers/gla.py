@@ -41,7 +41,7 @@ class GLA(Mixer):
         def check(self, config: KinConfig) -> None:
             for name in ("expand_k", "expand_v"):
                 width = config.model_dim * getattr(self, name)
-                if width < 1 or width % config.num_heads:
+                if width < 1 or abs(width - round(width)) > 1e-6 or round(width) % config.num_heads:
                     raise ValueError(
                         f"gla: {name}={getattr(self, name)} makes a width of {width:g}, not divisible by "
                         f"num_heads={config.num_heads}"
@@ -53,7 +53,7 @@ class GLA(Mixer):
         super().__init__(config, layer_index, parameters)
         dim, heads, groups = config.model_dim, config.num_heads, config.key_value_heads
         self.num_heads, self.num_groups, self.options = heads, groups, parameters
-        self.key_dim, self.value_dim = int(dim * parameters.expand_k) // heads, int(dim * parameters.expand_v) // heads
+        self.key_dim, self.value_dim = (round(dim * x) // heads for x in (parameters.expand_k, parameters.expand_v))
         self.q_proj = nn.Linear(dim, heads * self.key_dim, bias=False)
         self.k_proj = nn.Linear(dim, groups * self.key_dim, bias=False)
         self.v_proj = nn.Linear(dim, groups * self.value_dim, bias=False)
@@ -71,14 +71,26 @@ class GLA(Mixer):
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> Sums:
         return Sums(sums_of((batch, self.num_groups, self.key_dim, self.value_dim), device, dtype))
 
-    def forward(self, x: Tensor, memory: Sums | None, layout: Layout) -> tuple[Tensor, Sums | None]:
+    def _keys(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(q [B, L, H, d], k [B, L, G, d], log decays [B, L, G, d])."""
         decay = F.logsigmoid(self.decay_up(self.decay_down(x)).float()) / self.options.gate_normalizer
         if self.options.least_log_decay is not None:
             decay = decay.clamp(min=self.options.least_log_decay)
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
-        k, v = (project(x).unflatten(-1, (self.num_groups, -1)) for project in (self.k_proj, self.v_proj))
-        options: dict[str, Any] = {"feature_map": self.options.feature_map, "layout": layout}
-        options["log_decay"] = decay.unflatten(-1, (self.num_groups, -1))
+        k = self.k_proj(x).unflatten(-1, (self.num_groups, -1))
+        return q, k, decay.unflatten(-1, (self.num_groups, -1))
+
+    def mixing_matrix(self, x: Tensor, layout: Layout) -> Tensor:
+        """[B, H, L, L]: how much each token reads of each, before the heads' norm."""
+        q, k, decay = self._keys(x)
+        each = torch.eye(x.shape[1], dtype=k.dtype, device=x.device)[None, :, None].expand(*k.shape[:3], -1)
+        options: dict[str, Any] = {"feature_map": self.options.feature_map, "layout": layout, "log_decay": decay}
+        return ops.linear_attention(q, k, each, **options)[0].transpose(1, 2) * self.key_dim**-0.5
+
+    def forward(self, x: Tensor, memory: Sums | None, layout: Layout) -> tuple[Tensor, Sums | None]:
+        q, k, decay = self._keys(x)
+        v = self.v_proj(x).unflatten(-1, (self.num_groups, -1))
+        options: dict[str, Any] = {"feature_map": self.options.feature_map, "layout": layout, "log_decay": decay}
         after = None
         if self.two_way:
             out = ops.two_way_linear_attention(q, k, v, **options)

@@ -25,19 +25,23 @@ GATE_BIAS = 4.0
 class Lizard(Projected):
     """`y = phi_q(q)^T S / phi_q(q)^T z + alpha_h window(q)`, S and z decayed by g_t = sigmoid(w_g.x_t + b).
 
-    The window's softmax has `sinks` more terms in its denominator, exp of a trained number each. No rotation. The paper
-    leaves open whether heads share gate, alpha and sinks: here the gate is shared, alpha and sinks are not.
+    The window's softmax has `sinks` more terms in its denominator, exp of a trained number each. The paper leaves open
+    whether heads share gate, alpha and sinks: here the gate is shared, alpha and sinks are not.
     """
 
     kind = "constant"
 
     class Parameters(ProjectedParameters):
         """window: W, the token itself included. sinks: m. feature_dim: columns of the maps' matrices; None: head_dim.
-        eps: added to the gated part's normaliser."""
+        rotary: turn queries and keys of both parts by their places, which the paper's formulas do not. gate_bias and
+        alpha: b and every alpha_h at the start. eps: added to the gated part's normaliser."""
 
         window: int = 128
         sinks: int = 4
         feature_dim: int | None = None
+        rotary: bool = False
+        gate_bias: float = GATE_BIAS
+        alpha: float = 1.0
         eps: float = 1e-12
 
         def check(self, config: KinConfig) -> None:
@@ -47,19 +51,19 @@ class Lizard(Projected):
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
-        self.window, self.eps = parameters.window, parameters.eps
+        self.window, self.eps, self.given = parameters.window, parameters.eps, parameters
         self.feature_dim = parameters.feature_dim or self.head_dim
         self.gate_proj = nn.Linear(config.model_dim, 1)
         self.feature_map_q = HeadwiseMap(self.num_heads, self.head_dim, self.feature_dim, "softmax_both")
         self.feature_map_k = HeadwiseMap(self.num_heads, self.head_dim, self.feature_dim, "softmax_both")
-        self.alpha = nn.Parameter(torch.ones(self.num_heads))
+        self.alpha = nn.Parameter(torch.full((self.num_heads,), parameters.alpha))
         self.sinks = nn.Parameter(torch.zeros(self.num_heads, parameters.sinks)) if parameters.sinks else None
 
     def initialise(self, std: float) -> None:
         self.feature_map_q.initialise()
         self.feature_map_k.initialise()
-        init.constant_(self.gate_proj.bias, GATE_BIAS)
-        init.ones_(self.alpha)
+        init.constant_(self.gate_proj.bias, self.given.gate_bias)
+        init.constant_(self.alpha, self.given.alpha)
         if self.sinks is not None:
             init.zeros_(self.sinks)
 
@@ -78,7 +82,7 @@ class Lizard(Projected):
         )
 
     def head_outputs(self, x: Tensor, memory: Any, layout: Layout) -> tuple[Tensor, Memory | None]:
-        q, k, v = self.queries_keys_values(x, layout, rotated=False)
+        q, k, v = self.queries_keys_values(x, layout, rotated=self.given.rotary)
         out, state = ops.linear_attention(
             q,
             k,

@@ -17,7 +17,7 @@ from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
 from megalodon.models.kin.mixers.state_space import DepthwiseConvolution, ScanMemory
 from megalodon.ops.backend import full_precision
-from megalodon.ops.layout import Layout
+from megalodon.ops.layout import Layout, document_numbers
 
 OPEN_GATE = 1.2784645
 """b with silu(b) = 1: the gate lets everything through where z is 0."""
@@ -104,17 +104,20 @@ class PhiMamba(Mixer):
         y, state = ops.selective_scan(x, log_decay, None, b, c, self.D, state, layout=layout)
         return self.out_proj(y.flatten(-2) * F.silu(z + self.z_bias)), ScanMemory(recent, state)
 
-    def mixing_matrix(self, u: Tensor) -> Tensor:
+    def mixing_matrix(self, u: Tensor, layout: Layout | None = None) -> Tensor:
         """What MOHAWK's first stage fits to attention: T [B, H, L, L] with y = T x before the gate.
 
-        `T[t, s] = (C_t . B_s) prod_{r = s+1..t} a_r` for s <= t, and D on the diagonal.
+        `T[t, s] = (C_t . B_s) prod_{r = s+1..t} a_r` for s <= t in one document, and D on the diagonal.
         """
-        layout = ops.layout_of(u.shape[0], u.shape[1], u.device)
+        layout = ops.layout_of(u.shape[0], u.shape[1], u.device) if layout is None else layout
         _, log_decay, b, c, _, _ = self._parts(u, None, layout)
         per_head = self.value_heads // self.query_heads
         b, c = (value.repeat_interleave(per_head, dim=2).transpose(1, 2) for value in (b, c))
         sums = log_decay.transpose(1, 2).cumsum(-1)
         below = torch.ones(u.shape[1], u.shape[1], dtype=torch.bool, device=u.device).tril()
+        if not layout.plain:
+            documents = document_numbers(layout)
+            below = (below & (documents[:, :, None] == documents[:, None]))[:, None]
         decays = (sums[..., :, None] - sums[..., None, :]).masked_fill(~below, -torch.inf).exp()
         return (c @ b.mT) * decays + torch.diag_embed(self.D[:, None].expand(-1, u.shape[1]))
 

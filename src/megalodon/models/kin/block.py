@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.exported import Opaque
 from megalodon.models.kin.mixers import Memory, mixer_class
 from megalodon.ops.layout import Layout
 
@@ -37,6 +39,7 @@ class KinBlock(GradientCheckpointingLayer):
         kind = mixer_class(name)
         self.mixer_norm = None if kind.takes_residual else nn.RMSNorm(config.model_dim, config.norm_eps)
         self.mixer = kind(config, layer, parameters)
+        self.opaque = Opaque(self.mixer, config, layer)
         hidden = config.ffn_hidden_dim
         self.feed_forward_norm = nn.RMSNorm(config.model_dim, config.norm_eps) if hidden else None
         self.feed_forward = SwiGLU(config.model_dim, hidden) if hidden else None
@@ -46,8 +49,14 @@ class KinBlock(GradientCheckpointingLayer):
         self, x: Tensor, memory: Memory | None, layout: Layout, use_cache: bool
     ) -> tuple[Tensor, Memory | None]:
         """x [B, L, D] and this layer's memory of what came before -> (out [B, L, D], the memory after it or None)."""
-        y, memory = self.mixer(x if self.mixer_norm is None else self.mixer_norm(x), memory, layout)
+        y = x if self.mixer_norm is None else self.mixer_norm(x)
+        if torch.compiler.is_exporting():
+            y = self.opaque(self.mixer, y, memory, layout, use_cache)
+        else:
+            y, memory = self.mixer(y, memory, layout)
         x = x + F.dropout(y, self.dropout, self.training)
         if self.feed_forward is not None and self.feed_forward_norm is not None:
             x = x + F.dropout(self.feed_forward(self.feed_forward_norm(x)), self.dropout, self.training)
-        return x, memory if use_cache else None
+        if memory is None or not use_cache:
+            return x, None
+        return x, memory if torch.compiler.is_compiling() else memory.own()

@@ -197,7 +197,7 @@ class MegabyteModel(MegabytePreTrainedModel, StatefulModel):
         bytes in the tables of the finer stages, [N, S, D] each."""
         patches = self.config.patches
         project = self.stages[0].project
-        assert project is not None
+        assert isinstance(project, nn.Module)  # an adapter may stand around the linear layer
         told = project(context)
         for stage in range(1, len(self.config.widths)):
             frame = self.stages[stage]

@@ -31,6 +31,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "with lengths": {"cu_seq_lens_q": BOUNDS, "max_length_q": max(SIZES), "max_length_k": torch.tensor(max(SIZES))},
     "all": {"seq_idx": NUMBERS, "position_ids": PLACES, "cu_seq_lens_q": BOUNDS, "max_length_q": 64},
     "counting on": {"segment_ids": NUMBERS, "position_ids": COUNTING},
+    "lists": {"segment_ids": NUMBERS.tolist(), "cu_seq_lens_k": BOUNDS.tolist()},
+    "small numbers": {"segment_ids": NUMBERS.to(torch.uint8) ^ 255, "position_ids": PLACES.to(torch.int16)},
+    "empty documents": {"cu_seq_lens_q": torch.tensor([0, 0, *BOUNDS[1:3], *BOUNDS[2:], LENGTH]).int()},
 }
 
 
@@ -159,7 +162,7 @@ def test_bounds_are_for_one_row() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"use_cache": False}, {"prefill_chunk_size": 22}, {"prefill_chunk_size": 9}, {"num_beams": 2}]
 )
-@pytest.mark.parametrize("way", ["segment_ids", "positions from 2", "seq_idx", "cu_seq_lens"])
+@pytest.mark.parametrize("way", ["segment_ids", "positions from 2", "seq_idx", "cu_seq_lens", "all"])
 def test_generation_goes_on_with_the_last_document(way: str, options: dict[str, Any]) -> None:
     x = tokens(1, LENGTH)
     options = {**options, "max_new_tokens": 9, "do_sample": False}

@@ -27,6 +27,7 @@ from megalodon.models.output import LanguageModelOutput, ModelOutput, the_state
 from megalodon.models.padding import RealTokens
 from megalodon.models.pretrained import StatefulPreTrainedModel, refuse_float16
 from megalodon.models.state import Dimensions, State
+from megalodon.ops.exported import WHOLE_TEXTS
 from megalodon.ops.layout import Layout, layout_of
 from megalodon.ops.segments import Segments
 
@@ -148,9 +149,13 @@ class StatefulModel(StatefulPreTrainedModel):
         state = the_state(past_key_values, cache, kwargs)
         told = {"segment_ids": segment_ids, "position_ids": position_ids, "seq_idx": seq_idx}
         told |= {name: kwargs.pop(name) for name in documents.NAMES if name in kwargs}
+        if segment_ids is not None and not isinstance(segment_ids, Tensor):
+            told["segment_ids"] = segment_ids = torch.as_tensor(segment_ids)
         refuse_unknown(type(self).forward, kwargs)
         x = self._embed(input_ids, inputs_embeds)
         bos = self.segment_starts(self.config, input_ids)
+        if bos is not None and torch.compiler.is_exporting():
+            raise NotImplementedError(WHOLE_TEXTS)
         length = x.shape[1]
         self._check(x, attention_mask, state, segment_ids)
         segment_ids, fresh = documents.documents_of(

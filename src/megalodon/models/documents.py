@@ -31,6 +31,9 @@ NAMES = (
 )
 """The arguments that tell documents, in the order in which they are believed and compared."""
 
+ROWS = ("segment_ids", "seq_idx", "position_ids")
+"""Those with a row for each row of the batch."""
+
 
 class Documents(NamedTuple):
     """What a batch's documents are.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
-from megalodon.models.documents import NAMES, as_positions, documents_of
+from megalodon.models.documents import NAMES, ROWS, as_positions, documents_of
 from megalodon.models.layers.head import generation_starts
 from megalodon.models.output import CACHE, the_state
 from megalodon.models.state import State
@@ -90,12 +90,14 @@ class StateGenerationMixin(GenerationMixin):
         `columns`: of the whole text, where `generate` has put aside a mask without padding.
         """
         told = {name: model_kwargs[name] for name in NAMES if model_kwargs.get(name) is not None}
-        sizes = [told[name].shape for name in ("segment_ids", "seq_idx", "position_ids") if name in told]
-        if not sizes and "cu_seq_lens_q" in told:
-            sizes = [(1, int(told["cu_seq_lens_q"][-1]))]
+        bounds = next((told[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k") if name in told), None)
+        rows = {name: told[name] for name in ROWS if name in told}
+        if bounds is not None and all(bool((value == value[:1]).all()) for value in rows.values()):
+            rows = {name: value[:1] for name, value in rows.items()}  # beams of the one row that bounds are for
+        sizes = [value.shape for value in rows.values()] or ([] if bounds is None else [(1, int(bounds[-1]))])
         if not sizes:
             return
-        (batch, length), mask = sizes[0], model_kwargs.get("attention_mask")
+        (batch, length), mask, told = sizes[0], model_kwargs.get("attention_mask"), {**told, **rows}
         is_new_part = (columns if mask is None else mask.shape[1]) > length
         seen = state.position if state is not None and is_new_part else None
         documents = documents_of(batch, length, self.device, told, mask, seen)

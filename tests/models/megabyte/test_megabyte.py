@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kin_cases import Golden, golden, relative
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -237,3 +238,14 @@ def test_defaults_make_a_model_that_trains() -> None:
     loss.backward()
     assert torch.isfinite(loss)
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_adapters_on_every_linear_layer_train_and_generate() -> None:
+    model = tiny("two")
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    adapted = get_peft_model(model, LoraConfig(target_modules=sorted(names), init_lora_weights=False)).eval()
+    x = torch.randint(0, 50, (1, 22))
+    adapted(x, labels=x).loss.backward()
+    expected = adapted(x).logits
+    merged = adapted.merge_and_unload()
+    assert relative(merged(x).logits, expected) < 1e-5

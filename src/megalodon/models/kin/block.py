@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.exported import Opaque
 from megalodon.models.kin.mixers import Memory, mixer_class
 from megalodon.ops.layout import Layout
 
@@ -53,6 +55,7 @@ class KinBlock(GradientCheckpointingLayer):
         kind, norm = mixer_class(name), NORMS[config.norm]
         self.mixer_norm = None if kind.takes_residual else norm(config.model_dim, config.norm_eps)
         self.mixer = kind(config, layer, parameters)
+        self.opaque = Opaque(self.mixer, config, layer)
         hidden, self.parallel = config.ffn_hidden_dim, config.parallel
         own = hidden and not config.parallel
         self.feed_forward_norm = norm(config.model_dim, config.norm_eps) if own else None
@@ -65,8 +68,14 @@ class KinBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Memory | None]:
         """x [B, L, D] and this layer's memory of what came before -> (out [B, L, D], the memory after it or None)."""
         n = self.normalised(x)
-        y, memory = self.mixer(n, memory, layout)
-        return self.after_mixer(x, n, y), memory if use_cache else None
+        if torch.compiler.is_exporting():
+            y = self.opaque(self.mixer, n, memory, layout, use_cache)
+        else:
+            y, memory = self.mixer(n, memory, layout)
+        x = self.after_mixer(x, n, y)
+        if memory is None or not use_cache:
+            return x, None
+        return x, memory if torch.compiler.is_compiling() else memory.own()
 
     def normalised(self, x: Tensor) -> Tensor:
         """What the mixer reads of a block's input x [B, L, D]."""

@@ -90,6 +90,10 @@ class KinModel(KinPreTrainedModel, StatefulModel):
 
     state_class = KinState
 
+    def __init__(self, config: KinConfig) -> None:
+        super().__init__(config)
+        self.state_kind = config.state_kind
+
     def make_block(self, layer: int) -> KinBlock:
         return KinBlock(self.config, layer)
 
@@ -100,11 +104,11 @@ class KinModel(KinPreTrainedModel, StatefulModel):
     @property
     def reads_in_pieces(self) -> bool:
         """Only where memories are constant: a growing one would be copied for each piece."""
-        return self.config.state_kind == "constant" and not self.config.two_way
+        return self.state_kind == "constant" and not self.config.two_way
 
     def _check(self, x: Tensor, attention_mask: Tensor | None, state: Any, segment_ids: Tensor | None) -> None:
         super()._check(x, attention_mask, state, segment_ids)
-        if state is not None and self.config.state_kind == "none" and bool(state.position.any()):
+        if state is not None and self.state_kind == "none" and bool(state.position.any()):
             raise ValueError("past_key_values: a mixer of this model cannot be read in pieces: give the whole text")
 
 

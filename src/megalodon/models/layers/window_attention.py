@@ -129,6 +129,12 @@ class GatedWindowAttention(nn.Module):
         turned, still = x.split([self.rotated_heads, self.num_heads - self.rotated_heads], dim=2)
         return torch.cat([ops.rotate(turned, turns), still], dim=2)
 
+    def _has_read_memory(self, layout: Layout) -> bool:
+        """Whether a token may find something in the working memory: before its third chunk, no document has any."""
+        if torch.compiler.is_exporting():  # the length is not known
+            return True
+        return bool(layout.length) and int(layout.document_positions.max(initial=0)) >= 2 * self.chunk_size
+
     def attend(
         self, queries: Queries, v: Tensor, window: Window | None, layout: Layout, use_cache: bool
     ) -> tuple[Found, Window | None]:
@@ -155,8 +161,7 @@ class GatedWindowAttention(nn.Module):
             **shared,
         )
         w = memory = log_mass = None
-        ends = int(layout.document_positions.max(initial=0)) if layout.length else 0
-        if use_cache or ends >= 2 * self.chunk_size:  # before its third chunk, a document has nothing to read
+        if use_cache or self._has_read_memory(layout):
             carried: dict[str, Any] = {} if window is None else {"memory": window.memory, "log_mass": window.log_mass}
             w, memory, log_mass = ops.working_memory(
                 queries.memory_q, queries.memory_k, v, **of_memory, **carried, **shared, use_cache=use_cache

@@ -157,7 +157,9 @@ def timestep_decay_norm(
     if padding_mask is not None:
         y = y.masked_fill(padding_mask[..., None], 0)
     state = initial.mean.dtype
-    return y.to(x.dtype), DecayedStatistics(count[:, -1], mean[:, -1].to(state), var[:, -1].to(state))
+    return y.to(x.dtype), DecayedStatistics(
+        count[:, -1].clone(), mean[:, -1].to(state, copy=True), var[:, -1].to(state, copy=True)
+    )
 
 
 def corrected(mean: Tensor, var: Tensor, count: Tensor, decay: Decay, eps: float) -> tuple[Tensor, Tensor]:

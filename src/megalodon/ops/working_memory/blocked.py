@@ -67,7 +67,7 @@ def _plain(
             live, keep = _segments(segments, leaving, position, size)
         memories, masses = absorb(keys, values, memory, log_mass, [batch] * len(leaving), live, keep)
         memories = memories.unflatten(0, (-1, batch))
-        memory, log_mass = memories[-1], masses[-batch:]
+        memory, log_mass = memories[-1].clone(), masses[-batch:].clone()  # views would keep those of all chunks alive
         reads.add(reading, memories)
         reading += len(leaving)
     out = reads.found(q, v)

@@ -26,6 +26,9 @@ from megalodon.ops.layout import Layout
 if TYPE_CHECKING:
     from megalodon.models.kin.config import KinConfig
 
+ALIVE = 1.2
+"""So many times the bytes that it remembers may a memory keep alive."""
+
 Kind = Literal["constant", "growing", "none"]
 
 
@@ -67,6 +70,14 @@ class Memory:
     def made_of(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A memory of this form, of what `function` makes of each tensor."""
         return self._each(function)
+
+    def own(self) -> Self:
+        """This memory, or, where it is a small part of larger tensors, a copy that does not keep those alive."""
+        tensors = list(self.named().values())
+        alive = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        if sum(alive.values()) <= ALIVE * sum(x.nbytes for x in tensors):
+            return self
+        return self._each(lambda x: x.clone() if x.untyped_storage().nbytes() > ALIVE * x.nbytes else x)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A memory with copies of what `function` makes of each tensor."""

@@ -65,7 +65,7 @@ class KeysAndValues(Memory):
             same = (room.keys.dtype, room.values.dtype) == (k.dtype, v.dtype)
             if same and (not room.keys.is_inference() or torch.is_inference_mode_enabled()):
                 return room
-        capacity = end if offset == 0 else max(2 * end, 16)
+        capacity = end if offset == 0 else end + end // 8 + 1  # an eighth more: `nbytes` does not count it
         grown = [new.new_zeros(len(new), capacity, *new.shape[2:]) for new in (k, v)]
         for buffer, old in zip(grown, self, strict=True):
             buffer[:, :offset] = old[:, :offset]

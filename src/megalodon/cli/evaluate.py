@@ -18,6 +18,7 @@ from rich.table import Table
 
 import megalodon
 from megalodon.cli.evaluate_recall import recall
+from megalodon.cli.evaluate_trained import induction, passkey
 from megalodon.data import Corpus, Document
 from megalodon.data.corpus import CorpusKind
 from megalodon.data.separator import Counter
@@ -36,7 +37,8 @@ def evaluate() -> None:
     """Measure a model on held-out text."""
 
 
-app.command()(recall)
+for _task in (recall, passkey, induction):
+    app.command()(_task)
 
 
 @app.command()

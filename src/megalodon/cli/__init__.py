@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": "answer OpenAI-style requests, with contexts that live on disk",
     "batch": "answer the prompts of a JSONL file",
     "evaluate": "measure a model on held-out text",
+    "explain": "show what a model's layers attend to, and what a token was expected from",
     "tokenizer": "train a byte-pair encoding on your text",
     "plan": "choose a mesh for a model on many devices",
     "convert": "read and write other implementations' checkpoints",

@@ -90,7 +90,9 @@ def induction(
 
     special = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     report = evaluate_induction(model, tokenizer.vocab_size, sizes, trials, seed, special, on_result=told)
-    _written(output, "induction.json", {"settings": {**_settings(folder, model), "tokenizer": tokenizer.name}, **report})
+    _written(
+        output, "induction.json", {"settings": {**_settings(folder, model), "tokenizer": tokenizer.name}, **report}
+    )
 
 
 def lengths_of(text: str) -> list[int]:

@@ -86,8 +86,8 @@ def evaluate_passkey(
     Returns:
         A dict ready for JSON: `results`, for each length and depth `exact` (the share of trials whose every token was
         the likeliest), `preferred` (the share of the other trials' numbers that are less likely than the right one;
-        0.5 for a model that remembers nothing), `nats` of the right number and `nats_of_others` (means), and `by_length`
-        with the means over depths.
+        0.5 for a model that remembers nothing), `nats` of the right number and `nats_of_others` (means); and
+        `by_length` with the means over depths.
 
     Raises:
         ValueError: the tokenizer does not fit the model, a length has no room for number and question, or a depth lies

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megalodon import ops
+from megalodon.models.implicit import Path
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers import Memory, mixer_class
 from megalodon.ops.layout import Layout
@@ -51,3 +52,7 @@ class KinBlock(GradientCheckpointingLayer):
         if self.feed_forward is not None and self.feed_forward_norm is not None:
             x = x + F.dropout(self.feed_forward(self.feed_forward_norm(x)), self.dropout, self.training)
         return x, memory if use_cache else None
+
+    def paths(self, x: Tensor, layout: Layout) -> list[Path]:
+        """The implicit attention of the mixer for the block's input x [B, L, D]."""
+        return self.mixer.paths(x if self.mixer_norm is None else self.mixer_norm(x), layout)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megalodon import ops
+from megalodon.models.implicit import Path, of_probe
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Mixer
 from megalodon.ops.layout import Layout
@@ -33,3 +34,9 @@ class Projected(Mixer):
             turns = ops.rotations_of(layout, self.head_dim, self.rope_base)
             q, k = ops.rotate_halves(q, turns), ops.rotate_halves(k, turns)
         return q, k, v
+
+    def path(self, v: Tensor, out: Tensor, probed: Tensor) -> Path:
+        """The one path of a mixer that is linear in v [B, L, G, d]: `out` [B, L, H, d] is what it makes of v, `probed`
+        [B, L, H, L] of `probe(v)`."""
+        values = v.repeat_interleave(self.num_heads // self.num_groups, 2)
+        return Path("attention", values, ((of_probe(probed), None),), out, self.o_proj.weight, bias=self.o_proj.bias)

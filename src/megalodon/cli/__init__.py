@@ -23,6 +23,7 @@ COMMANDS = {
     "batch": "answer the prompts of a JSONL file",
     "evaluate": "measure a model on held-out text",
     "compare": "train architectures alike and compare them",
+    "explain": "show what a model's layers attend to, and what a token was expected from",
     "tokenizer": "train a byte-pair encoding on your text",
     "plan": "choose a mesh for a model on many devices",
     "linearize": "turn a pretrained Transformer into a model of constant memory",

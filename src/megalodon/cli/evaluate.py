@@ -19,6 +19,7 @@ from rich.table import Table
 import megalodon
 from megalodon.cli.evaluate_memory import memory
 from megalodon.cli.evaluate_recall import recall
+from megalodon.cli.evaluate_trained import induction, passkey
 from megalodon.data import Corpus, Document
 from megalodon.data.corpus import CorpusKind
 from megalodon.data.separator import Counter
@@ -37,8 +38,8 @@ def evaluate() -> None:
     """Measure a model on held-out text."""
 
 
-app.command()(memory)
-app.command()(recall)
+for _task in (memory, recall, passkey, induction):
+    app.command()(_task)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalodon.files import load_tensors
-from megalodon.models import documents
+from megalodon.models import documents, implicit
 from megalodon.models.config import Config
 from megalodon.models.generation import StateGenerationMixin
 from megalodon.models.keywords import refuse_unknown
@@ -222,6 +222,26 @@ class StatefulModel(StatefulPreTrainedModel):
             return x, None
         positions = torch.from_numpy(layouts[-1].end_positions)
         return x, self.new_state(layers, final, positions)
+
+    def implicit_attention(self, input_ids: Tensor) -> list[list[implicit.Path]]:
+        """What moves information along a text in each layer, as matrices (`megalodon.models.implicit`).
+
+        Args:
+            input_ids: int64 [B, L], read from the beginning. Memory grows with L squared times the channels.
+
+        Raises:
+            ValueError: a layer is not written as an implicit attention matrix.
+        """
+        bos = self.segment_starts(self.config, input_ids)
+        hidden = self(input_ids, use_cache=False, output_hidden_states=True).hidden_states
+        if hidden is None or not all(callable(getattr(block, "paths", None)) for block in self.layers):
+            raise ValueError(f"{self.config.model_type} models are not written as implicit attention matrices")
+        batch, length = input_ids.shape
+        layout = layout_of(batch, length, input_ids.device, chunk_size=self.chunk_size)
+        if bos is not None:
+            layout.segments = Segments(bos, layout, None)
+        arguments = self.layer_arguments(self.config, layout)
+        return [block.paths(x, *arguments, layout) for block, x in zip(self.layers, hidden, strict=False)]
 
     @property
     def dimensions(self) -> Dimensions:

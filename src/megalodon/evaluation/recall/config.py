@@ -35,7 +35,7 @@ PROTOCOL = 1
 
 
 class TrainingSection(Section):
-    """Zoology's protocol: AdamW on the mean loss of a batch's questions, batches in file order, a cosine over epochs."""
+    """Zoology's protocol: AdamW on the mean loss of a batch's questions, batches in their order, cosine by epoch."""
 
     batch_size: int = Field(default=256, ge=1)
     epochs: int = Field(default=32, ge=1)

@@ -45,8 +45,8 @@ class MQAR(Segment):
         return found
 
     def draw(self, seed: int) -> Questions:
-        """Zoology's rows for the seed. Fillers are drawn by PyTorch's generator from seed + 1: Zoology takes them from the
-        global one, which making the model has moved on."""
+        """Zoology's rows for the seed. Fillers are drawn by PyTorch's generator from seed + 1: Zoology takes them from
+        the global one, which making the model has moved on."""
         generator, rows, half = np.random.RandomState(seed), self.examples, self.vocab_size // 2
         keys = without_return(generator, np.arange(1, half), rows, self.pairs)
         values = without_return(generator, np.arange(half, self.vocab_size), rows, self.pairs)

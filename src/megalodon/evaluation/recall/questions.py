@@ -21,8 +21,8 @@ SEED_LIMIT = 1 << 32
 
 @dataclass(frozen=True)
 class Questions:
-    """inputs int64 [n, L]; labels int64 [n, L]: what the model must say after reading the token there, `NOT_ASKED` where
-    nothing is asked."""
+    """inputs int64 [n, L]; labels int64 [n, L]: what the model must say after reading the token there, `NOT_ASKED`
+    where nothing is asked."""
 
     inputs: Tensor
     labels: Tensor

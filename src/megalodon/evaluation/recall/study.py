@@ -92,9 +92,7 @@ def _of(config: RecallConfig, kept: dict[str, dict[str, Any]]) -> list[dict[str,
     return [kept[fingerprint] for fingerprint in prints if fingerprint in kept]
 
 
-def _results(
-    config: RecallConfig, cells: list[Cell], folder: Path, jobs: int
-) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def _results(config: RecallConfig, cells: list[Cell], folder: Path, jobs: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
     if jobs == 1:
         for cell in cells:
             yield cell, run_cell(config, cell, folder)

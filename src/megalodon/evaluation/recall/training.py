@@ -52,7 +52,9 @@ def run_cell(config: RecallConfig, cell: Cell, folder: Path) -> dict[str, Any]:
     done = _restore(kept, model, optimizer)
     while not _finished(config, done):
         begun = time.perf_counter()
-        seed_everything(cell.seed * config.training.epochs + done["epochs"])  # of dropout, so that it can be gone on with
+        seed_everything(
+            cell.seed * config.training.epochs + done["epochs"]
+        )  # of dropout, so that it can be gone on with
         ratio = learning_rate_ratio(done["epochs"], config.training.epochs, COSINE)
         set_learning_rate(optimizer, cell.learning_rate * ratio)
         loss = 0.0

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megalodon import ops
+from megalodon.models.implicit import Path
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.exported import Opaque
 from megalodon.models.kin.mixers import Memory, mixer_class
@@ -88,3 +89,7 @@ class KinBlock(GradientCheckpointingLayer):
             return x
         inside = n if self.feed_forward_norm is None else self.feed_forward_norm(x)
         return x + F.dropout(self.feed_forward(inside), self.dropout, self.training)
+
+    def paths(self, x: Tensor, layout: Layout) -> list[Path]:
+        """The implicit attention of the mixer for the block's input x [B, L, D]."""
+        return self.mixer.paths(self.normalised(x), layout)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from megalodon import ops
+from megalodon.models.implicit import Path, of_probe, probe
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.ops.layout import Layout
 
@@ -104,3 +105,12 @@ class GatedChunkAttention(nn.Module):
             layout=layout,
         )
         return out, OpenChunk.after(open_chunk, k, v, layout) if use_cache else None
+
+    def paths(self, n: Tensor, m: Tensor, turns: Tensor, layout: Layout) -> list[Path]:
+        """The implicit attention of what stands beside `h_proj(m)`, for rows that have read nothing."""
+        v = F.silu(self.v_proj(n)).unflatten(-1, (self.num_heads, -1))
+        queries, r = self.queries(m, turns), self.r_proj(m)
+        o = self.attend(queries, v, None, layout, False)[0]
+        matrix = of_probe(self.attend(queries, probe(v), None, layout, False)[0])
+        gate, outputs = (x.unflatten(-1, (self.num_heads, -1)) for x in (F.silu(r), self.gated(r, o)))
+        return [Path("attention", v, ((matrix, gate),), outputs, self.o_proj.weight)]

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from megalodon.models.implicit import Path, banded
 from megalodon.models.layers.feed_forward import FeedForward
-from megalodon.models.layers.norms import RMSNorm
-from megalodon.ops.layout import Layout
+from megalodon.models.layers.norms import RMSNorm, effective
+from megalodon.ops.backend import full_precision
+from megalodon.ops.layout import Layout, layout_of
 
 
 class LayerState(NamedTuple):
@@ -126,3 +128,38 @@ class MemoryBlock(GradientCheckpointingLayer):
         y = x + F.dropout(branch, self.dropout, self.training)
         out = (x if self.two_hop else y) + self.feed_forward(y)
         return out, None if chunk is None else LayerState(moments, h, chunk)
+
+    def paths(self, x: Tensor, turns: Any, layout: Layout) -> list[Path]:
+        """The implicit attention of the first residual branch for the block's input x [B, L, D]."""
+        return memory_paths(self.timestep_norm, self.cema, self.memory_norm, self.attention, x, turns, layout)
+
+
+def memory_paths(
+    timestep_norm: Any, cema: Any, memory_norm: RMSNorm, attention: Any, x: Tensor, turns: Any, layout: Layout
+) -> list[Path]:
+    """The implicit attention of norm, long memory and gated attention, of rows that have read nothing.
+
+    Two paths: "memory", from the normalised input through the moving average and its norm, and "attention", from the
+    values of the same input. What the memory does to queries, keys and gates is in the matrices.
+    """
+    n, _ = timestep_norm(x, None, layout)
+    m, _ = cema(n, None, layout)
+    batch, length, dim = n.shape
+    impulse = torch.zeros(1, length, dim, dtype=n.dtype, device=n.device)
+    impulse[:, 0] = 1
+    kernel = cema(impulse, None, layout_of(1, length, x.device))[0][0].t().flip(1)
+    matrix = banded(kernel, length)[None].expand(batch, -1, -1, -1)
+    if layout.segments is not None:
+        numbers = layout.segments.bos.cumsum(1)
+        matrix = matrix * (numbers[:, :, None] == numbers[:, None])[:, None]
+    wide = full_precision(m.dtype)
+    parts = m.to(wide).unflatten(-1, (memory_norm.groups, -1))
+    gate = torch.rsqrt(parts.square().mean(-1, keepdim=True) + memory_norm.eps).expand_as(parts).flatten(-2)
+    weight = effective(memory_norm.weight, wide)
+    gate = gate if weight is None else gate * weight
+    normed = memory_norm(m)
+    h_proj = attention.h_proj
+    memory = Path(
+        "memory", n[..., None], ((matrix, gate[..., None]),), normed[..., None], h_proj.weight, bias=h_proj.bias
+    )
+    return [memory, *attention.paths(n, normed, turns, layout)]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from megalodon import ops
+from megalodon.models.implicit import Path, of_probe, probe
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.window import Window
 from megalodon.ops.layout import Layout
@@ -178,3 +179,16 @@ class GatedWindowAttention(nn.Module):
             else OpenChunk.after(window.open, keys, v, layout)
         )
         return Found(o, w), Window(opened, before, memory, log_mass, *places)
+
+    def paths(self, n: Tensor, m: Tensor, turns: Turns | None, layout: Layout) -> list[Path]:
+        """The implicit attention of what stands beside `h_proj(m)`, for rows that have read nothing; the working memory
+        is a term without a gate."""
+        v = F.silu(self.v_proj(n)).unflatten(-1, (self.num_heads, -1))
+        queries, r = self.queries(m, turns), self.r_proj(m)
+        found = self.attend(queries, v, None, layout, False)[0]
+        o, w = self.attend(queries, probe(v), None, layout, False)[0]
+        gate, outputs = (x.unflatten(-1, (self.num_heads, -1)) for x in (F.silu(r), self.gated(r, found)))
+        terms: list[tuple[Tensor, Tensor | None]] = [(of_probe(o), gate)]
+        if w is not None:
+            terms.append((of_probe(w), None))
+        return [Path("attention", v, tuple(terms), outputs, self.o_proj.weight)]

@@ -43,9 +43,7 @@ def _uniform(
         values = torch.cat([prefix[1][:, :offset].to(v.dtype), v[:, :head]], dim=1)
         outputs.append(causal_attention(q[:, :head], keys, values, offset, None, dropout, dropkey))
     if whole:
-        queries, keys, values = (
-            tokens_of(x, head, head + whole).reshape(-1, chunk, *x.shape[2:]) for x in (q, k, v)
-        )
+        queries, keys, values = (tokens_of(x, head, head + whole).reshape(-1, chunk, *x.shape[2:]) for x in (q, k, v))
         out = causal_attention(queries, keys, values, 0, None, dropout, dropkey)
         outputs.append(out.reshape(len(q), whole, *v.shape[2:]))
     if head + whole < length:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megalodon.models.implicit import Path, probe
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Memory, Reference
 from megalodon.models.kin.mixers.keys_and_values import KeysAndValues, attend
@@ -32,6 +33,18 @@ class Attention(Projected):
             return _both_sides(q, k, v, layout), None
         memory = self.empty(len(x), x.device, k.dtype) if memory is None else memory
         return attend(q / math.sqrt(self.head_dim), k, v, memory, layout)
+
+    def paths(self, x: Tensor, layout: Layout) -> list[Path]:
+        q, k, v = self.queries_keys_values(x, layout, rotated=True)
+        q = q / math.sqrt(self.head_dim)
+
+        def mixed(values: Tensor) -> Tensor:
+            if self.two_way:
+                return _both_sides(q * math.sqrt(self.head_dim), k, values, layout)
+            nothing = KeysAndValues.empty(len(x), *k.shape[2:], values.shape[-1], x.device, k.dtype)
+            return attend(q, k, values, nothing, layout)[0]
+
+        return [self.path(v, mixed(v), mixed(probe(v)))]
 
     @classmethod
     def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:

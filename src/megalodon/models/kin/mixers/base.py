@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from megalodon.models.implicit import Path
 from megalodon.ops.layout import Layout
 
 if TYPE_CHECKING:
@@ -279,6 +280,15 @@ class Mixer(nn.Module):
             ValueError: this mixer has no such form.
         """
         raise ValueError(f"{type(self).__name__} has no form that reads another sequence")
+
+    def paths(self, x: Tensor, layout: Layout) -> list[Path]:
+        """The implicit attention (`megalodon.models.implicit`) of rows that have read nothing: x [B, L, D] as for
+        `forward`, whose result is the sum of the paths'.
+
+        Raises:
+            ValueError: this mixer is not written as one.
+        """
+        raise ValueError(f"{type(self).__name__} is not written as an implicit attention matrix")
 
     def initialise(self, std: float) -> None:
         """Set what is not a plain linear layer (those are drawn from N(0, std) before), through

@@ -13,9 +13,11 @@ from torch import Tensor
 from megalodon.models.gecko.block import norm_over_time
 from megalodon.models.gecko.cema import GeckoCEMA
 from megalodon.models.gecko.config import GeckoConfig
+from megalodon.models.implicit import Path
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Memory, Mixer
 from megalodon.models.kin.mixers.megalodon import BlockParameters
+from megalodon.models.layers.memory_block import memory_paths
 from megalodon.models.layers.norms import RMSNorm
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.timestep_decay_norm import DecayedMoments
@@ -78,6 +80,11 @@ class GeckoMixer(Mixer):
         self.cema = GeckoCEMA(self.sizes.model_dim, self.sizes.cema_ndim)
         self.memory_norm = RMSNorm(self.sizes.model_dim, self.sizes.norm_eps, True)
         self.attention = GatedWindowAttention(self.sizes)
+
+    def paths(self, x: Tensor, layout: Layout) -> list[Path]:
+        chunked = layout.with_chunks(self.sizes.chunk_size)
+        turns = Turns.of(self.sizes, chunked.chunk_positions)
+        return memory_paths(self.timestep_norm, self.cema, self.memory_norm, self.attention, x, turns, chunked)
 
     @classmethod
     def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:

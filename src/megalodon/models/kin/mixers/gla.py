@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalodon import ops
+from megalodon.models.implicit import Path, of_probe, probe
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
 from megalodon.models.kin.mixers.sums import Sums, sums_of
@@ -71,6 +72,13 @@ class GLA(Mixer):
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> Sums:
         return Sums(sums_of((batch, self.num_groups, self.key_dim, self.value_dim), device, dtype))
 
+    def forward(self, x: Tensor, memory: Sums | None, layout: Layout) -> tuple[Tensor, Sums | None]:
+        out, after = self._mixed(x, self._values(x), memory, layout)
+        return self.o_proj(self._gated(x, out)), after
+
+    def _values(self, x: Tensor) -> Tensor:
+        return self.v_proj(x).unflatten(-1, (self.num_groups, -1))
+
     def _keys(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(q [B, L, H, d], k [B, L, G, d], log decays [B, L, G, d])."""
         decay = F.logsigmoid(self.decay_up(self.decay_down(x)).float()) / self.options.gate_normalizer
@@ -87,21 +95,31 @@ class GLA(Mixer):
         options: dict[str, Any] = {"feature_map": self.options.feature_map, "layout": layout, "log_decay": decay}
         return ops.linear_attention(q, k, each, **options)[0].transpose(1, 2) * self.key_dim**-0.5
 
-    def forward(self, x: Tensor, memory: Sums | None, layout: Layout) -> tuple[Tensor, Sums | None]:
+    def _mixed(self, x: Tensor, v: Tensor, memory: Sums | None, layout: Layout) -> tuple[Tensor, Sums | None]:
+        """What the sums give for v [B, L, G, e], scaled: [B, L, H, e]; and the sums after it."""
         q, k, decay = self._keys(x)
-        v = self.v_proj(x).unflatten(-1, (self.num_groups, -1))
         options: dict[str, Any] = {"feature_map": self.options.feature_map, "layout": layout, "log_decay": decay}
-        after = None
         if self.two_way:
-            out = ops.two_way_linear_attention(q, k, v, **options)
-        else:
-            before = None if memory is None else memory.state()
-            out, state = ops.linear_attention(q, k, v, initial_state=before, **options)
-            after = Sums(state.sums)
-        out = self.head_norm(out * self.key_dim**-0.5).flatten(-2)
+            return ops.two_way_linear_attention(q, k, v, **options) * self.key_dim**-0.5, None
+        before = None if memory is None else memory.state()
+        out, state = ops.linear_attention(q, k, v, initial_state=before, **options)
+        return out * self.key_dim**-0.5, Sums(state.sums)
+
+    def _gated(self, x: Tensor, out: Tensor) -> Tensor:
+        """out [B, L, H, e], normalised and gated: [B, L, H * e]."""
+        normed = self.head_norm(out).flatten(-2)
+        return normed if self.g_proj is None else ops.silu_product(self.g_proj(x), normed)
+
+    def paths(self, x: Tensor, layout: Layout) -> list[Path]:
+        v = self._values(x)
+        out = self._mixed(x, v, None, layout)[0]
+        matrix = of_probe(self._mixed(x, probe(v), None, layout)[0])
+        gate = torch.rsqrt(out.square().mean(-1, keepdim=True) + self.options.norm_eps) * self.head_norm.weight
         if self.g_proj is not None:
-            out = ops.silu_product(self.g_proj(x), out)
-        return self.o_proj(out), after
+            gate = gate * F.silu(self.g_proj(x)).unflatten(-1, (self.num_heads, -1))
+        values = v.repeat_interleave(self.num_heads // self.num_groups, 2)
+        outputs = self._gated(x, out).unflatten(-1, (self.num_heads, -1))
+        return [Path("attention", values, ((matrix, gate),), outputs, self.o_proj.weight)]
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

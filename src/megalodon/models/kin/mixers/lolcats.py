@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from megalodon import ops
+from megalodon.models.implicit import Path, probe
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.attention import window_multiply_adds
 from megalodon.models.kin.mixers.base import Memory, Reference
@@ -90,6 +91,11 @@ class LoLCATs(Projected):
             initial_state=None if memory is None else memory.state(),
             layout=layout,
         )
+
+    def paths(self, x: Tensor, layout: Layout) -> list[Path]:
+        q, k, v = self.queries_keys_values(x, layout, rotated=True)
+        out, probed = (self.mix(q, k, values, None, layout)[0] for values in (v, probe(v)))
+        return [self.path(v, out, probed)]
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from megalodon import ops
+from megalodon.models.implicit import Path, banded
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Kind, Mixer, MixerParameters, Reference
 from megalodon.models.kin.mixers.state_space import (
@@ -87,12 +88,43 @@ class Mamba(Mixer):
         x, recent = self.conv1d(x, None if memory is None else memory.recent, layout)
         return F.silu(x), z, recent
 
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(steps [B, L, E], b and c [B, L, N]) of the convolved x [B, L, E]."""
+        rank, b, c = self.x_proj(x).split([self.step_rank, self.state_size, self.state_size], dim=-1)
+        return steps_of(F.linear(rank, self.dt_proj.weight), self.dt_proj.bias), b, c
+
     def scanned(self, x: Tensor, memory: ScanMemory | None, layout: Layout) -> tuple[Tensor, Tensor]:
         """(scan(x) + D x, the scan's state)."""
-        rank, b, c = self.x_proj(x).split([self.step_rank, self.state_size, self.state_size], dim=-1)
-        dt = steps_of(F.linear(rank, self.dt_proj.weight), self.dt_proj.bias)
+        dt, b, c = self.weights(x)
         state = None if memory is None else memory.state
         return ops.selective_scan(x, dt, rates_of(self.A_log), b, c, self.D, state, layout=layout)
+
+    def scan_matrix(self, x: Tensor) -> Tensor:
+        """[B, E, L, L]: what the scan, without its skip, multiplies the convolved x [B, L, E] with."""
+        dt, b, c = self.weights(x)
+        rates, length = rates_of(self.A_log), x.shape[1]
+        ends = dt.cumsum(1).transpose(1, 2)
+        between = (ends[..., :, None] - ends[..., None, :]).tril()
+        total = torch.zeros_like(between)
+        for n in range(self.state_size):
+            weights = c[:, :, n, None] * b[:, None, :, n]
+            total += torch.exp(rates[:, n, None, None] * between) * weights[:, None]
+        seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        return total.masked_fill(~seen, 0) * dt.transpose(1, 2)[:, :, None]
+
+    def paths(self, u: Tensor, layout: Layout) -> list[Path]:
+        values = self.in_proj(u).chunk(2, dim=-1)[0]
+        x, z, _ = self.opened(u, None, layout)
+        convolved = self.conv1d(values, None, layout)[0]
+        matrix = self.scan_matrix(x) + torch.diag_embed(self.D[:, None].expand(-1, u.shape[1]))
+        matrix = matrix * torch.sigmoid(convolved).transpose(1, 2)[:, :, None]  # silu(c) = c sigmoid(c)
+        gate, constant = F.silu(z)[..., None], None
+        if self.conv1d.bias is not None:
+            constant = gate * torch.einsum("bets,e->bte", matrix, self.conv1d.bias)[..., None]
+        matrix = matrix @ banded(self.conv1d.weight[:, 0], u.shape[1])
+        outputs = (self.scanned(x, None, layout)[0] * F.silu(z))[..., None]
+        bias = self.out_proj.bias
+        return [Path("scan", values[..., None], ((matrix, gate),), outputs, self.out_proj.weight, constant, bias)]
 
     def forward(self, u: Tensor, memory: ScanMemory | None, layout: Layout) -> tuple[Tensor, ScanMemory]:
         x, z, recent = self.opened(u, memory, layout)

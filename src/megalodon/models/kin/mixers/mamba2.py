@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from megalodon import ops
+from megalodon.models.implicit import Path, banded, of_probe, probe
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
 from megalodon.models.kin.mixers.state_space import (
@@ -121,28 +122,52 @@ class Mamba2(Mixer):
         return ScanMemory.empty(batch, self.conv1d.taps, self.channels, state, device, dtype)
 
     def forward(self, u: Tensor, memory: ScanMemory | None, layout: Layout) -> tuple[Tensor, ScanMemory]:
-        given = self.given
-        z, mixed, raw = self.in_proj(u).split([self.inner, self.channels, self.heads], dim=-1)
+        z, mixed, raw = self._opened(u)
         mixed, recent = self.conv1d(mixed, None if memory is None else memory.recent, layout)
+        x = F.silu(mixed[..., : self.inner]).unflatten(-1, (self.heads, -1))
+        y, state = self._scanned(x, mixed, raw, None if memory is None else memory.state, layout)
+        return self.out_proj(self._normed(y.flatten(-2), z)), ScanMemory(recent, state)
+
+    def _opened(self, u: Tensor) -> tuple[Tensor, ...]:
+        """(the gate z, what enters the convolution, the steps before their bias)."""
+        return self.in_proj(u).split([self.inner, self.channels, self.heads], dim=-1)
+
+    def _scanned(
+        self, x: Tensor, mixed: Tensor, raw: Tensor, state: Tensor | None, layout: Layout
+    ) -> tuple[Tensor, Tensor]:
+        """The scan of x [B, L, H, P] with its skip, its weights from the convolved `mixed`; and the state after it."""
+        given = self.given
         weights = given.groups * given.state_size
-        x, b, c = F.silu(mixed).split([self.inner, weights, weights], dim=-1)
+        b, c = F.silu(mixed[..., self.inner :]).split([weights, weights], dim=-1)
         b, c = (value.unflatten(-1, (given.groups, -1)) for value in (b, c))
         dt = steps_of(raw, self.dt_bias)
         if given.step_least > 0 or given.step_most is not None:
             dt = dt.clamp(given.step_least, given.step_most)
-        y, state = ops.selective_scan(
-            x.unflatten(-1, (self.heads, -1)),
-            dt,
-            rates_of(self.A_log),
-            b,
-            c,
-            self.D,
-            None if memory is None else memory.state,
-            layout=layout,
-        )
-        y, gate = y.flatten(-2), F.silu(z)
-        y = self.norm(y) * gate if given.norm_before_gate else self.norm(y * gate)
-        return self.out_proj(y), ScanMemory(recent, state)
+        return ops.selective_scan(x, dt, rates_of(self.A_log), b, c, self.D, state, layout=layout)
+
+    def _normed(self, y: Tensor, z: Tensor) -> Tensor:
+        """y [B, L, E] gated and normalised."""
+        gate = F.silu(z)
+        return self.norm(y) * gate if self.given.norm_before_gate else self.norm(y * gate)
+
+    def paths(self, u: Tensor, layout: Layout) -> list[Path]:
+        z, mixed, raw = self._opened(u)
+        values, convolved = mixed[..., : self.inner], self.conv1d(mixed, None, layout)[0]
+        c = convolved[..., : self.inner]
+        x = F.silu(c).unflatten(-1, (self.heads, -1))
+        y = self._scanned(x, convolved, raw, None, layout)[0].flatten(-2)
+        scan = of_probe(self._scanned(probe(x), convolved, raw, None, layout)[0])  # [B, heads, L, L], the skip within
+        matrix = scan.repeat_interleave(self.head_dim, 1) * torch.sigmoid(c).transpose(1, 2)[:, :, None]
+        normed = y if self.given.norm_before_gate else y * F.silu(z)
+        mean = normed.unflatten(-1, (self.norm.groups, -1)).square().mean(-1, keepdim=True)
+        scale = torch.rsqrt(mean + self.norm.eps).expand(*mean.shape[:-1], self.inner // self.norm.groups).flatten(-2)
+        gate, constant = (F.silu(z) * scale * self.norm.weight)[..., None], None
+        if self.conv1d.bias is not None:
+            constant = gate * torch.einsum("bets,e->bte", matrix, self.conv1d.bias[: self.inner])[..., None]
+        matrix = matrix @ banded(self.conv1d.weight[: self.inner, 0], u.shape[1])
+        outputs = self._normed(y, z)[..., None]
+        weight, bias = self.out_proj.weight, self.out_proj.bias
+        return [Path("scan", values[..., None], ((matrix, gate),), outputs, weight, constant, bias)]
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from megalodon import ops
 from megalodon.models.gated_attention_config import GatedAttentionConfig
+from megalodon.models.implicit import Path
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters
 from megalodon.models.layers.cema import CEMA
 from megalodon.models.layers.chunk_attention import GatedChunkAttention
+from megalodon.models.layers.memory_block import memory_paths
 from megalodon.models.layers.norms import RMSNorm
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
@@ -104,6 +106,11 @@ class MegalodonMixer(Mixer):
         self.cema = CEMA(own.model_dim, own.cema_ndim)
         self.memory_norm = RMSNorm(own.model_dim, own.norm_eps, True)
         self.attention = GatedChunkAttention(own)
+
+    def paths(self, x: Tensor, layout: Layout) -> list[Path]:
+        chunked = layout.with_chunks(self.sizes.chunk_size)
+        turns = ops.rotations(chunked.chunk_positions, self.sizes.head_dim, self.rope_base)
+        return memory_paths(self.timestep_norm, self.cema, self.memory_norm, self.attention, x, turns, chunked)
 
     @classmethod
     def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megalodon import ops
+from megalodon.models.implicit import Path, of_probe, probe
 from megalodon.models.kin.mixers.base import Memory, Mixer
 from megalodon.models.kin.mixers.rotary import Rotary
 from megalodon.models.kin.mixers.sums import WeightedSums
@@ -51,6 +52,21 @@ class NormalisedLinear(Mixer):
         before = None if memory is None else memory.state()
         out, state = ops.linear_attention(q, k, v, initial_state=before, **options)
         return out, WeightedSums.of(state)
+
+    def paths(self, x: Tensor, layout: Layout) -> list[Path]:
+        q, k, v = self._heads(x, x)
+        if self.rotary is not None:
+            q, k = self.rotary.turn(layout, q, k)
+
+        def mixed(values: Tensor) -> Tensor:
+            options: dict[str, Any] = {"feature_map": self.maps(), "normalise": True, "eps": self.eps, "layout": layout}
+            if self.two_way:
+                return ops.two_way_linear_attention(q, k, values, **options)
+            return ops.linear_attention(q, k, values, **options)[0]
+
+        values = v.repeat_interleave(self.num_heads // self.num_groups, 2)
+        terms = ((of_probe(mixed(probe(v))), None),)
+        return [Path("attention", values, terms, mixed(v), self.o_proj.weight, bias=self.o_proj.bias)]
 
     def cross(self, x: Tensor, source: Tensor, padding: Tensor | None = None) -> Tensor:
         q, k, v = self._heads(x, source)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from megalodon.models.implicit import Path, of_probe
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.base import Mixer, MixerParameters
 from megalodon.models.kin.mixers.rotary import Rotary
@@ -61,3 +62,9 @@ class Projected(Mixer):
         if self.head_norms is not None:
             q, k = self.head_norms["q"](q), self.head_norms["k"](k)
         return q, k, v
+
+    def path(self, v: Tensor, out: Tensor, probed: Tensor) -> Path:
+        """The one path of a mixer that is linear in v [B, L, G, d]: `out` [B, L, H, d] is what it makes of v, `probed`
+        [B, L, H, L] of `probe(v)`."""
+        values = v.repeat_interleave(self.num_heads // self.num_groups, 2)
+        return Path("attention", values, ((of_probe(probed), None),), out, self.o_proj.weight, bias=self.o_proj.bias)

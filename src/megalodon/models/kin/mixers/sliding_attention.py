@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megalodon import ops
+from megalodon.models.implicit import Path, probe
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.attention import unpacked, window_multiply_adds
 from megalodon.models.kin.mixers.base import Memory, Reference
@@ -52,6 +53,15 @@ class SlidingAttention(Projected):
         count, old = self.window - 1, (None, None) if recent is None else recent
         after = (recent_after(with_recent(b, x, count), count, layout) for b, x in zip(old, (k, v), strict=True))
         return out, WindowMemory(*after)
+
+    def paths(self, x: Tensor, layout: Layout) -> list[Path]:
+        q, k, v = self.queries_keys_values(x, layout, rotated=True)
+        attention = ops.two_way_window_attention if self.two_way else ops.window_attention
+
+        def mixed(values: Tensor) -> Tensor:
+            return attention(q / math.sqrt(self.head_dim), k, values, self.window, layout=layout)
+
+        return [self.path(v, mixed(v), mixed(probe(v)))]
 
     @classmethod
     def multiply_adds(cls, config: KinConfig, parameters: Any, length: int) -> float:

@@ -234,14 +234,15 @@ class StatefulModel(StatefulPreTrainedModel):
         """
         bos = self.segment_starts(self.config, input_ids)
         hidden = self(input_ids, use_cache=False, output_hidden_states=True).hidden_states
-        if hidden is None or not all(callable(getattr(block, "paths", None)) for block in self.layers):
+        layers: list[Any] = list(self.layers)
+        if hidden is None or not all(callable(getattr(block, "paths", None)) for block in layers):
             raise ValueError(f"{self.config.model_type} models are not written as implicit attention matrices")
         batch, length = input_ids.shape
         layout = layout_of(batch, length, input_ids.device, chunk_size=self.chunk_size)
         if bos is not None:
             layout.segments = Segments(bos, layout, None)
         arguments = self.layer_arguments(self.config, layout)
-        return [block.paths(x, *arguments, layout) for block, x in zip(self.layers, hidden, strict=False)]
+        return [block.paths(x, *arguments, layout) for block, x in zip(layers, hidden, strict=False)]
 
     @property
     def dimensions(self) -> Dimensions:

@@ -41,7 +41,8 @@ class Attention(Projected):
         def mixed(values: Tensor) -> Tensor:
             if self.two_way:
                 return _both_sides(q * math.sqrt(self.head_dim), k, values, layout)
-            nothing = KeysAndValues.empty(len(x), *k.shape[2:], values.shape[-1], x.device, k.dtype)
+            groups, size = k.shape[2:]
+            nothing = KeysAndValues.empty(len(x), groups, size, values.shape[-1], x.device, k.dtype)
             return attend(q, k, values, nothing, layout)[0]
 
         return [self.path(v, mixed(v), mixed(probe(v)))]

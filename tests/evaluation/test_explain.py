@@ -113,14 +113,13 @@ def test_explain_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert all(len(curve) == 10 for curve in report["perturbation"]["curves"].values())
     assert all((output / name).read_bytes().startswith(b"\x89PNG") for name in ("maps.png", "relevance.png"))
     capsys.readouterr()
-    for arguments, message in ((("--token", 0), "token"), (("--token", 99), "token"), (("--method", "x"), "method")):
+    for arguments, message in ((("--token", 0), "token"), (("--token", 99), "token")):
         assert run("explain", folder, text, "--output", tmp_path / "never", *arguments) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize("method", ["contributions", "positive"])
-def test_relevance_finds_what_an_answer_stands_on(method: str) -> None:
+def test_relevance_finds_what_an_answer_stands_on() -> None:
     """A model that repeats rows: removing what is relevant first hurts most, and last least."""
     torch.manual_seed(0)
     sizes = {"num_layers": 2, "model_dim": 32, "num_heads": 1, "vocab_size": 16, "ffn_hidden_dim": 0}
@@ -138,6 +137,6 @@ def test_relevance_finds_what_an_answer_stands_on(method: str) -> None:
         loss.backward()
         optimizer.step()
     model.eval()
-    found = [explain(model, np.tile(np.random.RandomState(i).permutation(16)[:10], 2), 16, method) for i in range(8)]
+    found = [explain(model, np.tile(np.random.RandomState(i).permutation(16)[:10], 2), 16) for i in range(8)]
     areas = {name: np.mean([each.areas()[name] for each in found]) for name in found[0].curves}
     assert areas["most_relevant_first"] < areas["random"] < areas["least_relevant_first"]

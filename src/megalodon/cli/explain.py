@@ -19,7 +19,6 @@ def explain(
     folder: Annotated[Path, typer.Argument(metavar="MODEL", help="a model's folder")],
     text: Annotated[str, typer.Argument(help="the text, or a file of it after @, such as @letter.txt")],
     token: Annotated[int | None, typer.Option(help="the place of the token to explain; the last if not given")] = None,
-    method: Annotated[str, typer.Option(help="contributions, or positive as published")] = "contributions",
     output: Annotated[Path, typer.Option(help="the folder for explain.json, maps.npz and pictures")] = Path("explain"),
     seed: Annotated[int, typer.Option(help="of the random orders that removal is compared with")] = 0,
     tokenizer_name: Annotated[str | None, typer.Option("--tokenizer", help="if the model's folder holds none")] = None,
@@ -40,7 +39,7 @@ def explain(
     ids = tokenizer.encode(text)
     if len(ids) > MOST_TOKENS:
         raise ValueError(f"text: it has {len(ids):,} tokens; maps are of {MOST_TOKENS:,} at most, give a part of it")
-    found = explained(model, ids, token, method, seed)
+    found = explained(model, ids, token, seed)
     texts = [tokenizer.decode([int(i)]) for i in ids]
     output.mkdir(parents=True, exist_ok=True)
     arrays = {array_name(m): m.map for m in found.maps}

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from megalodon.models import CausalLM
-from megalodon.models.implicit import contribution_norms
 
-METHODS = ("contributions", "positive")
 STEPS = 10
 RANDOM_ORDERS = 3
 
@@ -44,7 +42,6 @@ class Explanation:
     ids: np.ndarray
     target: int
     log_probability: float
-    method: str
     maps: list[LayerMap]
     relevance: np.ndarray
     curves: dict[str, list[float]]
@@ -60,7 +57,6 @@ class Explanation:
             "tokens": [{"id": int(i), "text": text} for i, text in zip(self.ids, texts, strict=True)],
             "target": self.target,
             "log_probability": self.log_probability,
-            "method": self.method,
             "relevance": self.relevance.tolist(),
             "maps": maps,
             "perturbation": {
@@ -77,33 +73,26 @@ def array_name(layer_map: LayerMap) -> str:
 
 
 @torch.inference_mode()
-def explain(
-    model: CausalLM, ids: np.ndarray, target: int | None = None, method: str = "contributions", seed: int = 0
-) -> Explanation:
+def explain(model: CausalLM, ids: np.ndarray, target: int | None = None, seed: int = 0) -> Explanation:
     """Explain a token of a text by the tokens before it.
 
-    Each layer's map and the identity (the residual) are normalised to rows that sum to one and multiplied over layers;
-    the row that predicts the target is the relevance.
+    Each layer's map, the mean over channels of the matrix' positive part, and the identity (the residual) are normalised
+    to rows that sum to one and multiplied over layers; the row that predicts the target is the relevance.
 
     Args:
         model: in evaluation mode.
         ids: int64 [L].
         target: its place, 1 or more; None for the last.
-        method: what a layer's map is: "contributions", the length of the vector that each token adds, beside that of
-            the residual; or "positive", the mean of the matrix' positive part, as published.
         seed: of the random orders that removal is compared with.
 
     Raises:
-        ValueError: target or method is none that there is, or a layer is not written as an implicit attention matrix.
+        ValueError: target is none that there is, or a layer is not written as an implicit attention matrix.
     """
     target = len(ids) - 1 if target is None else target
     if not 1 <= target < len(ids):
         raise ValueError(f"token: {target} must be from 1 to {len(ids) - 1}: the text has {len(ids)} tokens")
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; it must be {' or '.join(METHODS)}")
     before = torch.from_numpy(np.ascontiguousarray(ids[:target])).to(model.device)[None]
     layers = model.model.implicit_attention(before)
-    residuals = model.model(before, use_cache=False, output_hidden_states=True).hidden_states
     maps: list[LayerMap] = []
     rollout = torch.eye(target, dtype=torch.float64)
     for number, paths in enumerate(layers):
@@ -111,12 +100,7 @@ def explain(
         for path, mean in zip(paths, means, strict=True):
             error = (path.applied() - path.outputs).abs().max() / path.outputs.abs().max().clamp_min(1e-30)
             maps.append(LayerMap(number, path.name, mean.float().cpu().numpy(), float(error)))
-        if method == "positive":
-            weights, own = torch.stack(means).sum(0).double().cpu(), torch.ones(target, dtype=torch.float64)
-        else:
-            weights = contribution_norms(paths)[0].double().cpu()
-            own = residuals[number][0].double().norm(dim=-1).cpu()
-        step = weights + torch.diag(own)
+        step = torch.stack(means).sum(0).double().cpu() + torch.eye(target, dtype=torch.float64)
         rollout = step / step.sum(-1, keepdim=True) @ rollout
     relevance = rollout[-1].numpy()
     orders: dict[str, list[np.ndarray]] = {
@@ -130,7 +114,7 @@ def explain(
         for name, each in orders.items()
     }
     whole = curves["random"][0]
-    return Explanation(np.asarray(ids), target, whole, method, maps, relevance, curves)
+    return Explanation(np.asarray(ids), target, whole, maps, relevance, curves)
 
 
 def _curve(model: CausalLM, before: np.ndarray, wanted: int, order: np.ndarray) -> list[float]:

@@ -7,14 +7,11 @@ of the paths' outputs after their last linear map. Nothing is left out: skips ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-NUMBERS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -74,30 +71,6 @@ class Path:
     def result(self) -> Tensor:
         """What the path adds to the mixer's result: [B, L, D]."""
         return F.linear(self.outputs.flatten(-2), self.weight, self.bias)
-
-    def contributions(self, rows: slice) -> Tensor:
-        """[B, n, L, D]: the vector that the values of each place (third) add to the result at the places `rows`."""
-        weight = self.weight.unflatten(1, self.values.shape[-2:])
-        total = None
-        for matrix, gate in self.terms:
-            weighed = torch.einsum("bhts,bshe->btshe", matrix[:, :, rows], self.values.to(matrix.dtype))
-            weighed = weighed if gate is None else weighed * gate[:, rows, None]
-            total = weighed if total is None else total + weighed
-        assert total is not None
-        return torch.einsum("btshe,dhe->btsd", total, weight.to(total.dtype))
-
-
-def contribution_norms(paths: Sequence[Path]) -> Tensor:
-    """[B, L, L]: the length of the vector that each place (last) adds to a mixer's result at each place, all paths
-    together."""
-    batch, length = paths[0].values.shape[:2]
-    wide = batch * length * max(path.weight.numel() // len(path.weight) + len(path.weight) for path in paths)
-    at_once = max(NUMBERS_AT_ONCE // wide, 1)
-    blocks = []
-    for start in range(0, length, at_once):
-        rows = slice(start, start + at_once)
-        blocks.append(sum((path.contributions(rows) for path in paths), torch.zeros(())).norm(dim=-1))
-    return torch.cat(blocks, 1)
 
 
 def probe(values: Tensor) -> Tensor:

@@ -218,6 +218,6 @@ def test_a_model_that_decodes_holds_its_weights_once() -> None:
     fused = TokenStep(model.model).fused
     assert fused is not None
     weights = {layer.weight.data_ptr() for layer in token_step.linear_layers(model.model)}
-    assert weights <= {tensor.data_ptr() for tensor in fused._alive}
+    assert weights <= {tensor.data_ptr() for tensor in fused._tables._alive}
     step = TokenStep(model.model)
     assert all(product.weight is None for block in step.blocks for product in block.products)

@@ -106,4 +106,4 @@ def timestep_decay_norm(
         eps,
     )
     state = initial.mean.dtype
-    return y.to(x.dtype), DecayedStatistics(count[:, -1], mean.to(state), var.to(state))
+    return y.to(x.dtype), DecayedStatistics(count[:, -1].clone(), mean.to(state), var.to(state))

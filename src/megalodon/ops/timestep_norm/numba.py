@@ -119,4 +119,4 @@ def timestep_norm(
         eps,
     )
     state = initial.mean.dtype
-    return y.to(x.dtype), Statistics(count[:, -1], mean.to(state), var.to(state))
+    return y.to(x.dtype), Statistics(count[:, -1].clone(), mean.to(state), var.to(state))

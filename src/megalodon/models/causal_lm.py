@@ -235,7 +235,8 @@ class StatefulModel(StatefulPreTrainedModel):
         if bos is not None:
             layout.segments = Segments(bos, layout, None)
         arguments = self.layer_arguments(self.config, layout)
-        return [block.paths(x, *arguments, layout) for block, x in zip(self.layers, hidden, strict=False)]
+        blocks: list[Any] = list(self.layers)
+        return [block.paths(x, *arguments, layout) for block, x in zip(blocks, hidden, strict=False)]
 
     @property
     def dimensions(self) -> Dimensions:

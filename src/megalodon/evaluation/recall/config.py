@@ -110,6 +110,9 @@ class RecallConfig(Section):
         """Of all that the result of a cell depends on; the training's other rates and the study's other models do not
         change it."""
         training = self.training.model_dump(mode="json", exclude={"learning_rates"})
+        model = self.model_config_of(cell.model, cell.width).to_diff_dict()
+        for volatile in ("transformers_version", "auto_map"):
+            model.pop(volatile, None)
         values = {
             "protocol": PROTOCOL,
             "task": self.task,
@@ -117,11 +120,9 @@ class RecallConfig(Section):
             "test": [segment.model_dump(mode="json") for segment in self.test_segments],
             "data_seed": self.data_seed,
             "training": training,
-            "model": self.model_config_of(cell.model, cell.width).to_diff_dict(),
+            "model": model,
             "cell": [cell.width, cell.learning_rate, cell.seed],
         }
-        for volatile in ("transformers_version", "auto_map"):
-            values["model"].pop(volatile, None)
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

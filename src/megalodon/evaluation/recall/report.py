@@ -85,7 +85,7 @@ def draw(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
     for number, model in enumerate(models):
         own = sorted((row for row in rows if row["model"] == model), key=lambda row: row["width"])
         sizes = [max(size for size in row["state_bytes"].values() if size is not None) for row in own]
-        style = {"color": f"C{number % 10}", "marker": "osD^v"[number // 10 % 5]}
+        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osD^v"[number // 10 % 5]}
         axes.plot(sizes, [row["mean"] for row in own], label=model, **style)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1024:g}K" if math.isfinite(size) else "")

@@ -51,7 +51,7 @@ class Attention(Projected):
         def mixed(values: Tensor) -> Tensor:
             if self.two_way:
                 return _both_sides(q * math.sqrt(self.head_dim), k, values, layout)
-            nothing = KeysAndValues.empty(len(x), *k.shape[2:], values.shape[-1], x.device, k.dtype)
+            nothing = KeysAndValues.empty(len(x), self.num_groups, self.head_dim, values.shape[-1], x.device, k.dtype)
             return attend(q, k, values, nothing, layout)[0]
 
         return [self.path(v, mixed(v), mixed(probe(v)))]

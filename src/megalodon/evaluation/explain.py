@@ -76,7 +76,7 @@ def array_name(layer_map: LayerMap) -> str:
 def explain(model: CausalLM, ids: np.ndarray, target: int | None = None, seed: int = 0) -> Explanation:
     """Explain a token of a text by the tokens before it.
 
-    Each layer's map, the mean over channels of the matrix' positive part, and the identity (the residual) are normalised
+    Each layer's map, the mean over channels of the matrix' positive part, and the identity are normalised
     to rows that sum to one and multiplied over layers; the row that predicts the target is the relevance.
 
     Args:

@@ -156,6 +156,7 @@ def test_killed_at_any_instant(teacher: Path, given: list[str], tmp_path: Path) 
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
+    assert done.returncode == 0, done.stderr[-3000:]
     kills, status = map(int, done.stdout.splitlines()[-1].split())
     assert status == 0 and kills == 3, done.stderr[-3000:]
     one, other = (load_tensors(folder / "model.safetensors") for folder in (wanted, out))

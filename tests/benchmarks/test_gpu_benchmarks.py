@@ -60,11 +60,12 @@ def names(rows: Rows, *keys: str) -> list[tuple[Any, ...]]:
 
 def test_operators(tmp_path: Path) -> None:
     found = rehearsed(tmp_path, "operators.py")
-    operators, cases = ("cema", "timestep_norm", "chunk_attention"), ("new", "carried state", "documents")
+    streaming, cases = ("cema", "timestep_norm", "timestep_decay_norm"), ("new", "carried state", "documents")
+    operators = (*streaming, "chunk_attention", "sliding_chunk_attention")
     expected = [(o, d, c) for d in ("bfloat16", "float32") for o in operators for c in cases]
     assert names(found["checks"], "operator", "dtype", "case") == expected
     assert all(row["right"] for row in found["checks"])
-    pairs = [(operator, backend) for operator in operators[:2] for backend in ("triton", "blocked")]
+    pairs = [(operator, backend) for operator in streaming for backend in ("triton", "blocked")]
     assert names(found["times"], "operator", "backend") == pairs
     assert all(row["forward_over_floor"] > 0 for row in found["times"])
     assert names(found["decode"], "operator", "rows") == [

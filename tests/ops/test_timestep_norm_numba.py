@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import gradients, relative, segments
+from operator_cases import gradients, segments
 
 from megalodon.ops import Prior, compiled, timestep_norm
 from megalodon.ops.timestep_norm import numba

@@ -269,3 +269,15 @@ def test_a_store_that_can_only_be_read(
         assert client.get("/v1/contexts/kept").status_code == 200
         again = client.post("/v1/completions", json={"model": "tiny", "context": "kept", "seed": 1})
         assert again.json()["choices"] == answer
+
+
+def test_encoded_bodies_and_forms_for_context_files_are_refused_by_name(server: Server) -> None:
+    with server.http() as client:
+        for path in ("/v1/completions", "/v1/contexts"):
+            answer = client.post(path, content=b"\x1f\x8b\x08", headers={"Content-Encoding": "gzip"})
+            assert answer.status_code == 415 and answer.json()["error"]["param"] == "Content-Encoding"
+        answer = client.post("/v1/contexts/import", files={"file": b"x"})
+        assert answer.status_code == 400 and "form" in answer.json()["error"]["message"]
+        for method in (client.get, client.delete):
+            error = method("/v1/responses/resp_none").json()["error"]
+            assert error["code"] == "response_not_found" and error["param"] == "response_id"

@@ -81,7 +81,7 @@ def test_operators(tmp_path: Path) -> None:
     ]
     assert set(ways) <= {row["way"] for row in found["attention"]}
     assert all("forward_ms" in row for row in found["attention"] if row["way"] != "flex attention")
-    assert names(found["flatness"], "operator") == [("cema",), ("timestep_norm",)]
+    assert names(found["flatness"], "operator") == [(operator,) for operator in streaming]
 
 
 def test_layers_and_decoding(tmp_path: Path) -> None:

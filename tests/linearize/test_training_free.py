@@ -108,7 +108,6 @@ def test_the_command(llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
         (["--attention", "hip", "--attention-parameter", "window=0"], "window=0: it must be at least 1"),
         (["--attention", "hip", "--dtype", "int8"], "float32 or bfloat16"),
         (["--attention-parameter", "window=3"], "it goes with --attention"),
-        ([], "a model of type 'llama'"),
     ],
 )
 def test_bad_input(given: list[str], told: str, llama: Path, capfd: pytest.CaptureFixture[str]) -> None:

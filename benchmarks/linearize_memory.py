@@ -117,7 +117,8 @@ def main() -> None:
                 rows.append([str(layers), held, f"{peak / 1e6:.0f}", f"{activations / 1e6:.1f}"])
                 print(rows[-1], flush=True)
     header = ["layers", "layers_at_once", "peak, MB", "one batch of activations, MB"]
-    result = new_run("linearize_memory", describe_machine(), {k: str(v) for k, v in vars(options).items()})
+    settings = {key: value for key, value in vars(options).items() if key != "results"}
+    result = new_run("linearize_memory", describe_machine(), settings)
     result["rows"] = found
     page = document("Memory of attention transfer", result, [markdown_table(header, rows)], False)
     save(result, page, options.results, "linearize-memory")

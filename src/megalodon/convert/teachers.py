@@ -250,15 +250,15 @@ def _shared_fields(config: PreTrainedConfig, eps: str = "rms_norm_eps") -> dict[
 
 def _mixers(config: Any, windows: list[int | None], parameters: dict[str, Any]) -> dict[str, Any]:
     """Attention over everything, or over a window, in each layer."""
-    mixers: list[str | dict[str, Any]] = [
+    mixers: Any = [
         {"name": "attention", **parameters}
         if window is None
         else {"name": "sliding_attention", "window": window, **parameters}
         for window in windows
     ]
     if all(mixer == mixers[0] for mixer in mixers):
-        name = mixers[0]["name"]  # type: ignore[index]
-        own = {key: value for key, value in mixers[0].items() if key != "name"}  # type: ignore[union-attr]
+        name = mixers[0]["name"]
+        own = {key: value for key, value in mixers[0].items() if key != "name"}
         return {"mixers": name, "mixer_parameters": {name: own} if own else None}
     return {"mixers": mixers}
 

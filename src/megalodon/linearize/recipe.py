@@ -18,6 +18,7 @@ from torch import Tensor
 from megalodon.linearize.config import LinearizeConfig, LoraSection, StageSection
 from megalodon.models.kin import KinConfig
 from megalodon.models.kin.mixers import Mixer, mixer_class
+from megalodon.models.kin.mixers.projected import Projected
 from megalodon.ops.layout import Layout
 
 
@@ -28,11 +29,13 @@ class Lesson:
         layer: its number.
         x: [B, L, D]; the normalised input of the teacher's mixer, without gradients.
         layout: where the tokens stand.
-        teacher, student: the mixers.
+        teacher: the attention that is replaced. student: the mixer that takes its place.
         heads: [B, L, H, d]; what the teacher's heads give, before the output projection, without gradients.
     """
 
-    def __init__(self, layer: int, x: Tensor, layout: Layout, teacher: Mixer, student: Mixer, heads: Tensor) -> None:
+    def __init__(
+        self, layer: int, x: Tensor, layout: Layout, teacher: Projected, student: Mixer, heads: Tensor
+    ) -> None:
         self.layer, self.x, self.layout = layer, x, layout
         self.teacher, self.student, self.heads = teacher, student, heads
 
@@ -40,7 +43,7 @@ class Lesson:
     def output(self) -> Tensor:
         """[B, L, D]: what the teacher's mixer gives, after the output projection, without gradients."""
         with torch.no_grad():
-            return self.teacher.o_proj(self.heads.flatten(-2))  # type: ignore[operator]
+            return self.teacher.o_proj(self.heads.flatten(-2))
 
 
 Objective = Callable[[Lesson], Tensor]
@@ -124,7 +127,7 @@ class Recipe:
         return []
 
     @torch.no_grad()
-    def start(self, student: Mixer, teacher: Mixer) -> None:
+    def start(self, student: Mixer, teacher: Projected) -> None:
         """Give a new mixer what it takes from the teacher's: here all parameters of the same name, without copies."""
         theirs = dict(teacher.named_parameters())
         own = dict(student.named_parameters())

@@ -17,6 +17,7 @@ from megalodon.linearize.recipe import Lesson, Recipe, Transfer, moving
 from megalodon.models.kin import KinConfig
 from megalodon.models.kin.block import KinBlock
 from megalodon.models.kin.mixers import Mixer
+from megalodon.models.kin.mixers.projected import Projected
 from megalodon.models.kin.model import new_mixer
 from megalodon.ops.layout import Layout, layout_of
 from megalodon.training.corpora import HeldOut
@@ -58,16 +59,17 @@ class Pupils(nn.Module):
             assert block is not None
             with torch.no_grad():
                 n = block.normalised(x)
-                heads, _ = block.mixer.head_outputs(n, None, layout)
+                attention = cast(Projected, block.mixer)  # as all teachers have
+                heads, _ = attention.head_outputs(n, None, layout)
             name = str(layer)
             if name in self.mixers:
                 student = self.mixers[name]
                 assert isinstance(student, Mixer)
-                loss = objective(Lesson(layer, n, layout, block.mixer, student, heads))
+                loss = objective(Lesson(layer, n, layout, attention, student, heads))
                 use(loss)
                 total += loss.detach().float()
             with torch.no_grad():
-                x = block.after_mixer(x, n, block.mixer.o_proj(heads.flatten(-2)))  # type: ignore[operator]
+                x = block.after_mixer(x, n, attention.o_proj(heads.flatten(-2)))
         return total / max(len(self.mixers), 1), x
 
     # no arguments: nobody asks a whole model for a part of another's
@@ -95,7 +97,7 @@ def started(recipe: Recipe, config: KinConfig, layer: int, block: KinBlock, seed
     device = next(block.parameters()).device
     torch.manual_seed(seed * 10007 + layer)  # its own, however many layers are made at once
     mixer = new_mixer(config, layer).to(device)
-    recipe.start(mixer, block.mixer)
+    recipe.start(mixer, cast(Projected, block.mixer))
     return mixer.requires_grad_(False).train()
 
 

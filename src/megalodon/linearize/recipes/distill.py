@@ -26,6 +26,7 @@ from megalodon.linearize.recipes.mohawk import matrix_error
 from megalodon.models.kin import KinConfig
 from megalodon.models.kin.mixers import Mixer
 from megalodon.models.kin.mixers.gated_delta import GatedDelta
+from megalodon.models.kin.mixers.projected import Projected
 from megalodon.training.data_section import DataSection
 from megalodon.training.optimizer import OptimizerConfig
 from megalodon.training.schedule import ScheduleConfig
@@ -98,14 +99,14 @@ class Distill(Recipe):
         return [*first, FineTune("finetune", settings.finetune, ".*", objective=objective(settings))]
 
     @torch.no_grad()
-    def start(self, student: Mixer, teacher: Mixer) -> None:
+    def start(self, student: Mixer, teacher: Projected) -> None:
         """With copies: the teacher's projections; keys and values of groups are repeated where heads have their own,
         and a convolution before them begins as identity."""
         if not self.copies:
             return
         super().start(student, teacher)
         if isinstance(student, GatedDelta):
-            repeats = student.num_heads // teacher.num_groups  # type: ignore[operator]
+            repeats = student.num_heads // teacher.num_groups
             q, k, v = (getattr(teacher, f"{name}_proj").weight for name in "qkv")
             k, v = (
                 x.unflatten(0, (teacher.num_groups, -1)).repeat_interleave(repeats, 0).flatten(0, 1) for x in (k, v)

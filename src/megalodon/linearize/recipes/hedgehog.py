@@ -8,7 +8,7 @@ identity, which its commands do; here they begin so.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ from megalodon.linearize.config import LinearizeConfig, LoraSection, StageSectio
 from megalodon.linearize.recipe import FineTune, Lesson, Recipe, Stage, Transfer
 from megalodon.linearize.recipes.lolcats import ADAMW
 from megalodon.models.kin import KinConfig
+from megalodon.models.kin.mixers.hedgehog import Hedgehog as HedgehogMixer
 from megalodon.ops.layout import document_numbers
 from megalodon.training.optimizer import OptimizerConfig
 from megalodon.training.schedule import ScheduleConfig
@@ -40,9 +41,10 @@ class Config(LinearizeConfig):
 def row_error(lesson: Lesson) -> Tensor:
     """The cross-entropy of the student's attention rows against the teacher's softmax rows, mean over all queries."""
     visible = seen(lesson)
-    q, k, _ = lesson.student.queries_keys_values(lesson.x, lesson.layout, rotated=True)  # type: ignore[operator]
+    student = cast(HedgehogMixer, lesson.student)
+    q, k, _ = student.queries_keys_values(lesson.x, lesson.layout, rotated=True)
     wanted = softmax_rows(lesson, q.detach(), k.detach(), visible)
-    map_q, map_k = lesson.student.maps()  # type: ignore[operator]
+    map_q, map_k = student.maps()
     weights = torch.einsum("blhf,bshf->bhls", map_q(q).float(), map_k(k).float()).masked_fill(~visible, 0)
     rows = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
     return losses.row_cross_entropy(rows, wanted)

@@ -27,6 +27,7 @@ from megalodon.linearize.recipes.hedgehog import seen, softmax_rows
 from megalodon.models.kin import KinConfig
 from megalodon.models.kin.mixers import Mixer
 from megalodon.models.kin.mixers.phi_mamba import PhiMamba
+from megalodon.models.kin.mixers.projected import Projected
 from megalodon.training.data_section import DataSection
 from megalodon.training.optimizer import OptimizerConfig
 from megalodon.training.schedule import ScheduleConfig
@@ -58,9 +59,9 @@ def warmed(section: StageSection, data: DataSection, share: float) -> StageSecti
 def matrix_error(lesson: Lesson) -> Tensor:
     """How far the student's mixing matrix is from the teacher's attention."""
     with torch.no_grad():
-        q, k, _ = lesson.teacher.queries_keys_values(lesson.x, lesson.layout, rotated=True)  # type: ignore[operator]
+        q, k, _ = lesson.teacher.queries_keys_values(lesson.x, lesson.layout, rotated=True)
         wanted = softmax_rows(lesson, q, k, seen(lesson))
-    mixing = lesson.student.mixing_matrix(lesson.x, lesson.layout)  # type: ignore[operator]
+    mixing = lesson.student.mixing_matrix(lesson.x, lesson.layout)
     return losses.matrix_distance(mixing, wanted)
 
 
@@ -99,7 +100,7 @@ class Mohawk(Recipe):
         ]
 
     @torch.no_grad()
-    def start(self, student: Mixer, teacher: Mixer) -> None:
+    def start(self, student: Mixer, teacher: Projected) -> None:
         """The convolution and the gate's bias begin as the mixer does; nothing goes into the gate."""
         assert isinstance(student, PhiMamba)
         student.in_proj.weight[student.channels : student.channels + student.inner] = 0

@@ -149,7 +149,7 @@ class PeerForCausalLM(nn.Module):
         Raises:
             ValueError: the arguments do not fit each other or the model; the message names the argument.
         """
-        state = the_state(past_key_values, cache, kwargs)  # type: ignore[arg-type]
+        state = the_state(past_key_values, cache, kwargs)
         shift_labels = kwargs.pop("shift_labels", None)
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)

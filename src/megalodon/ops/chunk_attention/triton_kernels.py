@@ -122,15 +122,13 @@ def forward_kernel(q, k, v, cache_k, cache_v, seed, spans, work, out, lse, H, D,
     highest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DV], tl.float32)
-    row = (first_query + i) * H + head
-    mask = (i < queries)[:, None]
-    if not FULL_V:
-        mask = mask & (dv < E)[None, :]
     if CONTINUES:
-        highest = tl.load(partial_lse + row, mask=i < queries, other=float("-inf"))
+        before = (first_query + i) * H + head
+        highest = tl.load(partial_lse + before, mask=i < queries, other=float("-inf"))
         begun = highest > float("-inf")
         total = begun.to(tl.float32)
-        acc = tl.load(partial + row[:, None] * E + dv[None, :], mask=mask & begun[:, None], other=0.0)
+        there = begun[:, None] & (dv < E)[None, :]
+        acc = tl.load(partial + before[:, None] * E + dv[None, :], mask=there, other=0.0)
     for start in range(0, tl.minimum(keys, begin + BM + shift), BN):
         j = start + tl.arange(0, BN)
         k_block = load_keys(k, cache_k, j, keys, first_key, first_cached, cached, head, H, dk, D, HAS_CACHE, FULL_K)
@@ -149,6 +147,10 @@ def forward_kernel(q, k, v, cache_k, cache_v, seed, spans, work, out, lse, H, D,
         v_block = load_keys(v, cache_v, j, keys, first_key, first_cached, cached, head, H, dv, E, HAS_CACHE, FULL_V)
         acc = dot(weights.to(v_block.dtype), v_block, acc * fade[:, None])
         highest = higher
+    row = (first_query + i) * H + head  # not before the loop, which needs the registers
+    mask = (i < queries)[:, None]
+    if not FULL_V:
+        mask = mask & (dv < E)[None, :]
     if part == 0:
         tl.store(lse + row, highest + tl.log(total), mask=i < queries)
     if WHOLE:
@@ -288,7 +290,7 @@ def value_gradients_kernel(q, k, cache_k, seed, spans, work, d_out, lse, dv_out,
                            HAS_CACHE: tl.constexpr, DROPOUT: tl.constexpr, DROPKEY: tl.constexpr, BM: tl.constexpr,
                            BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, FULL_K: tl.constexpr,
                            FULL_V: tl.constexpr, first=None, frame=0, WHOLE: tl.constexpr = False,
-                         HAS_FIRST: tl.constexpr = False, ADD: tl.constexpr = False):  # fmt: skip
+                           HAS_FIRST: tl.constexpr = False, ADD: tl.constexpr = False):  # fmt: skip
     """dv of one block of keys, one head and one slice of the values."""
     slices = tl.cdiv(E, DV)
     part, head, item = placed(slices, H)

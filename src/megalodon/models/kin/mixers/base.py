@@ -252,6 +252,10 @@ class Mixer(nn.Module):
         [B, L, H, e], the memory after it)."""
         raise NotImplementedError(f"{type(self).__name__} has no heads before an output projection")
 
+    def mixing_matrix(self, x: Tensor, layout: Layout) -> Tensor:
+        """[B, H, L, L]: how much each token reads of each, of mixers that are written so."""
+        raise NotImplementedError(f"{type(self).__name__} has no mixing matrix")
+
     @classmethod
     def kind_with(cls, parameters: MixerParameters) -> Kind:
         """`kind`, where it depends on the parameters."""

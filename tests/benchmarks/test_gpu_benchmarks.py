@@ -161,10 +161,7 @@ def test_everything(tmp_path: Path) -> None:
     assert "==== parallel" in log and "test_cema_triton.py" in log
 
 
-@pytest.mark.parametrize(
-    "operator",
-    ["cema", "timestep_norm", "timestep_decay_norm", pytest.param("attention", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("operator", ["cema", "timestep_norm", "timestep_decay_norm", "attention"])
 def test_kernels_compile_as_the_library_launches_them(operator: str) -> None:
     done = run("compile_kernels.py", "--only", operator)
     assert done.returncode == 0, done.stderr.splitlines()[-1]

@@ -77,19 +77,19 @@ def uniform(seed, query, key, head):
 
 
 @triton.jit
-def scores_of(q, k, i, j, queries, keys, first_query, head, seed, dropout, first, frame, DROPKEY: tl.constexpr,
+def scores_of(q, k, i, j, shift, queries, keys, first_query, head, seed, dropout, first, frame, DROPKEY: tl.constexpr,
               WHOLE: tl.constexpr, HAS_FIRST: tl.constexpr):  # fmt: skip
     """Scores of a block of queries against a block of keys, -inf where hidden; both [rows, d]."""
     scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32))
-    place = (i + keys - queries)[:, None]
-    visible = j[None, :] <= (place * 0 + keys - 1 if WHOLE else place)
+    last = i * 0 + keys - 1 if WHOLE else i + shift
+    visible = j[None, :] <= last[:, None]
     if HAS_FIRST:
         least = tl.load(first + first_query + i, mask=i < queries, other=0) - frame
         visible = visible & (j[None, :] >= least[:, None])
     if DROPKEY:
         kept = uniform(seed, first_query + i, j, head) >= dropout
         if not WHOLE:
-            kept = kept | (j[None, :] == place)
+            kept = kept | (j[None, :] == (i + shift)[:, None])
         visible = visible & kept
     return tl.where(visible, scores, float("-inf"))
 
@@ -133,8 +133,8 @@ def forward_kernel(q, k, v, cache_k, cache_v, seed, spans, work, out, lse, H, D,
         j = start + tl.arange(0, BN)
         k_block = load_keys(k, cache_k, j, keys, first_key, first_cached, cached, head, H, dk, D, HAS_CACHE, FULL_K)
         scores = scores_of(
-            q_block, k_block, i, j, queries, keys, first_query, head, chance, dropout, first, frame, DROPKEY, WHOLE,
-            HAS_FIRST
+            q_block, k_block, i, j, shift, queries, keys, first_query, head, chance, dropout, first, frame, DROPKEY,
+            WHOLE, HAS_FIRST
         )  # fmt: skip
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # all keys of the first blocks may have been dropped
@@ -151,11 +151,12 @@ def forward_kernel(q, k, v, cache_k, cache_v, seed, spans, work, out, lse, H, D,
     mask = (i < queries)[:, None]
     if not FULL_V:
         mask = mask & (dv < E)[None, :]
+    divisor = total
+    if WHOLE:
+        divisor = tl.where(total > 0, total, 1.0)
+    tl.store(out + row[:, None] * E + dv[None, :], (acc / divisor[:, None]).to(out.dtype.element_ty), mask=mask)
     if part == 0:
         tl.store(lse + row, highest + tl.log(total), mask=i < queries)
-    if WHOLE:
-        total = tl.where(total > 0, total, 1.0)
-    tl.store(out + row[:, None] * E + dv[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -173,13 +174,14 @@ def delta_kernel(out, d_out, delta, E, ROWS, BM: tl.constexpr, DV: tl.constexpr)
 
 
 @triton.jit
-def score_gradients(q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, queries, keys, first_query,
+def score_gradients(q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, shift, queries, keys, first_query,
                     first_key, first_cached, cached, head, H, E, seed, dropout, first, frame, HAS_CACHE: tl.constexpr,
                     DROPOUT: tl.constexpr, DROPKEY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DV: tl.constexpr,
                     FULL_V: tl.constexpr, WHOLE: tl.constexpr, HAS_FIRST: tl.constexpr):  # fmt: skip
     """Gradient of the loss with respect to a block of scores, [BM, BN] float32; the values are read slice by slice."""
     scores = scores_of(
-        q_block, k_block, i, j, queries, keys, first_query, head, seed, dropout, first, frame, DROPKEY, WHOLE, HAS_FIRST
+        q_block, k_block, i, j, shift, queries, keys, first_query, head, seed, dropout, first, frame, DROPKEY, WHOLE,
+        HAS_FIRST
     )  # fmt: skip
     d_weights = tl.zeros([BM, BN], tl.float32)
     for start in range(0, E, DV):
@@ -222,7 +224,7 @@ def query_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, 
         j = start + tl.arange(0, BN)
         k_block = load_keys(k, cache_k, j, keys, first_key, first_cached, cached, head, H, dk, D, HAS_CACHE, FULL_K)
         d_scores = score_gradients(
-            q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, queries, keys, first_query,
+            q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, shift, queries, keys, first_query,
             first_key, first_cached, cached, head, H, E, chance, dropout, first, frame, HAS_CACHE, DROPOUT, DROPKEY, BM,
             BN, DV, FULL_V, WHOLE, HAS_FIRST
         )  # fmt: skip
@@ -277,7 +279,7 @@ def key_gradients_kernel(q, k, v, cache_k, cache_v, seed, spans, work, d_out, ls
         lse_rows = tl.load(lse + row, mask=i < queries, other=0.0)
         delta_rows = tl.load(delta + row, mask=i < queries, other=0.0)
         d_scores = score_gradients(
-            q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, queries, keys, first_query,
+            q_block, k_block, v, cache_v, d_out, lse_rows, delta_rows, i, j, shift, queries, keys, first_query,
             first_key, first_cached, cached, head, H, E, chance, dropout, first, frame, HAS_CACHE, DROPOUT, DROPKEY, BM,
             BN, DV, FULL_V, WHOLE, HAS_FIRST
         )  # fmt: skip
@@ -312,8 +314,8 @@ def value_gradients_kernel(q, k, cache_k, seed, spans, work, d_out, lse, dv_out,
         q_block = load_rows(q, i, queries, first_query, head, H, dk, D, FULL_K)
         lse_rows = tl.load(lse + (first_query + i) * H + head, mask=i < queries, other=0.0)
         scores = scores_of(
-            q_block, k_block, i, j, queries, keys, first_query, head, chance, dropout, first, frame, DROPKEY, WHOLE,
-            HAS_FIRST
+            q_block, k_block, i, j, shift, queries, keys, first_query, head, chance, dropout, first, frame, DROPKEY,
+            WHOLE, HAS_FIRST
         )  # fmt: skip
         weights = tl.where((i < queries)[:, None], tl.exp(scores - lse_rows[:, None]), 0.0)
         if DROPOUT:

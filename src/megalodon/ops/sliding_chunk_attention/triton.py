@@ -24,6 +24,9 @@ from megalodon.ops.prefix import Prefix
 from megalodon.ops.segments import Segments
 from megalodon.ops.sliding_chunk_attention.blocked import first_visible
 
+MOST_REGISTERS = 255
+"""Of a thread; what the hardware has."""
+
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels take these heads and pass; the blocked form has a shorter way for one token."""
@@ -87,7 +90,8 @@ def window_op(
                 q if q_before is None else q_before, k, v, cache_k, cache_v, None if seeds is None else seeds[1:],
                 before.spans, before.query_work, partial, partial_lse, *sizes, **flags, WHOLE=True
             )  # fmt: skip
-            going_on = {"partial": partial, "partial_lse": partial_lse, "CONTINUES": True}
+            # else the compiler aims at 128 registers for sm_80 and spills six
+            going_on = {"partial": partial, "partial_lse": partial_lse, "CONTINUES": True, "maxnreg": MOST_REGISTERS}
         kernels.forward_kernel[(heads * slices * len(own.query_work),)](
             q, k, v, cache_k, cache_v, seeds, own.spans, own.query_work, out, lse, *sizes, **flags, frame=chunk,
             **going_on

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megalodon.convert.teachers import Teacher
 from megalodon.data import Batch, Tokenizer, check_vocabulary, load_tokenizer
-from megalodon.files import is_full, load_tensors, remove_partial, write_file, write_folder, write_text
+from megalodon.files import load_tensors, remove_partial, write_file, write_folder, write_text
 from megalodon.inference import choose_device, load_model
 from megalodon.inference.loading import has_tokenizer
 from megalodon.linearize.activations import OnDisk, Recomputed
@@ -146,9 +146,8 @@ def linearize(job: Linearization) -> StopRequest:
         DivergedError, OSError: as training.
     """
     work = RunFolder(job.out / WORK)
-    lock = work.open()
     stop = StopRequest()
-    try:
+    with launch.opened(work):
         _require_same(job, work.config)
         if (job.out / "config.json").is_file():
             return stop
@@ -164,12 +163,6 @@ def linearize(job: Linearization) -> StopRequest:
                 return stop
         _publish(job, _student(job, len(job.stages)))
         return stop
-    except OSError as error:
-        if is_full(error):
-            raise launch.full_disk(error, work) from error
-        raise
-    finally:
-        lock.release()
 
 
 def _chosen(job: Linearization, work: Path) -> Linearization:
@@ -242,8 +235,7 @@ def _run(
     """One run to its end or to a signal. `make`: from a device to (what trains, its trainer)."""
     display = make_display(config.run.steps)
     device = choose_device(None if config.run.device == "auto" else config.run.device)
-    lock = folder.open()
-    try:
+    with launch.opened(folder):
         display.say(what)
         checkpoint = launch.find_checkpoint(config, folder, display.say)
         texts = corpora.prepare(config, job.tokenizer, display)
@@ -258,8 +250,6 @@ def _run(
         with display, StopRequest() as stop:
             trainer.train(stop)
         return stop
-    finally:
-        lock.release()
 
 
 def _parts(job: Linearization, config: TrainConfig, texts: corpora.Texts, model: Any, device: torch.device) -> Parts:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megalodon.data import Tokenizer, load_tokenizer, same_tokens
+from megalodon.files import is_full
 from megalodon.inference.loading import has_tokenizer, model_folder
 from megalodon.models import CausalLM, Config
 from megalodon.training.checkpoint import CheckpointError, checkpoint_step, choose_checkpoint, list_checkpoints
@@ -70,12 +72,39 @@ def _require_own_tokenizer(tokenizer: Tokenizer, init_from: str) -> None:
         )
 
 
-def full_disk(error: OSError, folder: RunFolder) -> OSError:
-    """The error with what is left of the run and how to go on."""
-    kept = list_checkpoints(folder.checkpoints)
-    place = f"from {kept[-1].name}, which is whole" if kept else "from the start"
-    advice = f"free some space and give the same command again: it goes on {place}"
-    return OSError(error.errno, f"{error.strerror}; {advice}", str(error.filename or folder.path))
+class FullDiskError(OSError):
+    """There is no space left: what is left of the run, and how to go on."""
+
+
+@contextmanager
+def telling_of_full_disks(folder: RunFolder) -> Iterator[None]:
+    """Whatever file of a run a full disk cuts short, the error says what is left, once."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error) or isinstance(error, FullDiskError):
+            raise
+        kept = list_checkpoints(folder.checkpoints)
+        place = f"from {kept[-1].name}, which is whole" if kept else "from the start"
+        advice = f"free some space and give the same command again: it goes on {place}"
+        told = f"{error.strerror}; {advice}"
+        raise FullDiskError(error.errno, told, str(error.filename or folder.path)) from error
+
+
+@contextmanager
+def opened(folder: RunFolder) -> Iterator[None]:
+    """A run's folder while this process alone works in it.
+
+    Raises:
+        ValueError: as `RunFolder.open`.
+        FullDiskError: a file could not be written.
+    """
+    lock = folder.open()
+    try:
+        with telling_of_full_disks(folder):
+            yield
+    finally:
+        lock.release()
 
 
 def find_checkpoint(

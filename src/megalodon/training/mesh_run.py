@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megalodon.files import is_full, write_text
+from megalodon.files import write_text
 from megalodon.inference import choose_device
 from megalodon.inference.loading import model_folder
 from megalodon.parallel import Mesh, ParallelModel, mesh_problems
@@ -124,31 +124,28 @@ def _run(resolved: launch.Resolved, processes: Processes, device: torch.device, 
     folder = RunFolder(Path(str(config.run.folder)).expanduser())
     lock = processes.together(lambda: folder.open() if processes.rank == 0 else None)
     try:
-        checkpoint = processes.together(
-            lambda: launch.find_checkpoint(config, folder, display.say) if processes.rank == 0 else None
-        )
-        checkpoint = _from_rank_0(checkpoint)
-        texts = processes.together(lambda: prepare(config, resolved.tokenizer, display))
-        _require_same_texts(processes, texts)
-        parts, model = _build(resolved, texts, device, processes)
-        if checkpoint is None:
-            processes.together(lambda: _fill(model, resolved))
-        records: Any = records_of(config, folder) if processes.rank == 0 else lambda step: NoRecords()
-        trainer = MeshTrainer(processes, model, config, folder, parts, display, records)
-        display.say(f"mesh: {config.mesh.sizes}, {processes.world_size} processes")
-        display.say(launch.introduction(resolved, parts, folder))
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-            display.say(f"resuming from {checkpoint}")
-        processes.together(on_rank_0(processes, lambda: write_text(folder.config, config_text(config))))
-        stop = AgreedStop()
-        with display, stop:
-            trainer.train(stop)
-        return _common(stop)
-    except OSError as error:
-        if is_full(error):
-            raise launch.full_disk(error, folder) from error
-        raise
+        with launch.telling_of_full_disks(folder):
+            checkpoint = processes.together(
+                lambda: launch.find_checkpoint(config, folder, display.say) if processes.rank == 0 else None
+            )
+            checkpoint = _from_rank_0(checkpoint)
+            texts = processes.together(lambda: prepare(config, resolved.tokenizer, display))
+            _require_same_texts(processes, texts)
+            parts, model = _build(resolved, texts, device, processes)
+            if checkpoint is None:
+                processes.together(lambda: _fill(model, resolved))
+            records: Any = records_of(config, folder) if processes.rank == 0 else lambda step: NoRecords()
+            trainer = MeshTrainer(processes, model, config, folder, parts, display, records)
+            display.say(f"mesh: {config.mesh.sizes}, {processes.world_size} processes")
+            display.say(launch.introduction(resolved, parts, folder))
+            if checkpoint is not None:
+                trainer.restore(checkpoint)
+                display.say(f"resuming from {checkpoint}")
+            processes.together(on_rank_0(processes, lambda: write_text(folder.config, config_text(config))))
+            stop = AgreedStop()
+            with display, stop:
+                trainer.train(stop)
+            return _common(stop)
     finally:
         if lock is not None:
             lock.release()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalodon.files import is_full, write_text
+from megalodon.files import write_text
 from megalodon.inference import choose_device
 from megalodon.parallel.sharded import is_sharded
 from megalodon.training import launch
@@ -43,8 +43,7 @@ def train(resolved: launch.Resolved, display: Display | None = None) -> StopRequ
         )
     display = display or make_display(config.run.steps)
     device = choose_device(None if config.run.device == "auto" else config.run.device)
-    lock = folder.open()
-    try:
+    with launch.opened(folder):
         checkpoint = launch.find_checkpoint(config, folder, display.say)
         texts = prepare(config, resolved.tokenizer, display)
         parts = launch.build_parts(resolved, texts, device)
@@ -59,12 +58,6 @@ def train(resolved: launch.Resolved, display: Display | None = None) -> StopRequ
         with display, StopRequest() as stop:
             trainer.train(stop)
         return stop
-    except OSError as error:
-        if is_full(error):
-            raise launch.full_disk(error, folder) from error
-        raise
-    finally:
-        lock.release()
 
 
 def has_sharded_checkpoints(folder: RunFolder) -> bool:

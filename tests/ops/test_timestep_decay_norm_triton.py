@@ -153,7 +153,8 @@ def test_statistics_after_millions_of_tokens(device: str) -> None:
     state = (value.to(device) for value in (count, mean, var))
     _, _, new_mean, new_var = timestep_decay_norm(x.to(device), None, None, 1, 0.999, 0.9999, *state, backend="triton")
     right = timestep_decay_norm(x.double(), None, None, 1, 0.999, 0.9999, count, mean, var, backend="reference")
-    assert ((new_mean.cpu() - right[2]).abs() < 1e-4 * (right[2] - mean).abs().clamp_min(1e-4)).all()
+    # the tokens' own means are float32's, to 4e-6, of which a thousandth counts; a float32 average is off by 4e-6
+    assert ((new_mean.cpu() - right[2]).abs() < 4e-7).all()
     assert ((new_var.cpu() - right[3]).abs() < 1e-3 * (right[3] - var).abs().clamp_min(1e-6)).all()
 
 

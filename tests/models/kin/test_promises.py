@@ -17,6 +17,12 @@ PIECES = st.lists(LENGTHS, min_size=1, max_size=8)
 every_mixer = pytest.mark.parametrize("name", sorted(CAUSAL))
 
 
+def bound(name: str) -> float:
+    """How far float32 may be off. The delta rule divides by lengths of keys, some of which are short: of 600 random
+    documents the worst was off by 6e-6, all other mixers' by 2e-6."""
+    return 1e-4 if name == "gated_delta" else 1e-5
+
+
 def test_the_table_is_complete() -> None:
     assert {name for name in MIXERS if mixer_class(name).causal_mode} == set(CAUSAL)
 
@@ -56,7 +62,7 @@ def test_pieces_equal_the_whole(name: str, pieces: list[int], batch: int) -> Non
         out = model(piece, past_key_values=state, use_cache=True)
         state = out.past_key_values
         logits.append(out.logits)
-    assert relative(torch.cat(logits, 1), whole.logits) < 1e-5
+    assert relative(torch.cat(logits, 1), whole.logits) < bound(name)
     assert_same_state(state, whole.past_key_values)
 
 
@@ -72,7 +78,7 @@ def test_a_hundred_pieces_equal_the_whole(name: str) -> None:
         out = model(piece, past_key_values=state, use_cache=True)
         state = out.past_key_values
         logits.append(out.logits)
-    assert relative(torch.cat(logits, 1), whole.logits) < 1e-5
+    assert relative(torch.cat(logits, 1), whole.logits) < bound(name)
     assert_same_state(state, whole.past_key_values)
 
 
@@ -101,9 +107,9 @@ def test_padded_rows_equal_each_row_alone(name: str, lengths: list[int], left: b
     second = model(following, past_key_values=first.past_key_values, use_cache=True)
     for row, columns in enumerate(where):
         alone = model(x[row : row + 1, columns], use_cache=True)
-        assert relative(first.logits[row, columns], alone.logits[0]) < 1e-5
+        assert relative(first.logits[row, columns], alone.logits[0]) < bound(name)
         alone = model(following[row : row + 1], past_key_values=alone.past_key_values, use_cache=True)
-        assert relative(second.logits[row], alone.logits[0]) < 1e-5
+        assert relative(second.logits[row], alone.logits[0]) < bound(name)
         assert second.past_key_values.position[row] == alone.past_key_values.position[0]
 
 
@@ -119,10 +125,10 @@ def test_packed_documents_equal_themselves_alone(name: str, documents: list[int]
     out = model(x, segment_ids=ids, past_key_values=state, use_cache=True)
     for number, document in enumerate(x.split(documents, 1)):
         alone = model(document, past_key_values=state if number == 0 else None, use_cache=True)
-        assert relative(out.logits[:, ids[0] == number], alone.logits) < 1e-5
+        assert relative(out.logits[:, ids[0] == number], alone.logits) < bound(name)
     following = tokens(2, 7)
     after = model(following, past_key_values=out.past_key_values).logits
-    assert relative(after, model(following, past_key_values=alone.past_key_values).logits) < 1e-5
+    assert relative(after, model(following, past_key_values=alone.past_key_values).logits) < bound(name)
 
 
 @every_mixer

@@ -27,8 +27,8 @@ from _machine import describe_machine
 from _report import RESULTS, document, markdown_table, new_run, save
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM
+from megalodon.choices import DtypeName
 from megalodon.data import ByteTokenizer
-from megalodon.inference.loading import DtypeName
 
 USERS, WITHDRAWN = 6, 2
 MAX_BODY, MAX_UPLOAD = 20_000, 60_000

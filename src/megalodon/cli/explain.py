@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -28,6 +27,8 @@ def explain(
 
     Relevance is tested: the tokens before it are removed in its order, in the opposite one, and in random ones.
     """
+    import numpy as np
+
     from megalodon.evaluation.explain import array_name, plot_maps, plot_relevance
     from megalodon.evaluation.explain import explain as explained
     from megalodon.files import write_file, write_text

@@ -4,9 +4,9 @@ Each part is what one of the papers' recipes showed to help, or what their troub
 
 - Softmax stays where it matters most, near the token (LoLCATs, Lizard), in chunks that decode as they were trained. At
   the start the gate is shut and the model is the teacher with a window: there is nothing to repair but what lies
-  beyond it, and a text of up to two chunks is read as the teacher reads it, before and after.
-- The memory absorbs a chunk when it leaves the window, by Gecko's delta rule and log masses: it forgets nothing by itself,
-  and stays of one size however long the text is, where plain sums grow.
+  beyond it, and a text of up to two chunks is read as the teacher reads it, after the transfer too.
+- The memory absorbs a chunk when it leaves the window, by Gecko's delta rule and log masses: it has no decay, and its
+  entries stay of one size however long the text is, where plain sums grow.
 - Its keys and queries are not turned: what lies far away has no place that the teacher never met.
 - Maps and gate learn the heads' outputs layer by layer (LoLCATs' transfer, before the output projection), then adapters
   learn on the whole model from the next token and the teacher's distribution (the distillation study); maps and gate

@@ -87,13 +87,13 @@ def make_teacher(folder: Path, overrides: list[str]) -> tuple[Path, Any]:
 
 
 def held_out_text(config: Any) -> torch.Tensor:
-    """The longest held-out document, as tokens, without its first 4,096: title and contents."""
+    """The longest held-out document, as tokens, without its first 16,384: title and contents."""
     data = config.data
     held = prepare_documents(
         data.corpus, data.held_out, ByteTokenizer(), data.sequence_length, config.run.seed, data.cache_folder
     )[1]
     longest = max(range(len(held)), key=lambda number: held.lengths[number])
-    return torch.from_numpy(held.tokens(longest).astype("int64"))[4096:]
+    return torch.from_numpy(held.tokens(longest).astype("int64"))[16_384:]
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ recipe. Not counted are the libraries themselves, what kernels use inside, and w
 
 from __future__ import annotations
 
+import gc
 import os
 import weakref
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megalodon.linearize.activations import through
-from megalodon.linearize.recipe import Transfer, moving
+from megalodon.linearize.recipe import Lesson, Transfer, moving
 from megalodon.linearize.transfer import Pupils
 from megalodon.models.kin.block import KinBlock
 from megalodon.models.kin.mixers import Mixer
@@ -88,13 +89,18 @@ def _of_layers(job: Linearization, stage: Transfer, layers: range) -> tuple[int,
         weights = sum(_bytes(p) * (3 if p.requires_grad else 1) for p in own)
         pupils = Pupils(mixers, blocks, len(job.replaced))
         ids = torch.empty(data.batch_size, data.sequence_length, dtype=torch.int64)
+
+        def objective(lesson: Lesson) -> Tensor:
+            gc.collect()  # what the layer before has left in cycles
+            return stage.objective(lesson)
+
         with _Counting() as counted, autocast(cpu, job.settings.run.precision):
             x = torch.nn.functional.embedding(ids, embedding)
             if len(layers) < sizes.num_layers and job.settings.memory.activations == "recompute":
                 x = through(blocks[layers.start], x, whole)
             outputs = []
             for part in x.chunk(parts):
-                outputs.append(pupils.teach(part, of_part, stage.objective, lambda loss: loss.backward())[1])
+                outputs.append(pupils.teach(part, of_part, objective, lambda loss: loss.backward())[1])
         return teacher, weights, counted.most
 
 

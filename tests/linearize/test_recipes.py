@@ -46,7 +46,7 @@ def begun(teacher: Path, recipe: str, keys: list[str]) -> tuple[Any, Any]:
         ("distill", ["mix=true"]),
         ("distill", ["student=gated_delta", "mix=true", "copy_projections=false"]),
         ("gecko", ["chunk_size=4"]),
-        ("gecko", ["chunk_size=4", "lora=null", "logits=0"]),
+        ("gecko", ["chunk_size=4", "lora=null", "logits=0", "next_token=1"]),
     ],
 )
 def test_from_teacher_to_model(recipe: str, own: list[str], teacher: Path, given: list[str], tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ Each part is what one of the papers' recipes showed to help, or what their troub
 - The memory absorbs a chunk when it leaves the window, by Gecko's delta rule and log masses: it has no decay, and its
   entries stay of one size however long the text is, where plain sums grow.
 - Its keys and queries are not turned: what lies far away has no place that the teacher never met.
-- Maps and gate learn the heads' outputs layer by layer (LoLCATs' transfer, before the output projection), then adapters
-  learn on the whole model from the next token and the teacher's distribution (the distillation study); maps and gate
-  move on beside them.
+- Maps and gate learn the heads' outputs layer by layer (LoLCATs' transfer, before the output projection), at a low
+  rate and not for long: past some point outputs come nearer the teacher's and predictions do not. Then adapters learn
+  the teacher's distribution on the whole model (the distillation study); maps and gate move on beside them. The next
+  token's loss is off: it pulls a model that already agrees with its teacher towards the rows at hand.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ class Config(Likeness):
     chunk_size: int = Field(default=64, ge=1)
     feature_dim: int | None = Field(default=None, ge=1)
     train_memory: bool = Field(default=True, description="let maps and gate of the memory move in finetune too")
+    next_token: float = Field(default=0.0, ge=0, description="weight of the next token's cross-entropy")
     hidden: float = Field(default=0.0, ge=0, description="weight of the distance of hidden states; 0: they are free")
     transfer: StageSection = StageSection(
-        optimizer=OptimizerConfig(learning_rate=1e-2, **ADAMW), schedule=ScheduleConfig(kind="cosine")
+        tokens=2_000_000, optimizer=OptimizerConfig(learning_rate=1e-3, **ADAMW), schedule=ScheduleConfig(kind="cosine")
     )
     finetune: StageSection = StageSection(
         optimizer=OptimizerConfig(learning_rate=1e-3, **ADAMW), schedule=ScheduleConfig(kind="cosine")

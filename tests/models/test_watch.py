@@ -357,3 +357,16 @@ def test_decoders_refuse_what_they_would_pass_over(model, state_and_token) -> No
 
         with pytest.raises(ValueError, match=r"layers\.1\.cema has hooks"):
             slot_decoder(model, 1)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_another_tensor_of_the_same_values_is_another_tensor(size: int) -> None:
+    module = nn.Linear(1, size)
+    watch = Watch(module, [module.weight])
+    assert watch.unchanged()
+    before, module.bias = module.bias, nn.Parameter(module.bias.detach().clone())
+    assert not watch.unchanged()
+    module.bias = before
+    assert watch.unchanged()
+    module.other = nn.Identity()
+    assert not watch.unchanged()

@@ -316,14 +316,17 @@ class StatefulModel(StatefulPreTrainedModel):
                 raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be [B, L]")
             looks = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
             if looks and input_ids.numel():  # on a GPU the look would wait for the device, in a compiled graph break it
-                low, high = int(input_ids.min()), int(input_ids.max())
+                low, high = (int(end) for end in input_ids.aminmax())
                 rows = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)  # an adapter has no number
                 if low < 0 or high >= rows:
                     raise ValueError(
                         f"input_ids has values from {low} to {high}: they must lie in 0 to {rows - 1} (vocab_size)"
                     )
-            inputs_embeds = self.embed_tokens(input_ids)
-        return F.dropout(inputs_embeds * self.embedding_scale, self.config.dropout, self.training)
+            x = self.embed_tokens(input_ids)
+            x = x if self.embedding_scale == 1 else x * self.embedding_scale
+        else:
+            x = inputs_embeds * self.embedding_scale  # a copy in any case: the caller's stays as it is
+        return F.dropout(x, self.config.dropout) if self.training else x
 
     def _check(self, x: Tensor, attention_mask: Tensor | None, state: State | None, segment_ids: Tensor | None) -> None:
         batch, length = x.shape[:2]

@@ -483,6 +483,19 @@ class DetokenizeRequest(Strict):
     tokens: TokenIds = Field(description="token ids")
 
 
+class ExplainRequest(Strict):
+    """`POST /v1/explain`, which no other server has."""
+
+    model: Model
+    prompt: Prompts = Field(description="a text or token ids, of which the last token is explained; only one")
+
+    @model_validator(mode="after")
+    def _one_text(self) -> ExplainRequest:
+        if len(self.prompt) != 1:  # type: ignore[arg-type]
+            raise ApiError(400, "prompt: give one text or one list of token ids", "invalid_value", "prompt")
+        return self
+
+
 # --- contexts ---------------------------------------------------------------------------------------------------------
 
 

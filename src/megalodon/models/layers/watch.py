@@ -63,7 +63,10 @@ class Watch:
     def __init__(self, root: nn.Module, copied: Iterable[Tensor], values: int = VALUES, exact: bool = True) -> None:
         self._modules = list(root.modules())
         self._owned = [o for module in self._modules for o in (module._modules, module._parameters, module._buffers)]
-        self._places = [(owned, name, value) for owned in self._owned for name, value in owned.items()]
+        self._places = [dict(owned) for owned in self._owned]
+        self._numbers = [
+            (owned, name, value) for owned in self._owned for name, value in owned.items() if _is_one(value)
+        ]
         self._attributes = [vars(module) for module in self._modules]
         self._constants = [_constants_of(attributes) for attributes in self._attributes]
         self._classes: list[Any] = list(set(map(type, self._modules)))
@@ -82,8 +85,10 @@ class Watch:
     def unchanged(self) -> bool:
         """Whether the same modules, attributes, hooks and weights are there, by what is quick to see."""
         try:
-            there = all(owned.get(name) is value for owned, name, value in self._places) and self._look() == self._seen
-        except (AttributeError, KeyError):  # something is gone
+            # what is the same object is equal to Python, and several times as quickly found so as by a loop
+            there = self._owned == self._places and self._look() == self._seen
+            there = there and all(o.get(name) is value for o, name, value in self._numbers)
+        except (AttributeError, KeyError, RuntimeError):  # gone; or another tensor, and `==` of two has no one truth
             return False
         if there and self._steps != _steps_taken:
             there, self._steps = self.same_weights(), _steps_taken
@@ -96,7 +101,6 @@ class Watch:
     def _look(self) -> tuple[Any, ...]:
         return (
             calls_are_plain(),
-            list(map(len, self._owned)),
             list(map(type, self._modules)),  # `fully_shard` changes the class of what it is given
             [kind.forward for kind in self._classes],
             [values(attributes) for values, attributes in zip(self._constants, self._attributes, strict=True)],
@@ -114,6 +118,11 @@ class Watch:
         for weight in self._copied:
             digest.update(weight.contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.intdigest()
+
+
+def _is_one(value: object) -> bool:
+    """Whether `==` with another of the kind could be true: a tensor of one number."""
+    return isinstance(value, Tensor) and value.numel() == 1
 
 
 def _constants_of(attributes: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:

@@ -305,6 +305,31 @@ def test_surprise_is_the_loss_of_each_character(page: Page, tmp_path: Path) -> N
     assert again.endswith("bits"), "after a context, the first character has something before it"
 
 
+def test_a_token_tells_what_it_was_expected_from(page: Page, tmp_path: Path) -> None:
+    page.read(tmp_path, text=BOOK)
+    page.until(lambda: page["heat"].is_displayed())
+    letters, place = page.all("#heat span"), BOOK.index("own")
+    letters[place].click()
+    page.until(lambda: "It was expected most from" in page.text("heat-summary"))
+    with page.server.http() as client:
+        body = {"model": "tiny", "prompt": BOOK[: place + 1]}
+        told = client.post("/v1/explain", json=body).json()
+    right = [0.0] * place
+    for offset, share in zip(told["text_offset"], told["relevance"], strict=True):
+        if share is not None:
+            right[offset] += 100 * share
+    shown = [one.get_attribute("title") for one in letters]
+    assert [float(one.split()[0]) for one in shown[:place]] == pytest.approx(right, abs=0.06)
+    assert set(shown[place:]) == {"not looked at"} and "chosen" in letters[place].get_attribute("class")
+    levels = [int(one.get_attribute("class").split()[0][1:]) for one in letters[:place]]
+    assert max(levels[:-1]) == 9 and levels[right.index(max(right[:-1]))] == 9
+    assert f"cost {-told['logprob'] / math.log(2):.1f} bits" in page.text("heat-summary")
+    page["heat"].send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ENTER)
+    page.until(lambda: page.text("heat-summary").startswith(f"“{BOOK[place - 2]}” cost"))
+    page["look"].click()
+    page.until(lambda: "bits a token" in page.text("heat-summary"))
+
+
 def test_a_place_further_in_can_be_looked_at(page: Page, tmp_path: Path) -> None:
     text = "".join(f"{number}, " for number in range(2_000))
     page.read(tmp_path, text=text)
@@ -366,10 +391,13 @@ def test_a_deletion_can_be_undone(page: Page, tmp_path: Path) -> None:
 
 def test_reading_can_be_stopped(page: Page, tmp_path: Path) -> None:
     (tmp_path / "endless.txt").write_text(BOOK * 5_000)
+    assert page["invite"].is_displayed() and not page["meanwhile"].is_displayed()
     page["file"].send_keys(str(tmp_path / "endless.txt"))
     page.until(lambda: page.text("tokens") != "0")
+    assert page.text("meanwhile-name") == "Reading endless.txt" and not page["invite"].is_displayed()
     page["stop-reading"].click()
     page.until(lambda: "nothing of it is kept" in page.text("status"))
+    assert page["invite"].is_displayed() and not page["meanwhile"].is_displayed()
     assert not page["now"].is_displayed() and page.text("tokens") == "0" and page.kept() == []
 
 

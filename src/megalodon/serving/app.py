@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 import megalodon
 from megalodon.inference.context_store import ContextStore
 from megalodon.inference.engine import Engine
-from megalodon.serving import bodies, completions, contexts, errors, page, response_api, tokens
+from megalodon.serving import bodies, completions, contexts, errors, explaining, page, response_api, tokens
 from megalodon.serving.asking import Asking
 from megalodon.serving.auth import ApiKeys
 from megalodon.serving.calls import Service
@@ -64,6 +64,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(completions.router(asking, template))
     app.include_router(response_api.router(asking, template))
     app.include_router(tokens.router(asking, template))
+    app.include_router(explaining.router(asking))
     app.include_router(contexts.router(service, store, asking.room))
     app.include_router(page.router())
     _add_operations(app, engine, metrics)

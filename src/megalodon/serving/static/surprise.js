@@ -4,9 +4,13 @@ import {api, json, server} from "./api.js";
 import {$, element, say, short} from "./dom.js";
 import {beginning, files} from "./reading.js";
 import * as store from "./store.js";
+import {why} from "./why.js";
 
 /** Characters that are shown at once, and those before them that are read to get into the text. */
 const MOST = 2000, RUN_UP = 1000, LEVELS = 10, LEAST_TOP = 8;
+
+/** What is shown: its parts, the text that was asked about, and the part that the keyboard points at. */
+let shown = null;
 
 /** The text that the open conversation began with. */
 const source = () => store.path(store.current()?.id).find(node => node.kind === "read");
@@ -57,7 +61,8 @@ export async function look() {
     if (again) body.context = store.current().context;
     const answer = await (await api("v1/completions", json("POST", body))).json();
     const skipped = Array.from(lead).length;
-    show(parts(answer.choices[0]).filter(part => part.offset >= skipped), again);
+    shown = {parts: parts(answer.choices[0]).filter(part => part.offset >= skipped), prompt: lead + text, again, at: 0};
+    show(shown.parts, again);
   } catch (error) { say(error.message, true); }
   $("look").disabled = false;
 }
@@ -76,6 +81,31 @@ function show(found, again) {
   $("scale-top").textContent = `${top.toFixed(0)} bits or more`;
   $("heat").hidden = $("scale").hidden = false;
 }
+
+/** Show what a part was expected from. */
+async function ask(place) {
+  if (!shown || place < 1) return;
+  point(place);
+  await why(shown.parts, [...$("heat").children], shown.prompt, place);
+}
+
+function point(place) {
+  $("heat").children[shown.at]?.classList.remove("at");
+  shown.at = Math.min(Math.max(0, place), shown.parts.length - 1);
+  const letter = $("heat").children[shown.at];
+  letter.classList.add("at");
+  letter.scrollIntoView({block: "nearest"});
+}
+
+$("heat").onclick = event => {
+  const place = [...$("heat").children].indexOf(event.target);
+  if (place >= 0) ask(place);
+};
+$("heat").onkeydown = event => {
+  const steps = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (steps) { event.preventDefault(); point(shown.at + steps); }
+  if (event.key === "Enter") { event.preventDefault(); ask(shown.at); }
+};
 
 /** Another conversation was opened: what is shown must be of its text. */
 let of = null;

@@ -1,10 +1,13 @@
 """What recipes recover of a small Llama, of how many tokens: loss in its length and beyond, recall, speed, memory.
 
 Trains the teacher of configs/linearize/teacher.yaml (or goes on with it), writes it as a Transformers model, and
-applies each recipe with a share of the teacher's tokens, the same to each of its stages. Everything is kept in the
-folder: the same command goes on where it was stopped.
+applies each recipe with a share of the teacher's tokens, divided among its stages. Everything is kept in the folder,
+and the table is written after each row: the same command goes on where it was stopped, and knows rows of other calls.
 
-    python benchmarks/linearize.py --folder runs/linearize --recipes lolcats hedgehog supra --shares 0.01 0.05 0.2
+    python benchmarks/linearize.py --folder runs/linearize --shares 0.05 0.2 0.01
+    python benchmarks/linearize.py --folder runs/linearize --section decoding
+
+A recipe may be given with keys: `--recipes gecko "gecko of the next token=gecko,logits=0"`.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from _machine import describe_machine
@@ -34,6 +37,34 @@ from megalodon.training import load_config, resolve, train
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "linearize"
 BEYOND = (2, 8, 32)
 PASSAGE = 48
+PIECE = 2048
+LONG = 100_000
+LAST = 8192
+RECIPES = ["lolcats", "gecko", "supra", "lizard", "hedgehog", "distill", "mohawk"]
+BITS = 1 / math.log(2)
+
+
+class Attempt(NamedTuple):
+    """A recipe as it is applied.
+
+    Attributes:
+        label: of its rows. name: of the recipe. keys: over its defaults.
+    """
+
+    label: str
+    name: str
+    keys: list[str]
+
+    @staticmethod
+    def of(given: str) -> Attempt:
+        """From NAME, or LABEL=NAME,KEY=VALUE,..."""
+        label, equals, rest = given.partition("=")
+        name, *keys = (rest if equals else given).split(",")
+        return Attempt(label, name, keys)
+
+    def folder(self, base: Path, what: Any) -> Path:
+        """Where something of it is kept."""
+        return base / f"{self.label.replace(' ', '-')}-{what}"
 
 
 def make_teacher(folder: Path, overrides: list[str]) -> tuple[Path, Any]:
@@ -56,147 +87,218 @@ def make_teacher(folder: Path, overrides: list[str]) -> tuple[Path, Any]:
 
 
 def held_out_text(config: Any) -> torch.Tensor:
-    """The longest held-out document, as tokens."""
+    """The longest held-out document, as tokens, without its first 16,384: title and contents."""
     data = config.data
     held = prepare_documents(
         data.corpus, data.held_out, ByteTokenizer(), data.sequence_length, config.run.seed, data.cache_folder
     )[1]
     longest = max(range(len(held)), key=lambda number: held.lengths[number])
-    return torch.from_numpy(held.tokens(longest).astype("int64"))
+    return torch.from_numpy(held.tokens(longest).astype("int64"))[16_384:]
 
 
 @torch.inference_mode()
-def nats(model: Any, rows: torch.Tensor, first: int) -> float:
-    """The mean loss of the tokens of rows [B, L] from place `first` on, read in pieces with a state."""
-    state, total, count = None, 0.0, 0
-    for start in range(0, rows.shape[1] - 1, 2048):
-        piece = rows[:, start : start + 2048]
-        output = model(piece, past_key_values=state, use_cache=True)
+def losses(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """The loss of each token of rows [B, L] but the first, in bits, read in pieces with a state: [B, L - 1]."""
+    state, found = None, []
+    for start in range(0, rows.shape[1] - 1, PIECE):
+        output = model(rows[:, start : start + PIECE], past_key_values=state, use_cache=True)
         state = output.past_key_values
-        targets = rows[:, start + 1 : start + 2049]
-        losses = F.cross_entropy(output.logits[:, : targets.shape[1]].transpose(1, 2), targets, reduction="none")
-        kept = losses[:, max(first - start - 1, 0) :]
-        total, count = total + float(kept.double().sum()), count + kept.numel()
-    return total / count
+        targets = rows[:, start + 1 : start + PIECE + 1]
+        logits = output.logits[:, : targets.shape[1]].transpose(1, 2)
+        found.append(F.cross_entropy(logits, targets, reduction="none") * BITS)
+    return torch.cat(found, 1)
 
 
 def quality(model: Any, text: torch.Tensor, length: int, budget: int) -> dict[str, float]:
-    """Bits per byte inside the length, far beyond it, and of a passage that was read half a length before."""
-    bits = 1 / math.log(2)
-    found = {"inside": bits * nats(model, rows_of(text, length, budget), 1)}
+    """Bits per byte inside the length, far beyond it, and of a passage that was read half a length before.
+
+    Beyond the length the tokens are the same ones whatever the multiple: those of the second half of the longest row,
+    as second halves of rows of each length.
+    """
+    rows = text[: budget // length * length].view(-1, length)
+    found = {"inside": float(losses(model, rows).double().mean())}
+    longest = max(BEYOND) * length
     for times in BEYOND:
-        rows = rows_of(text, times * length, budget)
-        found[f"at {times}x"] = bits * nats(model, rows, times * length // 2)
-    rows = rows_of(text, length, budget)
-    gap = length // 2
+        size = times * length
+        starts = range(longest // 2 - size // 2, longest - size + 1, size // 2)
+        rows = torch.stack([text[start : start + size] for start in starts])
+        found[f"at {times}x"] = float(losses(model, rows)[:, size // 2 - 1 :].double().mean())
+    rows, gap = text[: budget // length * length].view(-1, length), length // 2
     again = torch.cat([rows[:, :gap], rows[:, :PASSAGE]], 1)  # the beginning once more
-    found["recall"] = bits * nats(model, again, gap + 8)
+    found["recall"] = float(losses(model, again)[:, gap + 7 :].double().mean())
     return found
 
 
-def rows_of(text: torch.Tensor, length: int, budget: int) -> torch.Tensor:
-    """At most `budget` tokens of a text in rows of this length, one at least."""
-    count = max(1, min(budget, len(text)) // length)
-    if len(text) < length:
-        raise SystemExit(f"the longest held-out document has {len(text)} bytes: {length} are read at once")
-    return text[: count * length].view(count, length)
+def flatness(model: Any, text: torch.Tensor, length: int) -> dict[str, float]:
+    """Bits per byte of the last tokens of a long text, and of the same tokens with a length of text before them."""
+    whole = losses(model, text[None, : LONG + 1])[:, -LAST:]
+    short = losses(model, text[None, LONG + 1 - LAST - length : LONG + 1])[:, -LAST:]
+    return {"after all": float(whole.double().mean()), "after a length": float(short.double().mean())}
 
 
 @torch.inference_mode()
-def speed(model: Any, text: torch.Tensor, length: int) -> dict[str, float]:
-    """Tokens a second of decoding after `length` tokens, and the bytes of what is remembered there."""
-    source = text.repeat(-(-length // len(text)))[None, :length]
-    state = None
-    for piece in source.split(2048, dim=1):
+def read(model: Any, text: torch.Tensor, length: int) -> Any:
+    """The state after `length` tokens."""
+    source, state = text.repeat(-(-length // len(text)))[None, :length], None
+    for piece in source.split(PIECE, dim=1):
         state = model(piece, past_key_values=state, use_cache=True, logits_to_keep=1).past_key_values
-    seconds = []
-    for step in range(24):
-        begin = time.perf_counter()
-        state = model(source[:, step : step + 1], past_key_values=state, use_cache=True).past_key_values
-        seconds.append(time.perf_counter() - begin)
-    return {"tokens/s": 1 / sorted(seconds[4:])[10], "bytes": state.nbytes}
+    return state
+
+
+@torch.inference_mode()
+def decoding(models: dict[str, Any], text: torch.Tensor, length: int, steps: int = 24) -> dict[str, dict[str, float]]:
+    """Tokens a second of each model after `length` tokens, step by step in turn, and the bytes of its state."""
+    states = {name: read(model, text, length) for name, model in models.items()}
+    bytes_of = {name: state.nbytes for name, state in states.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for step in range(steps):
+        for name, model in models.items():
+            begin = time.perf_counter()
+            output = model(text[None, step : step + 1], past_key_values=states[name], use_cache=True)
+            states[name] = output.past_key_values
+            seconds[name].append(time.perf_counter() - begin)
+    return {
+        name: {"tokens/s": 1 / sorted(each[4:])[(steps - 4) // 2], "bytes": bytes_of[name]}
+        for name, each in seconds.items()
+    }
 
 
 def once(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured, now or before."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(measure()))
+        write_atomically(file, json.dumps(measure(), indent=1) + "\n")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def apply(name: str, share: float, llama: Path, config: Any, options: Any, text: torch.Tensor) -> list[dict[str, Any]]:
-    """A recipe with a share of the teacher's tokens: its rows of the table."""
-    recipe, length = recipe_of(name), config.data.sequence_length
-    tokens = int(share * config.run.steps * config.data.batch_size * length)
-    data = config.data
+def job_of(attempt: Attempt, share: float, llama: Path, config: Any, options: Any) -> Any:
+    """The linearisation of a recipe with a share of the teacher's tokens."""
+    recipe, data = recipe_of(attempt.name), config.data
+    tokens = int(share * config.run.steps * data.batch_size * data.sequence_length)
     keys = [
-        f"data.sequence_length={length}",
+        f"data.sequence_length={data.sequence_length}",
         f"data.batch_size={data.batch_size}",
         f"data.corpus.source={data.corpus.source}",
         *options.set,
     ]
     keys = [key for key in keys if key.partition("=")[0].partition(".")[0] in recipe.config.model_fields]
-    stages = read_config(recipe.config, CONFIGS / "demo.yaml", keys).stage_sections()
-    keys += [f"{stage}.tokens={tokens // len(stages)}" for stage in stages]
-    out = options.folder / f"{name}-{share}"
-    job = plan(llama, out, recipe, read_config(recipe.config, CONFIGS / "demo.yaml", keys))
+    stages = recipe.stages(read_config(recipe.config, CONFIGS / "demo.yaml", [*keys, *attempt.keys]))
+    keys += [f"{stage.name}.tokens={tokens // len(stages)}" for stage in stages]
+    settings = read_config(recipe.config, CONFIGS / "demo.yaml", [*keys, *attempt.keys])
+    return plan(llama, attempt.folder(options.folder, share), recipe, settings)
+
+
+def bare(attempt: Attempt, job: Any, options: Any) -> Path:
+    """The model before anything is learned."""
+    folder = attempt.folder(options.folder, "bare")
+    if not folder.is_dir():
+        arguments = (job.recipe, job.config, job.teacher, job.tokenizer, {}, job.replaced, 0)
+        write_folder(folder, lambda empty: assemble(empty, *arguments))
+    return folder
+
+
+def apply(attempt: Attempt, share: float, llama: Path, config: Any, options: Any, text: torch.Tensor) -> None:
+    """A recipe with a share of the teacher's tokens: its rows of the table, as files."""
+    job = job_of(attempt, share, llama, config, options)
+    models = {"nothing learned": (0.0, bare(attempt, job, options))}
+    begin = time.process_time()
     if linearize(job):
         raise SystemExit("interrupted and saved: the same command goes on")
-    models = {"all stages": out}
-    if any(isinstance(stage, Transfer) for stage in job.stages) and len(job.stages) > 1:
-        models = {"transfer": out / "linearize" / "student", **models}
-    if share == options.shares[0]:
-        bare = options.folder / f"{name}-bare"
-        if not bare.is_dir():
-            arguments = (recipe, job.config, job.teacher, job.tokenizer, {}, job.replaced, 0)
-            write_folder(bare, lambda empty: assemble(empty, *arguments))
-        models = {"nothing learned": bare, **models}
-    rows = []
-    for stage, folder in models.items():
-        file = options.folder / "measured" / f"{name}-{share}-{stage.replace(' ', '-')}.json"
-        found = once(file, lambda folder=folder: measure(folder, text, length, options, options.lengths))
-        rows.append({"model": name, "share": 0 if stage == "nothing learned" else share, "after": stage, **found})
-    return rows
+    seconds = time.process_time() - begin
+    if isinstance(job.stages[0], Transfer) and len(job.stages) > 1:
+        models["transfer"] = share, job.out / "linearize" / "student"
+    models["all stages"] = share, job.out
+    for after, (part, folder) in models.items():
+
+        def measure(folder: Path = folder, after: str = after, part: float = part) -> dict[str, Any]:
+            model, length = load_model(folder, "cpu", torch.float32), config.data.sequence_length
+            found: dict[str, Any] = {"model": attempt.label, "share": part, "after": after}
+            found |= quality(model, text, length, options.budget)
+            if after == "all stages":
+                found["seconds"] = seconds
+                if share == max(options.shares):
+                    found |= flatness(model, text, length)
+            return found
+
+        kept = attempt.folder(options.folder / "measured", f"{part}-{after.replace(' ', '-')}.json")
+        once(kept, measure)
+        report(config, options)
 
 
-def measure(folder: Path, text: torch.Tensor, length: int, options: Any, lengths: list[int]) -> dict[str, Any]:
-    """All numbers of a model."""
-    model = load_model(folder, "cpu", torch.float32)
-    found: dict[str, Any] = quality(model, text, length, options.budget)
-    return found | {"decoding": {str(places): speed(model, text, places) for places in lengths}}
+def report(config: Any, options: Any) -> None:
+    """Write the tables of all that was measured in the folder, by this call or others."""
+    rows = [json.loads(file.read_text(encoding="utf-8")) for file in (options.folder / "measured").glob("*.json")]
+    places = {"nothing learned": 0, "transfer": 1, "all stages": 2}
+    rows.sort(key=lambda row: (row["model"] != "teacher", row["model"], row["share"], places.get(row["after"], 0)))
+    result = new_run("linearize", describe_machine(512), {key: str(value) for key, value in vars(options).items()})
+    speeds = {
+        file.stem: json.loads(file.read_text(encoding="utf-8")) for file in (options.folder / "decoding").glob("*.json")
+    }
+    result |= {"rows": rows, "decoding": speeds}
+    length, data, model = config.data.sequence_length, config.data, config.model
+    told = [
+        f"The teacher: a Llama of {model.num_layers} layers and width {model.model_dim} on bytes, trained on "
+        f"{config.run.steps * data.batch_size * length:,} tokens in rows of {length}.",
+        "",
+        f"Bits per byte of held-out text: inside the teacher's length; over the second half of rows of "
+        f"{', '.join(str(times) for times in BEYOND)} times it, the same {max(BEYOND) * length // 2:,} tokens each "
+        f"time; of {PASSAGE - 8} bytes of a passage read again after {length // 2} (recall); of the last {LAST:,} of "
+        f"{LONG:,} tokens, and of these with {length} before them. In brackets: over the teacher's inside its length.",
+        "",
+        quality_table(rows),
+    ]
+    if speeds:
+        told += ["", "Decoding of one row, one thread, models in turn:", "", decoding_table(speeds)]
+    save(
+        result, document("Recipes of linearisation on a small Llama", result, told, False), options.results, "linearize"
+    )
 
 
-def teachers(llama: Path, text: torch.Tensor, length: int, options: Any) -> dict[str, Any]:
-    """All numbers of the teacher, whose cache grows: it decodes after the first of the lengths alone."""
-    model = Teacher(llama).model()
-    found: dict[str, Any] = quality(model, text, length, options.budget)
-    return found | {"decoding": {str(places): speed(model, text, places) for places in options.lengths[:1]}}
-
-
-def table(rows: list[dict[str, Any]], lengths: list[int]) -> str:
+def quality_table(rows: list[dict[str, Any]]) -> str:
     """One line a model."""
-    names = ["inside", *(f"at {times}x" for times in BEYOND), "recall"]
-    header = ["model", "tokens, of the teacher's", "after", *names]
-    header += [f"{what} at {places:,}" for places in lengths for what in ("tokens/s", "state, MB")]
+    names = ["inside", *(f"at {times}x" for times in BEYOND), "recall", "after all", "after a length"]
+    header = ["model ", "tokens, of the teacher's", "after ", *names[:-2], f"last of {LONG:,}", "these after a length"]
+    base = next((row["inside"] for row in rows if row["model"] == "teacher"), None)
     lines = []
     for row in rows:
-        cells = [row["model"], f"{row['share']:.0%}", row["after"], *(f"{row[name]:.3f}" for name in names)]
+        cells = [f"{row[name]:.3f}" if name in row else "" for name in names]
+        if base is not None and row["model"] != "teacher":
+            cells[0] += f" ({row['inside'] / base - 1:+.1%})"
+        share = "" if row["model"] == "teacher" else f"{row['share']:.0%}"
+        lines.append([row["model"], share, row["after"], *cells])
+    return markdown_table(header, lines)
+
+
+def decoding_table(speeds: dict[str, dict[str, dict[str, float]]]) -> str:
+    """One line a model: tokens a second, times the teacher's, megabytes of state, by how many tokens were read."""
+    lengths = sorted(speeds, key=int)
+    header = ["model "]
+    for places in lengths:
+        header += [f"tokens/s after {int(places):,}", "times the teacher's", "state, MB"]
+    names = list(dict.fromkeys(name for places in lengths for name in speeds[places]))
+    lines = []
+    for name in names:
+        cells = [name]
         for places in lengths:
-            found = row["decoding"].get(str(places))
-            cells += ["-", "-"] if found is None else [f"{found['tokens/s']:.0f}", f"{found['bytes'] / 1e6:.2f}"]
+            found, teacher = speeds[places].get(name), speeds[places].get("teacher")
+            if found is None:
+                cells += ["", "", ""]
+                continue
+            times = "" if teacher is None else f"{found['tokens/s'] / teacher['tokens/s']:.1f}"
+            cells += [f"{found['tokens/s']:.0f}", times, f"{found['bytes'] / 1e6:.2f}"]
         lines.append(cells)
     return markdown_table(header, lines)
 
 
 def main() -> None:
-    """Do what is missing, and write the table."""
+    """Do what is missing, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/linearize"))
-    parser.add_argument("--recipes", nargs="+", default=["hedgehog", "lolcats", "supra"])
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.01, 0.05, 0.2])
+    parser.add_argument("--section", choices=["quality", "decoding"], default="quality")
+    parser.add_argument("--recipes", nargs="+", type=Attempt.of, default=[Attempt.of(name) for name in RECIPES])
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.2, 0.01], help="in this order")
     parser.add_argument("--lengths", nargs="+", type=int, default=[16384, 100_000], help="decode after so many tokens")
-    parser.add_argument("--budget", type=int, default=65536, help="tokens that a loss is measured on")
+    parser.add_argument("--budget", type=int, default=16384, help="tokens that losses inside the length are of")
     parser.add_argument("--teacher", nargs="*", default=[], help="keys over configs/linearize/teacher.yaml")
     parser.add_argument(
         "--set", nargs="*", default=[], help="keys over configs/linearize/demo.yaml, where recipes have them"
@@ -206,23 +308,32 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     llama, config = make_teacher(options.folder, options.teacher)
     text, length = held_out_text(config), config.data.sequence_length
-    file = options.folder / "measured" / "teacher.json"
-    rows = [{"model": "teacher", "share": 1, "after": "", **once(file, lambda: teachers(llama, text, length, options))}]
-    result = new_run("linearize", describe_machine(), {k: str(v) for k, v in vars(options).items()})
-    for name in options.recipes:
-        for share in options.shares:
-            rows += apply(name, share, llama, config, options, text)
-            told = (
-                f"Bits per byte of held-out text: inside the teacher's length ({length} tokens), over the second half "
-                f"of rows of {', '.join(str(times) for times in BEYOND)} times it, and of the beginning of a row read "
-                f"again after {length // 2} tokens, but for its first 8 (recall). Decoding is of one row."
-            )
-            result["rows"] = rows
-            page = document(
-                "Recipes of linearisation on a small Llama", result, [told, table(rows, options.lengths)], False
-            )
-            save(result, page, options.results, "linearize")
-    print(table(rows, options.lengths))
+    if len(text) <= max(LONG, max(BEYOND) * length):
+        raise SystemExit(f"the longest held-out document has {len(text):,} bytes: {LONG:,} are read at once")
+    if options.section == "decoding":
+        for places in options.lengths:
+
+            def measure(places: int = places) -> dict[str, Any]:
+                models: dict[str, Any] = {}
+                if places == min(options.lengths):  # whose memory grows
+                    models["teacher"] = Teacher(llama).model()
+                for attempt in options.recipes:
+                    job = job_of(attempt, max(options.shares), llama, config, options)
+                    models[attempt.label] = load_model(bare(attempt, job, options), "cpu", torch.float32)
+                return decoding(models, text, places)
+
+            once(options.folder / "decoding" / f"{places}.json", measure)
+            report(config, options)
+        return
+    told = {"model": "teacher", "share": 1.0, "after": ""}
+    once(
+        options.folder / "measured" / "teacher.json",
+        lambda: told | quality(Teacher(llama).model(), text, length, options.budget),
+    )
+    report(config, options)
+    for share in options.shares:
+        for attempt in options.recipes:
+            apply(attempt, share, llama, config, options, text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Memory of attention transfer with one block at a time, beside all of them and beside training one block alone.
 
-Draws a Llama of each depth, runs two steps of `lolcats` in a process of its own, and samples the process's anonymous
+Draws a Llama of each depth, runs two steps of a recipe in a process of its own, and samples the process's anonymous
 memory, which mapped weights are no part of. What a process holds before its first step is taken off.
 
     python benchmarks/linearize_memory.py --width 512 --layers 4 16
@@ -22,6 +22,8 @@ from _report import RESULTS, document, markdown_table, new_run, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalodon.data import ByteTokenizer
+from megalodon.linearize import plan, read_config, recipe_of
+from megalodon.linearize.memory import predicted
 
 WORKER = """
 import sys, threading, time
@@ -56,7 +58,8 @@ def pupils(*arguments):
 run.pupils = pupils
 thread = threading.Thread(target=watch, daemon=True)
 teacher, out, *keys = sys.argv[1:]
-recipe = recipe_of("lolcats")
+recipe, *keys = keys
+recipe = recipe_of(recipe)
 try:
     linearize(plan(Path(teacher), Path(out), recipe, read_config(recipe.config, None, keys)))
 except Stop:
@@ -65,10 +68,10 @@ print(peak - base)
 """
 
 
-def peak_of(teacher: Path, out: Path, keys: list[str]) -> int:
+def peak_of(teacher: Path, out: Path, recipe: str, keys: list[str]) -> int:
     """Bytes above what the process held before the first group of blocks was read."""
     done = subprocess.run(
-        [sys.executable, "-c", WORKER, str(teacher), str(out), *keys],
+        [sys.executable, "-c", WORKER, str(teacher), str(out), recipe, *keys],
         capture_output=True,
         text=True,
         check=True,
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", type=int, default=[4, 16])
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--recipe", default="lolcats")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     rows, found = [], []
@@ -112,11 +116,15 @@ def main() -> None:
                     f"memory.layers_at_once={held}",
                     "evaluation.every=null",
                 ]
-                peak = peak_of(teacher, place / f"out-{layers}-{held}", keys)
-                found.append({"layers": layers, "layers_at_once": held, "peak": peak, "activations": activations})
-                rows.append([str(layers), held, f"{peak / 1e6:.0f}", f"{activations / 1e6:.1f}"])
+                out, recipe = place / f"out-{layers}-{held}", recipe_of(options.recipe)
+                said = predicted(plan(teacher, out, recipe, read_config(recipe.config, None, keys)))[0]
+                peak, foretold = peak_of(teacher, out, options.recipe, keys), said.weights + said.step
+                found.append({"layers": layers, "layers_at_once": held, "peak": peak, "predicted": foretold})
+                rows.append(
+                    [str(layers), held, *(f"{x / 1e6:.0f}" for x in (peak, foretold)), f"{activations / 1e6:.1f}"]
+                )
                 print(rows[-1], flush=True)
-    header = ["layers", "layers_at_once", "peak, MB", "one batch of activations, MB"]
+    header = ["layers", "layers_at_once", "peak, MB", "predicted, MB", "one batch of activations, MB"]
     settings = {key: value for key, value in vars(options).items() if key != "results"}
     result = new_run("linearize_memory", describe_machine(), settings)
     result["rows"] = found

@@ -1,4 +1,4 @@
-"""mohawk, lizard and distill, from teacher to model: what begins how, what moves when, and that losses fall."""
+"""mohawk, lizard, distill and gecko, from teacher to model: what begins how, what moves when, and that losses fall."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ STAGES = {
     "mohawk": ["matrix", "hidden", "finetune"],
     "lizard": ["transfer", "finetune"],
     "distill": ["matrix", "finetune"],
+    "gecko": ["transfer", "finetune"],
 }
 
 
@@ -44,6 +45,8 @@ def begun(teacher: Path, recipe: str, keys: list[str]) -> tuple[Any, Any]:
         ("lizard", ["window=8", "sinks=2"]),
         ("distill", ["mix=true"]),
         ("distill", ["student=gated_delta", "mix=true", "copy_projections=false"]),
+        ("gecko", ["chunk_size=4"]),
+        ("gecko", ["chunk_size=4", "lora=null", "logits=0", "next_token=1"]),
     ],
 )
 def test_from_teacher_to_model(recipe: str, own: list[str], teacher: Path, given: list[str], tmp_path: Path) -> None:
@@ -109,8 +112,37 @@ def test_lizards_open_questions_are_keys(teacher: Path, given: list[str]) -> Non
     assert torch.allclose(turned[:, 0], straight[:, 0]) and not torch.allclose(turned[:, 5:], straight[:, 5:])
 
 
+def test_gecko_begins_as_the_teacher_with_a_window(teacher: Path, given: list[str], tmp_path: Path) -> None:
+    """Its first two chunks are the teacher's, exactly, until weights of the teacher move; what it learns is new."""
+    keys = [*given, "chunk_size=8", "transfer.tokens=1024", "finetune.tokens=256", "lora.rank=2"]
+    out = run(teacher, tmp_path / "out", "gecko", keys)
+    student, whole = load_model(out / "linearize" / "student", "cpu"), Teacher(teacher).model()
+    theirs, own = whole.state_dict(), student.state_dict()
+    new = {name for name in own if "memory_maps" in name or ("gate_proj" in name and ".mixer." in name)}
+    assert all(torch.equal(own[name], theirs[name]) for name in own if name not in new)
+    assert all(own[name].any() for name in new), "maps and gate have moved"
+    x = torch.randint(0, 256, (2, 40))
+    with torch.no_grad():
+        found, wanted = student(x).logits, whole(x).logits
+    assert (found - wanted)[:, :16].abs().max() < 1e-5 * wanted.abs().max()
+    assert (found - wanted)[:, 16:].abs().max() > 1e-3 * wanted.abs().max()
+    final = load_model(out, "cpu").state_dict()
+    assert all(not torch.equal(final[name], own[name]) for name in new), "they move beside the adapters"
+    changed = {name for name in own if not torch.equal(final[name], own[name])} - new
+    assert changed and all(name.rpartition(".mixer.")[2][1:] == "_proj.weight" for name in changed)
+
+
+def test_geckos_memory_rests_if_asked(teacher: Path, given: list[str], tmp_path: Path) -> None:
+    keys = [*given, "chunk_size=8", "transfer.tokens=256", "finetune.tokens=256", "train_memory=false"]
+    out = run(teacher, tmp_path / "out", "gecko", keys)
+    before, after = (load_model(folder, "cpu").state_dict() for folder in (out / "linearize" / "student", out))
+    assert all(torch.equal(before[name], after[name]) for name in before if "memory_maps" in name)
+
+
 def test_bad_input_is_named(teacher: Path, given: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one of the weights must be more than 0"):
         run(teacher, tmp_path / "out", "distill", [*given, "next_token=0", "logits=0", "hidden=0"])
     with pytest.raises(ValueError, match=r"student: input should be .gla. or .gated_delta."):
         run(teacher, tmp_path / "out", "distill", [*given, "student=mamba"])
+    with pytest.raises(ValueError, match=r"chunk_size: .*greater than or equal to 1"):
+        run(teacher, tmp_path / "out", "gecko", [*given, "chunk_size=0"])

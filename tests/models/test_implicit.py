@@ -28,6 +28,7 @@ MIXERS = {
     "mamba2": {"state_size": 8, "head_dim": 16, "groups": 2},
     "megalodon": {"chunk_size": 8, "cema_ndim": 4},
     "gecko": {"chunk_size": 4, "cema_ndim": 4},
+    "window_memory": {"chunk_size": 4},
 }
 SIZES = {
     **{"num_layers": 2, "model_dim": 16, "z_dim": 8, "value_dim": 32, "num_heads": 2, "ffn_hidden_dim": 16},
@@ -40,7 +41,9 @@ def model_of(name: str) -> CausalLM:
     torch.manual_seed(1)
     model: CausalLM
     if name in MIXERS:
-        groups = {"num_key_value_heads": 2} if name in ("attention", "sliding_attention", "gla") else {}
+        groups = (
+            {"num_key_value_heads": 2} if name in ("attention", "sliding_attention", "gla", "window_memory") else {}
+        )
         sizes = {"num_layers": 2, "model_dim": 16, "num_heads": 4, "vocab_size": 32, **groups}
         model = KinForCausalLM(KinConfig(mixers=name, mixer_parameters={name: MIXERS[name]}, **sizes))
     elif name == "Megalodon":

@@ -21,7 +21,11 @@ def linearize(
     recipe: Annotated[str, typer.Option(help="how; docs/linearize.md says which when")] = "lolcats",
     config: Annotated[Path | None, typer.Option(help="a YAML file of keys; KEY=VALUE go over it")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check everything, print the settings with nothing left open, and stop")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="check everything, print the settings with nothing left open and the memory of the transfer, and stop",
+        ),
     ] = False,
 ) -> None:
     """Keep a Transformer's weights and lose its cache. A run that was interrupted goes on where it was.
@@ -33,6 +37,7 @@ def linearize(
 
     from megalodon.linearize import linearize as run
     from megalodon.linearize import plan, read_config, recipe_of
+    from megalodon.linearize.memory import predicted
     from megalodon.training import DivergedError
 
     chosen = recipe_of(recipe)
@@ -40,6 +45,8 @@ def linearize(
     job = plan(teacher, out, chosen, settings)
     if dry_run:
         typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
+        for stage in predicted(job):
+            typer.echo(f"# memory of {stage}")
         return
     try:
         stop = run(job)

@@ -78,6 +78,12 @@ class Linearization:
         """Of the teacher's weights and of activations, while layers learn."""
         return torch.bfloat16 if self.settings.run.precision == "bfloat16" else torch.float32
 
+    def groups(self) -> list[range]:
+        """The layers that are in memory together while they learn, as far as the last that is replaced."""
+        end = self.replaced[-1] + 1
+        size = self.settings.memory.layers_at_once or end
+        return [range(first, min(first + size, end)) for first in range(0, end, size)]
+
 
 def plan(teacher: Path, out: Path, recipe: Recipe, settings: LinearizeConfig) -> Linearization:
     """Check everything before any work.
@@ -269,19 +275,12 @@ def _parts(job: Linearization, config: TrainConfig, texts: corpora.Texts, model:
     )
 
 
-def _groups(job: Linearization) -> list[range]:
-    """The layers that are in memory together, as far as the last that is replaced."""
-    end = job.replaced[-1] + 1
-    size = job.settings.memory.layers_at_once or end
-    return [range(first, min(first + size, end)) for first in range(0, end, size)]
-
-
 def _group_folder(folder: Path, layers: range, groups: int) -> Path:
     return folder if groups == 1 else folder / f"layers-{layers.start:03d}-{layers.stop - 1:03d}"
 
 
 def _transfer(job: Linearization, stage: Transfer, folder: Path, number: int) -> StopRequest:
-    groups, stop = _groups(job), StopRequest()
+    groups, stop = job.groups(), StopRequest()
     earlier = _trained(job, number - 1)
     for layers in groups:
         run = RunFolder(_group_folder(folder, layers, len(groups)))
@@ -310,7 +309,7 @@ def _transfer(job: Linearization, stage: Transfer, folder: Path, number: int) ->
 def _trained(job: Linearization, stages: int) -> dict[str, Tensor]:
     """What the transfers among the first so many stages made of the mixers, by `LAYER.NAME`."""
     found: dict[str, Tensor] = {}
-    groups = _groups(job)
+    groups = job.groups()
     for number, stage in enumerate(job.stages[:stages], 1):
         if isinstance(stage, Transfer):
             for layers in groups:

@@ -41,6 +41,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "retention": {},
     "scout": {"segment": 4, "local_parameters": {"state_size": 4}},
     "sliding_attention": {"window": 6},
+    "window_memory": {"chunk_size": 8, "feature_dim": 6},
 }
 """Every causal mixer, with the parameters that make its windows, chunks and states as small as tests need."""
 

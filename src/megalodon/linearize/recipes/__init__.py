@@ -9,6 +9,7 @@ from megalodon.linearize.recipe import Recipe
 
 RECIPES: dict[str, str] = {
     "distill": "distill.Distill",
+    "gecko": "gecko.Gecko",
     "hedgehog": "hedgehog.Hedgehog",
     "lizard": "lizard.Lizard",
     "lolcats": "lolcats.LoLCATs",

@@ -35,20 +35,13 @@ OPTIMIZER = OptimizerConfig(learning_rate=3e-4, betas=(0.9, 0.95), weight_decay=
 SCHEDULE = ScheduleConfig(kind="cosine", end_ratio=0.1)
 
 
-class Config(LinearizeConfig):
-    """student: the mixer. next_token, logits and hidden: weights of their losses. copy_projections: begin with the
-    teacher's. mix: fit token matrices before."""
+class Likeness(LinearizeConfig):
+    """next_token, logits and hidden: weights of the whole model's losses."""
 
-    data: DataSection = packed(8, 2048)
-    student: Literal["gla", "gated_delta"] = "gla"
     next_token: float = Field(default=1.0, ge=0, description="weight of the next token's cross-entropy")
     logits: float = Field(default=1.0, ge=0, description="weight of the divergence from the teacher's distribution")
     temperature: float = Field(default=1.0, gt=0, description="of both distributions")
     hidden: float = Field(default=1.0, ge=0, description="weight of the distance of hidden states; 0: they are free")
-    copy_projections: bool = Field(default=True, description="of queries, keys, values and outputs")
-    mix: bool = Field(default=False, description="a stage before, in which token matrices are fitted")
-    matrix: StageSection = StageSection(tokens=80_000_000, optimizer=OPTIMIZER, schedule=SCHEDULE)
-    finetune: StageSection = StageSection(tokens=3_000_000_000, optimizer=OPTIMIZER, schedule=SCHEDULE)
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -57,7 +50,18 @@ class Config(LinearizeConfig):
         return found
 
 
-def objective(settings: Config) -> Callable[[Batchwise], Tensor]:
+class Config(Likeness):
+    """student: the mixer. copy_projections: begin with the teacher's. mix: fit token matrices before."""
+
+    data: DataSection = packed(8, 2048)
+    student: Literal["gla", "gated_delta"] = "gla"
+    copy_projections: bool = Field(default=True, description="of queries, keys, values and outputs")
+    mix: bool = Field(default=False, description="a stage before, in which token matrices are fitted")
+    matrix: StageSection = StageSection(tokens=80_000_000, optimizer=OPTIMIZER, schedule=SCHEDULE)
+    finetune: StageSection = StageSection(tokens=3_000_000_000, optimizer=OPTIMIZER, schedule=SCHEDULE)
+
+
+def objective(settings: Likeness) -> Callable[[Batchwise], Tensor]:
     """The weighted sum of what is asked for."""
 
     def loss(both: Batchwise) -> Tensor:

@@ -3,7 +3,7 @@
 import {api, json, server} from "./api.js";
 import {$, say, short} from "./dom.js";
 
-const LEVELS = 10, SHOWN = 3;
+const LEVELS = 10, SHOWN = 3, APART = 12;
 
 /** The share of each part of a text in what the last one was expected from: tokens' shares by the characters they begin at. */
 export function shares({text_offset, relevance}, parts) {
@@ -30,10 +30,12 @@ export async function why(parts, letters, prompt, place) {
     letter.title = found[at] === null || at >= place ? "not looked at" : `${(found[at] * 100).toFixed(1)} % of what it was expected from`;
   });
   const order = parts.map((_, at) => at).filter(at => at < place && found[at] !== null).sort((a, b) => found[b] - found[a]);
+  const named = [];
+  for (const at of order) if (named.length < SHOWN && named.every(other => Math.abs(other - at) >= APART)) named.push(at);
   const around = at => short(parts.slice(Math.max(0, at - 8), at + 9).map(part => part.text).join(""), 24);
   const told = answer.logprob_without, bits = value => (-value / Math.LN2).toFixed(1);
   $("heat-summary").textContent = `“${parts[place].text}” cost ${bits(answer.logprob)} bits. It was expected most from what is coloured, around ` +
-    order.slice(0, SHOWN).map(at => `“${around(at)}”`).join(", ") +
+    named.map(at => `“${around(at)}”`).join(", ") +
     `. The test: while the text before it is taken away, it costs ${bits(told.most_relevant_first)} bits on average with the most relevant first, ` +
     `${bits(told.random)} in random order, ${bits(told.least_relevant_first)} with the least relevant first.`;
   $("scale").hidden = true;

@@ -33,6 +33,7 @@ MIXERS: dict[str, str] = {
     "retention": "retention.Retention",
     "scout": "scout.Scout",
     "sliding_attention": "sliding_attention.SlidingAttention",
+    "window_memory": "window_memory.WindowMemory",
 }
 """Name -> module of this folder and class, imported when it is first asked for."""
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Transformers 5.24.0: MambaForCausalLM and Mamba2ForCausalLM take everything `DataCollatorWithFlattening` can give for
-# packed documents (position_ids, seq_idx, cu_seq_lens_q ...) and ignore it: the second document reads the first, without
-# a word. BambaForCausalLM, Mamba-2 layers beside attention, refuses seq_idx where it cannot keep to it, but with
-# position_ids alone (what the collator gives by default) it leaks as well, past its own attention, which is masked.
+# Transformers 5.24.0, without the packages mamba_ssm and causal_conv1d (on any CPU): MambaForCausalLM and
+# Mamba2ForCausalLM take everything `DataCollatorWithFlattening` can give for packed documents (position_ids, seq_idx,
+# cu_seq_lens_q ...) and ignore it: the second document reads the first. What is said of the plain path is that it "is
+# correct but much slower". BambaForCausalLM, Mamba-2 layers beside attention, refuses seq_idx there; with position_ids
+# alone, what the collator gives by default, it leaks as well.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

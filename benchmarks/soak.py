@@ -27,11 +27,13 @@ from _machine import describe_machine
 from _report import RESULTS, document, markdown_table, new_run, save
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM
+from megalodon.choices import DtypeName
 from megalodon.data import ByteTokenizer
-from megalodon.inference.loading import DtypeName
 
 USERS, WITHDRAWN = 6, 2
 MAX_BODY, MAX_UPLOAD = 20_000, 60_000
+PATIENCE = 300
+"""Seconds for an answer: the machine may be busy with other work."""
 CODES = {"timeout": 408, "overloaded": 503, "stopping": 503, "cancelled": 499, "internal_error": 500}
 """The status that each error would have had, had it not come within a stream."""
 ALLOWED = {200, 201, 400, 401, 403, 404, 405, 408, 409, 413, 429, 499, 503}
@@ -66,8 +68,12 @@ class ServerProcess:
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().split(" at ")[1].split("/ ")[0]
         self.log = folder / "log"
-        while httpx.get(f"{self.url}/ready").status_code != 200:
-            time.sleep(0.1)
+        try:
+            while httpx.get(f"{self.url}/ready", timeout=PATIENCE).status_code != 200:
+                time.sleep(0.1)
+        except httpx.HTTPError:
+            self.process.kill()
+            raise
 
     def resident(self) -> int:
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
@@ -77,7 +83,7 @@ class ServerProcess:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
     def gauge(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", timeout=PATIENCE).text
         return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"megalodon_{name} "))
 
     def wait_until_idle(self) -> bool:
@@ -93,7 +99,7 @@ class User:
 
     def __init__(self, number: int, url: str, key: str) -> None:
         self.random, self.number = random.Random(number), number
-        self.client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=300)
+        self.client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=PATIENCE)
         self.expected: list[tuple[dict[str, Any], str]] = []
         self.contexts: list[str] = []
         self.statuses: Counter[int] = Counter()

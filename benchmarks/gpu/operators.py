@@ -60,9 +60,10 @@ class Sizes:
     check_dim: int = 256
     check_heads: tuple[int, int, int] = (2, 256, 2048)  # as timed, so that nothing is compiled for the checks alone
     check_heads_float32: tuple[int, int, int] = (2, 128, 512)  # its kernels take no wider keys
+    check_rows: int = 2
 
 
-TINY = Sizes(16, 4, 2, 16, 32, ((2, 8),), (16,), (128,), 128, (1, 2), 16, 21, 16, (2, 16, 32), (2, 16, 32))
+TINY = Sizes(16, 4, 2, 16, 32, ((2, 8),), (16,), (128,), 128, (1, 2), 16, 21, 16, (1, 16, 32), (1, 16, 32), 1)
 
 Inputs = dict[str, Tensor]
 
@@ -108,27 +109,27 @@ def attention_inputs(
 
 def check_cases(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[str, Inputs, Inputs, Callable[..., Any]]]:
     """(operator, inputs of a new sequence, the state that another continues, the operator)."""
-    length, dim, chunk = sizes.check_length, sizes.check_dim, sizes.check_length // 3
+    rows, length, dim, chunk = sizes.check_rows, sizes.check_length, sizes.check_dim, sizes.check_length // 3
     heads = sizes.check_heads if dtype == torch.bfloat16 else sizes.check_heads_float32
-    state = torch.randn(2, dim, COMPONENTS, device=DEVICE, dtype=torch.complex64)
-    yield "cema", cema_inputs(2, length, dim, dtype), {"initial_state": state}, ops.cema
+    state = torch.randn(rows, dim, COMPONENTS, device=DEVICE, dtype=torch.complex64)
+    yield "cema", cema_inputs(rows, length, dim, dtype), {"initial_state": state}, ops.cema
     moments = {
-        "count": torch.randint(1, 5000, (2,), device=DEVICE),
-        "mean": torch.randn(2, 4, device=DEVICE),
-        "var": torch.rand(2, 4, device=DEVICE) + 0.5,
+        "count": torch.randint(1, 5000, (rows,), device=DEVICE),
+        "mean": torch.randn(rows, 4, device=DEVICE),
+        "var": torch.rand(rows, 4, device=DEVICE) + 0.5,
     }
-    yield "timestep_norm", norm_inputs(2, length, dim, dtype), moments, partial(ops.timestep_norm, num_groups=4)
+    yield "timestep_norm", norm_inputs(rows, length, dim, dtype), moments, partial(ops.timestep_norm, num_groups=4)
     decayed = {name: value.clone() for name, value in moments.items()}
     decay_norm = partial(ops.timestep_decay_norm, num_groups=4)
-    yield "timestep_decay_norm", norm_inputs(2, length, dim, dtype), decayed, decay_norm
-    prefix = attention_inputs(2, chunk // 2, *heads, dtype)
+    yield "timestep_decay_norm", norm_inputs(rows, length, dim, dtype), decayed, decay_norm
+    prefix = attention_inputs(rows, chunk // 2, *heads, dtype)
     carried = {"prefix_k": prefix["k"].detach(), "prefix_v": prefix["v"].detach()}
     run = partial(ops.chunk_attention, chunk_size=chunk)
-    yield "chunk_attention", attention_inputs(2, length, *heads, dtype), carried, run
-    before = attention_inputs(2, chunk, *heads, dtype)
+    yield "chunk_attention", attention_inputs(rows, length, *heads, dtype), carried, run
+    before = attention_inputs(rows, chunk, *heads, dtype)
     window = {f"before_{x}": before[x].detach() for x in "kv"} | {f"open_{x}": prefix[x].detach() for x in "kv"}
     run = partial(ops.sliding_chunk_attention, chunk_size=chunk)
-    yield "sliding_chunk_attention", attention_inputs(2, length, *heads, dtype), window, run
+    yield "sliding_chunk_attention", attention_inputs(rows, length, *heads, dtype), window, run
 
 
 def check(report: Report, sizes: Sizes) -> None:
@@ -137,7 +138,7 @@ def check(report: Report, sizes: Sizes) -> None:
         for operator, inputs, state, run in check_cases(sizes, dtype):
             state = {k: v.requires_grad_(v.is_floating_point() or v.is_complex()) for k, v in state.items()}
             length = inputs["x" if "x" in inputs else "q"].shape[1]
-            documents = {"segment_ids": torch.randint(0, 3, (2, length), device=DEVICE).sort(1).values}
+            documents = {"segment_ids": torch.randint(0, 3, (sizes.check_rows, length), device=DEVICE).sort(1).values}
             variants = {"new": inputs, "carried state": inputs | state, "documents": inputs | state | documents}
             for case, values in variants.items():
                 names = {"operator": operator, "dtype": str(dtype).removeprefix("torch."), "case": case}

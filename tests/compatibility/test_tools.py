@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GenerationConfig,
+    TorchAoConfig,
     Trainer,
     TrainingArguments,
 )
@@ -223,20 +224,57 @@ def test_nothing_is_run_on_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(model(IDS, past_key_values=out.past_key_values).logits, model(IDS).logits)
 
 
+WIDE = {"model_dim": 128, "z_dim": 64, "value_dim": 128, "ffn_hidden_dim": 128}
+GENERATED = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"]
+    ("name", "options"),
+    [
+        ("Int8WeightOnlyConfig", {}),
+        ("IntxWeightOnlyConfig", {"weight_dtype": torch.int8}),
+        ("IntxWeightOnlyConfig", {"weight_dtype": torch.int4}),
+        ("Float8WeightOnlyConfig", {}),
+        ("Int8DynamicActivationInt8WeightConfig", {}),
+        ("Int8DynamicActivationIntxWeightConfig", {"weight_dtype": torch.int4}),
+    ],
 )
-def test_torchao_weights_decode_as_they_read(name: str) -> None:
+def test_torchao_weights_decode_as_they_read_and_load_again(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    model = tiny(model_dim=128, z_dim=64, value_dim=128, ffn_hidden_dim=128)
-    quantization.quantize_(model, getattr(quantization, name)())
-    given = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    out = model.generate(IDS, **given)
+    tiny(**WIDE).save_pretrained(tmp_path / "model")
+    config = TorchAoConfig(getattr(quantization, name)(**options))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config).eval()
+    assert type(model.lm_head.weight) is torch.nn.Parameter and "torchao" in type(model_weight(model)).__module__
+    out = model.generate(IDS, **GENERATED)
     assert model(IDS[:, :0], use_cache=True).past_key_values.get_seq_length() == 0
     if "Dynamic" not in name:  # whose rounding of activations depends on how many there are
         whole = model(out.sequences[:, :-1], use_cache=False).logits[:, -8:]
         torch.testing.assert_close(torch.stack(out.logits, 1), whole, rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def model_weight(model: MegalodonForCausalLM) -> torch.Tensor:
+    return next(module.weight for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear))
+
+
+@torch.no_grad()
+def test_torchao_int4_for_gpus_decodes_or_is_refused_by_torchao_itself() -> None:
+    """`Int4WeightOnlyConfig` needs a library of its own, which torchao asks for before it touches a weight."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = tiny(**WIDE)
+    before = model(IDS).logits
+    try:
+        quantization.quantize_(model, quantization.Int4WeightOnlyConfig())
+    except ImportError as reason:
+        assert "mslk" in str(reason)
+        assert torch.equal(model(IDS).logits, before)
+    else:
+        out = model.generate(IDS, **GENERATED)
+        whole = model(out.sequences[:, :-1], use_cache=False).logits[:, -8:]
+        torch.testing.assert_close(torch.stack(out.logits, 1), whole, rtol=1e-2, atol=1e-2)
 
 
 @torch.no_grad()

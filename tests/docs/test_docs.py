@@ -1,40 +1,21 @@
-"""README and docs: links lead somewhere, snippets run, commands and their options exist, every page is in the site."""
+"""README and docs: links lead somewhere, snippets run, every page is in the site."""
 
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 import yaml
+from pages import BLOCK, PAGES, ROOT, blocks, name
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM
 from megalodon.data import ByteTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "benchmarks" / "README.md",
-    *(ROOT / "docs").rglob("*.md"),
-]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def name(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
-def blocks(page: Path, kind: str) -> Iterator[str]:
-    return (text for language, text in BLOCK.findall(page.read_text(encoding="utf-8")) if language == kind)
 
 
 def snippets() -> list:
@@ -42,18 +23,7 @@ def snippets() -> list:
         pytest.param(text, id=f"{name(page)}-{number}")
         for page in PAGES
         for number, text in enumerate(blocks(page, "python"))
-        if "from megalodon" in text or "import megalodon" in text
     ]
-
-
-def commands() -> list:
-    found = []
-    for page in PAGES:
-        for text in blocks(page, "sh"):
-            for line in text.replace("\\\n", " ").splitlines():
-                if line.strip().startswith("megalodon "):
-                    found.append(pytest.param(line.strip(), id=f"{name(page)}-{line.strip()[:60]}"))
-    return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -90,19 +60,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_snippets_run(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
-
-
-@pytest.mark.parametrize("line", commands())
-def test_commands_and_their_options_exist(line: str) -> None:
-    words = shlex.split(line.partition("#")[0].partition("|")[0])
-    module = import_module(f"megalodon.cli.{words[1]}")
-    command = typer.main.get_command(module.app)
-    words = words[2:]
-    while hasattr(command, "commands"):
-        command = command.commands[words.pop(0)]
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    used = {word.partition("=")[0] for word in words if word.startswith("--")}
-    assert used <= known | {"--help"}
 
 
 @pytest.mark.slow

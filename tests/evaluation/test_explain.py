@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from megalodon import KinConfig, KinForCausalLM, MegalodonConfig, MegalodonForCausalLM
+from megalodon import GeckoConfig, GeckoForCausalLM, KinConfig, KinForCausalLM, MegalodonConfig, MegalodonForCausalLM
 from megalodon.cli import main
 from megalodon.data import ByteTokenizer
-from megalodon.evaluation.explain import explain
+from megalodon.evaluation.explain import explain, gradients_of
 from megalodon.evaluation.induction import evaluate_induction
 from megalodon.evaluation.passkey import evaluate_passkey
 from megalodon.models import CausalLM
@@ -137,6 +137,45 @@ def test_relevance_finds_what_an_answer_stands_on() -> None:
         loss.backward()
         optimizer.step()
     model.eval()
-    found = [explain(model, np.tile(np.random.RandomState(i).permutation(16)[:10], 2), 16) for i in range(8)]
+    texts = [np.tile(np.random.RandomState(i).permutation(16)[:10], 2) for i in range(8)]
+    found = [explain(model, text, 16) for text in texts]
     areas = {name: np.mean([each.areas()[name] for each in found]) for name in found[0].curves}
     assert areas["most_relevant_first"] < areas["random"] < areas["least_relevant_first"]
+    with pytest.raises(ValueError, match="weights='some'"):
+        explain(model, texts[0], 16, weights="some")
+
+
+@pytest.mark.parametrize("name", ["megalodon", "gecko", "attention", "mamba", "mamba2", "gla"])
+@torch.no_grad()
+def test_gradients_are_what_entries_do_to_the_log_probability(name: str) -> None:
+    """The derivative along a change of one path's outputs, against the model run with that change."""
+    torch.manual_seed(3)
+    sizes = {"num_layers": 2, "model_dim": 16, "vocab_size": 32}
+    if name in ("megalodon", "gecko"):
+        config, kind = (
+            (MegalodonConfig, MegalodonForCausalLM) if name == "megalodon" else (GeckoConfig, GeckoForCausalLM)
+        )
+        rest = {"z_dim": 8, "value_dim": 16, "num_heads": 2, "ffn_hidden_dim": 16, "cema_ndim": 4, "norm_num_groups": 4}
+        model = kind(config(**sizes, **rest, chunk_size=4)).double().eval()
+    else:
+        model = KinForCausalLM(KinConfig(mixers=name, num_heads=2, **sizes)).double().eval()
+    ids, wanted = torch.randint(0, 32, (1, 11)), 5
+    layers = model.model.implicit_attention(ids)
+    for layer, paths in enumerate(layers):
+        for number, path in enumerate(paths):
+            gradient = gradients_of(model, ids, wanted, layers)[layer][number]
+            change = torch.randn_like(path.outputs)
+            (end,) = (one for one in model.modules() if getattr(one, "weight", None) is path.weight)
+
+            def moved(by: float, end=end, change=change) -> float:
+                with end.register_forward_pre_hook(lambda _, given: (given[0] + by * change.flatten(2),)):
+                    hidden = model.model(ids).last_hidden_state[0, -1]  # float64, as the logits are not
+                    return float((model.lm_head.weight @ hidden).log_softmax(-1)[wanted])
+
+            along = (moved(1e-5) - moved(-1e-5)) / 2e-5
+            assert float((gradient * change).sum()) == pytest.approx(along, rel=1e-5, abs=1e-7)
+            assert gradient.abs().sum() > 0
+            whole = (path.applied() if path.constant is None else path.applied() - path.constant) * gradient
+            entries = path.matrix() * (gradient.flatten(2).mT[..., None] * path.values.flatten(2).mT[:, :, None])
+            assert float(entries.sum()) == pytest.approx(float(whole.sum()), rel=1e-8)
+            assert torch.allclose(path.mean_map(gradient), entries.clamp(min=0).mean(1), rtol=1e-10, atol=1e-18)

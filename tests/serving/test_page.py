@@ -391,10 +391,13 @@ def test_a_deletion_can_be_undone(page: Page, tmp_path: Path) -> None:
 
 def test_reading_can_be_stopped(page: Page, tmp_path: Path) -> None:
     (tmp_path / "endless.txt").write_text(BOOK * 5_000)
+    assert page["invite"].is_displayed() and not page["meanwhile"].is_displayed()
     page["file"].send_keys(str(tmp_path / "endless.txt"))
     page.until(lambda: page.text("tokens") != "0")
+    assert page.text("meanwhile-name") == "Reading endless.txt" and not page["invite"].is_displayed()
     page["stop-reading"].click()
     page.until(lambda: "nothing of it is kept" in page.text("status"))
+    assert page["invite"].is_displayed() and not page["meanwhile"].is_displayed()
     assert not page["now"].is_displayed() and page.text("tokens") == "0" and page.kept() == []
 
 

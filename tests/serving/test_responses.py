@@ -10,6 +10,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from openai.types.responses import ResponseFunctionToolCall, ResponseReasoningItem
 from serving_cases import Server
 
 from engine_cases import make_model
@@ -69,6 +70,85 @@ def test_what_was_answered_is_taken_back(server: Server) -> None:
         assert len(made.output[0].content[0].logprobs) == 8
         items += [*(item.model_dump() for item in made.output), {"role": "user", "content": f"And {turn}?"}]
     assert client.responses.create(input=items, **ASK).output_text
+
+
+def test_items_of_other_models_are_taken_back(serve: Callable[..., Server]) -> None:
+    """What OpenAI's clients send again of an answer that called a tool, as they write it: calls are the model's as
+    `tool_calls` of a chat are, what tools gave has role tool, and what was thought is not shown again."""
+    template = (
+        "{% for m in messages %}<{{ m.role }} {{ m.name }} {{ m.tool_call_id }}>{{ m.content }}{{ m.tool_calls }}"
+        "{% endfor %}"
+    )
+    server = serve(chat_template=template)
+    client = server.openai()
+    thought = ResponseReasoningItem(
+        id="rs_1", type="reasoning", summary=[{"text": "Look.", "type": "summary_text"}], encrypted_content="x"
+    )
+    calls = [
+        ResponseFunctionToolCall(
+            id=f"fc_{i}", type="function_call", call_id=f"c{i}", name="look", arguments='{"a": 1}', status="completed"
+        )
+        for i in range(2)
+    ]
+    said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Wait."}]}
+    items: list = [
+        {"role": "user", "content": "Hi"},
+        *(thought.model_dump(by_alias=True), said, calls[0].model_dump(by_alias=True), calls[1].to_dict()),
+        {"type": "function_call_output", "call_id": "c0", "output": "42", "status": None},
+        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "43"}]},
+        {"type": "function_call", "call_id": "c2", "name": "look", "arguments": ""},
+    ]
+    made = client.responses.create(input=items, **ASK)
+    calls_of_chat = [
+        {"id": f"c{i}", "type": "function", "function": {"name": "look", "arguments": '{"a": 1}'}} for i in range(2)
+    ]
+    last = {"id": "c2", "type": "function", "function": {"name": "look", "arguments": ""}}
+    chat = client.chat.completions.create(
+        model="tiny",
+        messages=[
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Wait.", "tool_calls": calls_of_chat},
+            {"role": "tool", "content": "42", "tool_call_id": "c0"},
+            {"role": "tool", "content": "43", "tool_call_id": "c1"},
+            {"role": "assistant", "content": None, "tool_calls": [last]},
+        ],
+        max_tokens=8,
+        seed=3,
+    )
+    assert made.output_text == chat.choices[0].message.content
+    assert made.usage.input_tokens == chat.usage.prompt_tokens
+    onward = client.responses.create(input=[items[5]], previous_response_id=made.id, **ASK)
+    assert onward.usage.input_tokens > made.usage.total_tokens
+
+
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [
+        ({"type": "web_search_call", "id": "x"}, "input.1"),
+        ({"type": 7}, "input.1"),
+        ({"type": ["message"]}, "input.1"),
+        ("x", "input.1"),
+        ({}, "input.1.role"),
+        ({"type": "message", "role": "tool", "content": "x"}, "input.1.role"),
+        ({"type": "function_call", "call_id": "c", "arguments": "{}"}, "input.1.name"),
+        ({"type": "function_call", "call_id": "c", "name": "f", "arguments": {}}, "input.1.arguments"),
+        ({"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "x": 1}, "input.1.x"),
+        ({"type": "function_call_output", "call_id": "c"}, "input.1.output"),
+        ({"type": "function_call_output", "call_id": "c", "output": 7}, "input.1.output"),
+        ({"type": "function_call_output", "output": [{"type": "input_image"}]}, "input.1.output.0.type"),
+        ({"type": "item_reference"}, "input.1.id"),
+        ({"type": "item_reference", "id": "rs_1"}, "input.1.id"),
+    ],
+)
+def test_items_that_are_refused(server: Server, item: object, param: str) -> None:
+    with server.http() as client:
+        body = {"model": "tiny", "input": [{"role": "user", "content": "x"}, item], "max_output_tokens": 2}
+        answer = client.post("/v1/responses", json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+        nothing = client.post(
+            "/v1/responses", json={**body, "input": [{"type": "reasoning", "id": "r", "summary": []}]}
+        )
+        assert nothing.status_code == 400 and nothing.json()["error"]["param"] == "input"
 
 
 @pytest.mark.parametrize(

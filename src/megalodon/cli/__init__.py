@@ -1,5 +1,5 @@
 """The `megalodon` command. One file per command: parse, call, print. Commands are listed here and imported when
-called.
+called. What a command needs, it imports when it runs, so that help and a misspelt option take no PyTorch.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import logging
 import os
 import sys
 import time
@@ -15,6 +16,10 @@ from megalodon import __version__
 
 SECONDS_FOR_THE_FIRST = 10.0
 """How long another process than the first waits before it reports bad input itself."""
+
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers of libraries that warn at their import of what is no concern of a command's: parts of torchao for other
+machines, and torchao's use of PyTorch."""
 
 COMMANDS = {
     "train": "train a model from a YAML config",
@@ -56,6 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         print(f"megalodon: no command {name!r}: {hint}", file=sys.stderr)
         raise SystemExit(2)
+    for logger in NOISY:
+        logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         importlib.import_module(f"megalodon.cli.{name}").app(rest, prog_name=f"megalodon {name}")
     except ModuleNotFoundError as error:

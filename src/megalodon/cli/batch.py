@@ -7,16 +7,16 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megalodon.inference import load_model, load_tokenizer_for
-from megalodon.inference.batch import count_lines, run_batch
-from megalodon.inference.engine import Engine
-from megalodon.inference.loading import RunDtype, torch_dtype
+from megalodon.choices import RunDtype
+
+if TYPE_CHECKING:
+    from megalodon.inference import Engine
 
 LINES = 'lines like {"prompt": "...", "max_tokens": 100}, or OpenAI\'s batch format'
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -35,6 +35,10 @@ def batch(
     dtype: Annotated[RunDtype | None, typer.Option(help="that of the weights if not given; int8: for a CPU")] = None,
 ) -> None:
     """Answer many prompts. Stopped at any time, the same command goes on where it was."""
+    from megalodon.inference import Engine, load_model, load_tokenizer_for
+    from megalodon.inference.batch import count_lines
+    from megalodon.inference.loading import torch_dtype
+
     if not source.is_file():
         raise FileNotFoundError(f"no file {source}")
     model = load_model(folder, device, torch_dtype(dtype))
@@ -54,6 +58,8 @@ def batch(
 
 
 def _run(engine: Engine, source: Path, target: Path, name: str, seed: int, update: Callable[..., None]) -> int:
+    from megalodon.inference.batch import run_batch
+
     def on_line(lines: int) -> None:
         update(completed=lines)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megalodon.inference.loading import DtypeName, torch_dtype
+from megalodon.choices import DtypeName
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -42,6 +42,7 @@ def reference(
     """The authors' implementations of Megalodon and Gecko: checkpoints of any model-parallel size, exact to the bit."""
     from megalodon.convert.folders import pretrained_to_reference, reference_to_pretrained
     from megalodon.data import load_tokenizer
+    from megalodon.inference.loading import torch_dtype
 
     if to_reference:
         if tokenizer is not None:
@@ -70,6 +71,7 @@ def checkpoint(
 ) -> None:
     """A model folder for Transformers from a sharded training checkpoint: no GPU, a gigabyte at a time."""
     from megalodon.convert.folders import checkpoint_to_pretrained
+    from megalodon.inference.loading import torch_dtype
 
     config = checkpoint_to_pretrained(source, target, torch_dtype(dtype))
     typer.echo(f"{target}: {config.num_layers} layers, model_dim {config.model_dim}, vocab_size {config.vocab_size}")

@@ -8,27 +8,21 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import megalodon
+from megalodon.choices import CorpusKind, RunDtype
 from megalodon.cli.evaluate_memory import memory
 from megalodon.cli.evaluate_recall import recall
 from megalodon.cli.evaluate_trained import induction, passkey
-from megalodon.data import Corpus, Document
-from megalodon.data.corpus import CorpusKind
-from megalodon.data.separator import Counter
-from megalodon.evaluation import Progress as Scored
-from megalodon.evaluation import TokensFile, evaluate_perplexity, plot_by_position
-from megalodon.files import write_file, write_text
-from megalodon.inference import load_model, load_tokenizer_for
-from megalodon.inference.generation import default_piece_length
-from megalodon.inference.loading import RunDtype, torch_dtype
+
+if TYPE_CHECKING:
+    from megalodon.evaluation import Progress as Scored
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -71,6 +65,16 @@ def perplexity(
     dtype: Annotated[RunDtype | None, typer.Option(help="that of the weights if not given; int8: for a CPU")] = None,
 ) -> None:
     """Loss and bits per byte of documents of any length, overall and by position, in constant memory."""
+    import torch
+
+    from megalodon.data import Corpus, Document
+    from megalodon.data.separator import Counter
+    from megalodon.evaluation import TokensFile, evaluate_perplexity, plot_by_position
+    from megalodon.files import write_file, write_text
+    from megalodon.inference import load_model, load_tokenizer_for
+    from megalodon.inference.generation import default_piece_length
+    from megalodon.inference.loading import torch_dtype
+
     wanted = {"kind": kind, "field": field, "split": split, "separator": separator, "max_documents": max_documents}
     wanted["bad_rows"] = "skip" if skip_bad_rows else "refuse"
     corpus = Corpus({"source": sources if len(sources) > 1 else sources[0], **wanted})

@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import megalodon
-from megalodon.data import Corpus
-from megalodon.evaluation.memory import CUTS, evaluate_memory
-from megalodon.evaluation.perplexity import Progress as Scored
-from megalodon.files import write_text
-from megalodon.inference import load_model, load_tokenizer_for
-from megalodon.inference.loading import RunDtype, torch_dtype
+from megalodon.choices import CUTS, RunDtype
+
+if TYPE_CHECKING:
+    from megalodon.evaluation.perplexity import Progress as Scored
 
 
 def memory(
@@ -34,6 +31,14 @@ def memory(
     dtype: Annotated[RunDtype | None, typer.Option(help="that of the weights if not given; int8: for a CPU")] = None,
 ) -> None:
     """Loss when everything, or one part of the memory, is forgotten after every so many tokens, beside never."""
+    import torch
+
+    from megalodon.data import Corpus
+    from megalodon.evaluation.memory import evaluate_memory
+    from megalodon.files import write_text
+    from megalodon.inference import load_model, load_tokenizer_for
+    from megalodon.inference.loading import torch_dtype
+
     try:
         lengths = [int(cut) for cut in cuts.split(",")]
     except ValueError:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 import megalodon
-from megalodon.data import Corpus
-from megalodon.evaluation.induction import evaluate_induction
-from megalodon.evaluation.passkey import evaluate_passkey
-from megalodon.files import write_text
-from megalodon.inference import load_model, load_tokenizer_for
-from megalodon.inference.loading import RunDtype, torch_dtype
-from megalodon.models import CausalLM
+from megalodon.choices import RunDtype
+
+if TYPE_CHECKING:
+    from megalodon.models import CausalLM
 
 Folder = Annotated[Path, typer.Argument(metavar="MODEL", help="a model's folder")]
 Output = Annotated[Path | None, typer.Option(help="write the report to this folder")]
@@ -43,6 +39,10 @@ def passkey(
     dtype: Dtype = None,
 ) -> None:
     """Ask for a number that stood once in a long text, at some depth of it: texts of any length, in constant memory."""
+    from megalodon.evaluation.passkey import evaluate_passkey
+    from megalodon.inference import load_model, load_tokenizer_for
+    from megalodon.inference.loading import torch_dtype
+
     sizes, places = lengths_of(lengths), _numbers("depths", depths)
     text = None if filler is None else _text(filler)
     if output is not None:
@@ -75,6 +75,10 @@ def induction(
     dtype: Dtype = None,
 ) -> None:
     """Read random tokens twice: the loss of the second reading, and how many of its tokens are the likeliest."""
+    from megalodon.evaluation.induction import evaluate_induction
+    from megalodon.inference import load_model, load_tokenizer_for
+    from megalodon.inference.loading import torch_dtype
+
     sizes = lengths_of(lengths)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -121,6 +125,8 @@ def _numbers(name: str, text: str) -> list[float]:
 
 
 def _text(source: str) -> Any:
+    from megalodon.data import Corpus
+
     corpus = Corpus({"source": source})
 
     def pieces() -> Any:
@@ -131,6 +137,8 @@ def _text(source: str) -> Any:
 
 
 def _settings(folder: Path, model: CausalLM) -> dict[str, Any]:
+    import torch
+
     return {
         "model": str(folder),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -141,6 +149,8 @@ def _settings(folder: Path, model: CausalLM) -> dict[str, Any]:
 
 
 def _written(output: Path | None, name: str, report: dict[str, Any]) -> None:
+    from megalodon.files import write_text
+
     if output is not None:
         write_text(output / name, json.dumps(report, indent=1) + "\n")
         typer.echo(f"written: {output / name}")

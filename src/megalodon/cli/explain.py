@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
-import numpy as np
 import typer
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -20,6 +19,9 @@ def explain(
     text: Annotated[str, typer.Argument(help="the text, or a file of it after @, such as @letter.txt")],
     token: Annotated[int | None, typer.Option(help="the place of the token to explain; the last if not given")] = None,
     output: Annotated[Path, typer.Option(help="the folder for explain.json, maps.npz and pictures")] = Path("explain"),
+    weights: Annotated[
+        str, typer.Option(help="of the matrices' entries: none, or gradient, what each does to the log probability")
+    ] = "none",
     seed: Annotated[int, typer.Option(help="of the random orders that removal is compared with")] = 0,
     tokenizer_name: Annotated[str | None, typer.Option("--tokenizer", help="if the model's folder holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU if not given")] = None,
@@ -28,7 +30,9 @@ def explain(
 
     Relevance is tested: the tokens before it are removed in its order, in the opposite one, and in random ones.
     """
-    from megalodon.evaluation.explain import array_name, plot_maps, plot_relevance
+    import numpy as np
+
+    from megalodon.evaluation.explain import Weights, array_name, plot_maps, plot_relevance
     from megalodon.evaluation.explain import explain as explained
     from megalodon.files import write_file, write_text
     from megalodon.inference import load_model, load_tokenizer_for
@@ -39,7 +43,7 @@ def explain(
     ids = tokenizer.encode(text)
     if len(ids) > MOST_TOKENS:
         raise ValueError(f"text: it has {len(ids):,} tokens; maps are of {MOST_TOKENS:,} at most, give a part of it")
-    found = explained(model, ids, token, seed)
+    found = explained(model, ids, token, seed, cast(Weights, weights))
     texts = [tokenizer.decode([int(i)]) for i in ids]
     output.mkdir(parents=True, exist_ok=True)
     arrays = {array_name(m): m.map for m in found.maps}
@@ -49,7 +53,10 @@ def explain(
             np.savez_compressed(file, allow_pickle=False, **arrays)
 
     write_file(output / "maps.npz", save)
-    report = {"settings": {"model": str(folder), "tokenizer": tokenizer.name, "seed": seed}, **found.report(texts)}
+    report = {
+        "settings": {"model": str(folder), "tokenizer": tokenizer.name, "weights": weights, "seed": seed},
+        **found.report(texts),
+    }
     write_text(output / "explain.json", json.dumps(report, indent=1) + "\n")
     write_file(output / "maps.png", lambda path: plot_maps(found, path))
     write_file(output / "relevance.png", lambda path: plot_relevance(found, texts, path))

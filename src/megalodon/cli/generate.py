@@ -6,25 +6,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from megalodon.data import TextFile, Tokenizer, read_text
-from megalodon.inference import (
-    Context,
-    Sampling,
-    Session,
-    StopStrings,
-    generate_text,
-    load_model,
-    load_tokenizer_for,
-)
-from megalodon.inference.loading import RunDtype, choose_device, torch_dtype
-from megalodon.models import CausalLM
-from megalodon.models.storage import check_storage
+from megalodon.choices import RunDtype
+
+if TYPE_CHECKING:
+    from megalodon.data import Tokenizer
+    from megalodon.inference import Session
+    from megalodon.models import CausalLM
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -68,6 +61,18 @@ def generate(
     ] = None,
 ) -> None:
     """Continue a text. It goes to standard output as it is made, statistics go to standard error."""
+    from megalodon.inference import (
+        Context,
+        Sampling,
+        Session,
+        StopStrings,
+        generate_text,
+        load_model,
+        load_tokenizer_for,
+    )
+    from megalodon.inference.loading import torch_dtype
+    from megalodon.models.storage import check_storage
+
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     StopStrings(stop or ())  # refuses an empty one before work starts
     text = prompt_text(prompt, prompt_file, required=context is None)
@@ -94,6 +99,7 @@ def transformer(folder: Path, attention: str, given: list[str], device: str | No
     import yaml
 
     from megalodon.convert.teachers import Teacher
+    from megalodon.inference.loading import choose_device, torch_dtype
 
     if dtype == RunDtype.int8:
         raise ValueError("--dtype int8: with --attention it must be float32 or bfloat16")
@@ -108,6 +114,8 @@ def transformer(folder: Path, attention: str, given: list[str], device: str | No
 
 def prompt_text(prompt: str | None, prompt_file: str | None, required: bool) -> Iterator[str]:
     """The prompt in pieces, from wherever it is."""
+    from megalodon.data import TextFile, read_text
+
     if prompt is not None and prompt_file is not None:
         raise ValueError("--prompt-file: a prompt was given as well; give one of them")
     if "-" in (prompt, prompt_file):

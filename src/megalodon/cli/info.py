@@ -8,14 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 import megalodon
-from megalodon import ops
-from megalodon.inference import choose_device
-from megalodon.models import all_presets, architecture, build_model, load_config
-from megalodon.ops.backend import TRITON_VERSION, cpu_multiplies_bfloat16, without_kernels
 
 WIDTH = 36
 """Columns of the names."""
@@ -40,6 +35,10 @@ def model_facts(model: str) -> list[tuple[str, str]]:
     Raises:
         ValueError: there is no such folder or size.
     """
+    import torch
+
+    from megalodon.models import all_presets, architecture, build_model, load_config
+
     presets = all_presets()
     if model in presets:
         config = presets[model].from_preset(model)
@@ -64,6 +63,12 @@ def model_facts(model: str) -> list[tuple[str, str]]:
 
 def facts() -> list[tuple[str, str]]:
     """What is shown, in order."""
+    import torch
+
+    from megalodon import ops
+    from megalodon.inference import choose_device
+    from megalodon.ops.backend import TRITON_VERSION, cpu_multiplies_bfloat16, without_kernels
+
     device = choose_device()
     rows = [
         ("megalodon", megalodon.__version__),
@@ -99,6 +104,8 @@ def cpu_name() -> str:
 
 def gpu_name(index: int) -> str:
     """Name, memory and compute capability of a GPU."""
+    import torch
+
     properties = torch.cuda.get_device_properties(index)
     memory = properties.total_memory / 2**30
     return f"{properties.name}, {memory:.1f} GiB, compute capability {properties.major}.{properties.minor}"

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megalodon.inference.loading import RunDtype
-from megalodon.models.storage import check_storage
-from megalodon.serving.launch import EngineOptions, serve_here
+from megalodon.choices import RunDtype
 from megalodon.serving.settings import Settings
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -60,6 +58,9 @@ def serve(
     dtype: Annotated[RunDtype | None, typer.Option(help="that of the weights if not given; int8: for a CPU")] = None,
 ) -> None:
     """Serve a model: /v1/completions, /v1/chat/completions, /v1/contexts, and a page at /."""
+    from megalodon.models.storage import check_storage
+    from megalodon.serving.launch import EngineOptions, serve_here
+
     settings = Settings(
         model_name=name or folder.resolve().name,
         contexts=contexts,

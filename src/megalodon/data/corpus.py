@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megalodon.choices import CorpusKind
 from megalodon.data.content import content_digest, stamps
 from megalodon.data.finding import CorpusFile, Found, find_files, is_saved_dataset, stdlib_files
 from megalodon.data.formats import compression_of
@@ -26,7 +27,6 @@ from megalodon.data.rows import READERS, Row, texts
 from megalodon.data.separator import split_at
 from megalodon.data.slices import split_parts
 
-CorpusKind: TypeAlias = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "arrow", "huggingface", "stdlib"]
 BAD_ROWS_SHOWN = 3
 
 

@@ -35,14 +35,15 @@ class Cutter:
         self.encode, self.ends = encode, ends
         self.characters, self.context = characters, context
 
-    def cut(self, pieces: Iterable[str]) -> Iterator[str]:
-        """The text in pieces of about `characters`; only the first begins it, the others go on from the one before.
+    def cut(self, pieces: Iterable[str], continues: bool = False) -> Iterator[str]:
+        """The text in pieces of about `characters`; only the first begins it, the others go on from the one before
+        (with `continues`, the first goes on too).
 
         Holds the text back from the last cut to the next place that can be one, which for text of words is near.
         """
         least = self.characters + 2 * self.context + self.characters // 8
         parts: list[str] = []
-        held, wanted, begun = 0, least, False
+        held, wanted, begun = 0, least, continues
         for piece in pieces:
             parts.append(piece)
             held += len(piece)

@@ -54,7 +54,7 @@ class PretrainedTokenizer(Tokenizer):
         if not vocabulary:
             raise ValueError(f"tokenizer {name!r} has an empty vocabulary")
         self.vocab_size = max(vocabulary.values()) + 1
-        self._backend = _plain_backend(tokenizer)
+        self._backend = plain_backend(tokenizer)
         if self._backend is None:  # a tokenizer written in Python, such as ByT5's
             identity: Any = [type(tokenizer).__name__, sorted(vocabulary.items())]
             spec: dict[str, Any] = {}
@@ -90,9 +90,9 @@ class PretrainedTokenizer(Tokenizer):
     def vocabulary(self) -> dict[str, int]:
         return dict(self._vocabulary)
 
-    def cut(self, pieces: Iterable[str]) -> Iterator[str]:
+    def cut(self, pieces: Iterable[str], continues: bool = False) -> Iterator[str]:
         """Pieces that, encoded one by one, give the ids of the whole: see `Cutter`."""
-        return Cutter(self._encode, self._ends, CUT_CHARACTERS).cut(pieces)
+        return Cutter(self._encode, self._ends, CUT_CHARACTERS).cut(pieces, continues)
 
     def _encode(self, text: str, continues: bool) -> np.ndarray:
         return self.encode_pieces([text], [continues], sized=False)[0].ids
@@ -104,7 +104,7 @@ class PretrainedTokenizer(Tokenizer):
         ends, start = set[int](), 0
         for part, backend in ((text[:head], self._inside_word), (text[head:], self._backend_for(continues))):
             if part and backend is not None:
-                ends |= {start + end for _, end in backend.encode(part, add_special_tokens=False).offsets}
+                ends |= {start + end for _, end in encoding_of(backend, part).offsets}
             start += len(part)
         return sorted(ends - {0, len(text)})
 
@@ -155,7 +155,7 @@ class PretrainedTokenizer(Tokenizer):
         if not head:
             return self.encode_pieces([text], [continues], sized)[0]
         assert self._inside_word is not None
-        encoding = self._inside_word.encode(text[:head], add_special_tokens=False)
+        encoding = encoding_of(self._inside_word, text[:head])
         ids = np.array(encoding.ids, dtype=np.int64)
         sizes = sizes_by_offsets(text[:head], encoding.offsets) if sized else None
         rest = self.encode_pieces([text[head:]], [True], sized)[0]
@@ -181,7 +181,7 @@ class PretrainedTokenizer(Tokenizer):
                 surplus = 0
         if surplus == 0:
             return sizes
-        return sizes_by_offsets(text, self._backend_for(continues).encode(text, add_special_tokens=False).offsets)
+        return sizes_by_offsets(text, encoding_of(self._backend_for(continues), text).offsets)
 
     def decode(self, ids: TokenIds) -> str:
         checked = self._check_ids(ids).tolist()
@@ -257,7 +257,7 @@ def tokenizer_from_pretrained(name: Path | str) -> Tokenizer:
 
 def _wrap(loaded: PreTrainedTokenizerBase, name: str) -> Tokenizer:
     """Ours around theirs; the saved byte tokenizer comes back as the built-in one, which is much faster."""
-    backend = _plain_backend(loaded)
+    backend = plain_backend(loaded)
     if backend is not None and isinstance(backend.model, models.BPE) and backend.get_vocab_size() == 256:
         ours = byte_tokenizer_for_transformers().backend_tokenizer
         if json.loads(backend.to_str())["model"] == json.loads(ours.to_str())["model"]:
@@ -265,15 +265,23 @@ def _wrap(loaded: PreTrainedTokenizerBase, name: str) -> Tokenizer:
     return PretrainedTokenizer(loaded, name)
 
 
-def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer | None:
-    """A copy of the library object that neither truncates nor pads and takes special tokens in text for text."""
+def encoding_of(backend: tokenizers.Tokenizer, text: str) -> Any:
+    """The library's encoding of a text. Its `encode` keeps all other threads from running meanwhile; this does not."""
+    return backend.encode_batch([text], add_special_tokens=False)[0]
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase, special: bool = False) -> tokenizers.Tokenizer | None:
+    """A copy of the library object that neither truncates nor pads; None for a tokenizer written in Python.
+
+    `special`: special tokens in a text stand for themselves; else they are text.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         return None
     copy = tokenizers.Tokenizer.from_str(backend.to_str())
     copy.no_truncation()
     copy.no_padding()
-    copy.encode_special_tokens = True
+    copy.encode_special_tokens = not special
     return copy
 
 

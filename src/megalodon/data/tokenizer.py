@@ -83,10 +83,11 @@ class Tokenizer(ABC):
     def save(self, folder: Path | str) -> None:
         """Write the files from which `load_tokenizer` and Transformers' `AutoTokenizer` load this tokenizer."""
 
-    def cut(self, pieces: Iterable[str]) -> Iterator[str]:
+    def cut(self, pieces: Iterable[str], continues: bool = False) -> Iterator[str]:
         """The same text cut where encoding the pieces one by one equals encoding the whole.
 
-        A tokenizer that knows no such places keeps the text whole, and so needs memory for all of it.
+        A tokenizer that knows no such places keeps the text whole, and so needs memory for all of it. `continues`:
+        the text goes on from some before.
         """
         if text := "".join(pieces):
             yield text
@@ -95,18 +96,18 @@ class Tokenizer(ABC):
         """Ids [n] int64 of a text (bytes are taken as UTF-8), without special tokens."""
         return self.encode_batch([text if isinstance(text, str) else text.decode()])[0]
 
-    def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+    def encode_stream(self, pieces: Iterable[str], continues: bool = False) -> Iterator[np.ndarray]:
         """Ids of a text that arrives in pieces; together they equal `encode` of the whole. Constant memory where
-        `cut` can cut."""
-        for encoded in self.encode_stream_sized(pieces):
+        `cut` can cut. `continues`: the text goes on from some before, as for `encode_pieces`."""
+        for encoded in self.encode_stream_sized(pieces, continues):
             yield encoded.ids
 
-    def encode_stream_sized(self, pieces: Iterable[str]) -> Iterator[Encoded]:
+    def encode_stream_sized(self, pieces: Iterable[str], continues: bool = False) -> Iterator[Encoded]:
         """As `encode_stream`, with the bytes of text that each id stands for. No more is read than is needed for the
         first ids; then pieces are put together in ever larger groups, so that a library can use all cores."""
         group: list[str] = []
-        characters, wanted, begun = 0, 1, False
-        for text in self.cut(pieces):
+        characters, wanted, begun = 0, 1, continues
+        for text in self.cut(pieces, continues):
             group.append(text)
             characters += len(text)
             if characters >= wanted:
@@ -204,7 +205,7 @@ class ByteTokenizer(Tokenizer):
     def vocabulary(self) -> dict[str, int]:
         return {"\0": 0} | {BYTE_TO_CHARACTER[byte]: byte for byte in range(1, 256)}
 
-    def cut(self, pieces: Iterable[str]) -> Iterator[str]:
+    def cut(self, pieces: Iterable[str], continues: bool = False) -> Iterator[str]:
         for piece in pieces:
             yield from (piece[start : start + CUT_CHARACTERS] for start in range(0, len(piece), CUT_CHARACTERS))
 

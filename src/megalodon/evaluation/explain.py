@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalodon.models import CausalLM
+from megalodon.models.implicit import Path
 
 STEPS = 10
 RANDOM_ORDERS = 3
+
+Weights = Literal["none", "gradient"]
+"""What entries of the matrices are taken times: nothing, or how much the target's log probability changes with each."""
 
 
 @dataclass(frozen=True)
@@ -72,35 +77,47 @@ def array_name(layer_map: LayerMap) -> str:
     return f"layer{layer_map.layer}.{layer_map.name}"
 
 
-@torch.inference_mode()
-def explain(model: CausalLM, ids: np.ndarray, target: int | None = None, seed: int = 0) -> Explanation:
+@torch.no_grad()
+def explain(
+    model: CausalLM, ids: np.ndarray, target: int | None = None, seed: int = 0, weights: Weights = "none"
+) -> Explanation:
     """Explain a token of a text by the tokens before it.
 
     Each layer's map, the mean over channels of the matrix' positive part, and the identity are normalised
     to rows that sum to one and multiplied over layers; the row that predicts the target is the relevance.
+    With `weights="gradient"` a layer's map is scaled to a largest entry of one first.
 
     Args:
         model: in evaluation mode.
         ids: int64 [L].
         target: its place, 1 or more; None for the last.
         seed: of the random orders that removal is compared with.
+        weights: of the matrices' entries.
 
     Raises:
-        ValueError: target is none that there is, or a layer is not written as an implicit attention matrix.
+        ValueError: target is none that there is, there are no such weights, or a layer is not written as an implicit
+            attention matrix.
     """
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights={weights!r}: they are {' or '.join(get_args(Weights))}")
     target = len(ids) - 1 if target is None else target
     if not 1 <= target < len(ids):
         raise ValueError(f"token: {target} must be from 1 to {len(ids) - 1}: the text has {len(ids)} tokens")
     before = torch.from_numpy(np.ascontiguousarray(ids[:target])).to(model.device)[None]
     layers = model.model.implicit_attention(before)
+    gradients = None if weights == "none" else gradients_of(model, before, int(ids[target]), layers)
     maps: list[LayerMap] = []
     rollout = torch.eye(target, dtype=torch.float64)
     for number, paths in enumerate(layers):
-        means = [path.mean_map()[0] for path in paths]
+        given = [None] * len(paths) if gradients is None else gradients[number]
+        means = [path.mean_map(gradient)[0] for path, gradient in zip(paths, given, strict=True)]
         for path, mean in zip(paths, means, strict=True):
             error = (path.applied() - path.outputs).abs().max() / path.outputs.abs().max().clamp_min(1e-30)
             maps.append(LayerMap(number, path.name, mean.float().cpu().numpy(), float(error)))
-        step = torch.stack(means).sum(0).double().cpu() + torch.eye(target, dtype=torch.float64)
+        step = torch.stack(means).sum(0).double().cpu()
+        if gradients is not None:
+            step /= step.max().clamp_min(torch.finfo(step.dtype).tiny)
+        step += torch.eye(target, dtype=torch.float64)
         rollout = step / step.sum(-1, keepdim=True) @ rollout
     relevance = rollout[-1].numpy()
     orders: dict[str, list[np.ndarray]] = {
@@ -115,6 +132,37 @@ def explain(model: CausalLM, ids: np.ndarray, target: int | None = None, seed: i
     }
     whole = curves["random"][0]
     return Explanation(np.asarray(ids), target, whole, maps, relevance, curves)
+
+
+def gradients_of(model: CausalLM, before: Tensor, wanted: int, layers: Sequence[Sequence[Path]]) -> list[list[Tensor]]:
+    """The gradients [1, L, H, e] of log p(wanted), after `before` [1, L], with respect to every path's outputs.
+
+    A path ends in a linear layer: what its result does to the rest of the model, carried back through its weight.
+    """
+    linear = {id(module.weight): module for module in model.modules() if isinstance(module, nn.Linear)}
+    ends = [[linear[id(path.weight)] for path in paths] for paths in layers]
+    results: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _: Any, result: Tensor) -> Tensor:
+        results[module] = result = result if result.requires_grad else result.requires_grad_()
+        return result
+
+    handles = [module.register_forward_hook(keep) for module in {module for each in ends for module in each}]
+    try:
+        with torch.enable_grad():
+            logits: Tensor = model(before, use_cache=False, logits_to_keep=1).logits[0, -1]
+            found = torch.autograd.grad(logits.log_softmax(-1)[wanted], list(results.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    of = dict(zip(results, found, strict=True))
+    return [
+        [
+            (of[module].to(path.weight.dtype) @ path.weight).reshape(path.outputs.shape)
+            for path, module in zip(paths, each, strict=True)
+        ]
+        for paths, each in zip(layers, ends, strict=True)
+    ]
 
 
 def _curve(model: CausalLM, before: np.ndarray, wanted: int, order: np.ndarray) -> list[float]:

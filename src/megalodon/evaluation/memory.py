@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from megalodon.choices import CUTS
 from megalodon.data import Document, Tokenizer
 from megalodon.evaluation.perplexity import Progress, evaluate_perplexity
 from megalodon.models import CausalLM
 
-CUTS = (256, 1024, 4096, 16384, 65536)
 NEAR = 0.005
 """Bits a byte (nats a token where bytes are unknown) within which a loss counts as no worse."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from megalodon.choices import RunDtype
 from megalodon.data import Tokenizer, check_vocabulary, load_tokenizer, same_tokens
 from megalodon.models import CausalLM, architecture, build_model, load_config
 from megalodon.models.layers.int8 import quantize
 from megalodon.parallel.sharded import read_weights, sharded_checkpoint, weight_shapes
-
-
-class DtypeName(StrEnum):
-    """The dtypes that weights are written in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class RunDtype(StrEnum):
-    """The dtypes that a model runs in. In int8 are the weights of linear layers alone, on a CPU."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    int8 = "int8"
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

@@ -55,8 +55,13 @@ class Path:
         assert total is not None
         return total.flatten(1, 2)
 
-    def mean_map(self) -> Tensor:
-        """[B, L, L]: the mean over channels of the matrix' positive part, as published."""
+    def mean_map(self, gradient: Tensor | None = None) -> Tensor:
+        """[B, L, L]: the mean over channels of the matrix' positive part, as published.
+
+        Args:
+            gradient: [B, L, H, e], of a number with respect to `outputs`. Each entry is then taken times the number's
+                derivative with respect to it, which is its output's gradient times its value.
+        """
         first = self.terms[0][0]
         total = first.new_zeros(first.shape[0], *first.shape[2:])
         heads, channels = self.values.shape[2:]
@@ -65,6 +70,8 @@ class Path:
                 one = torch.zeros_like(total)
                 for matrix, gate in self.terms:
                     one += matrix[:, head] if gate is None else matrix[:, head] * gate[:, :, head, channel, None]
+                if gradient is not None:
+                    one = one * gradient[:, :, head, channel, None] * self.values[:, None, :, head, channel]
                 total += one.clamp(min=0)
         return total / (heads * channels)
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megalodon.data.pretrained import PretrainedTokenizer
+from megalodon.data.special_text import SpecialText
 from megalodon.data.tokenizer import Tokenizer
 from megalodon.serving.errors import ApiError
-from megalodon.serving.prompts import AT_ONCE, pieces
+from megalodon.serving.prompts import pieces
 from megalodon.serving.schemas import Message
 from megalodon.serving.texts import Prompt
 
@@ -94,9 +92,9 @@ class ChatTemplate:
             ValueError: if it is no template.
         """
         self._tokenizer, self._given = tokenizer, template
-        self._own = None
+        self._own = self._special = None
         if isinstance(tokenizer, PretrainedTokenizer) and (template or tokenizer.transformers.chat_template):
-            self._own = tokenizer.transformers
+            self._own, self._special = tokenizer.transformers, SpecialText(tokenizer)
         self.stops = PLAIN_STOPS if template is None and self._own is None else ()
         try:
             as_transformers = template is not None  # which drops the newline after a block
@@ -118,7 +116,8 @@ class ChatTemplate:
                 variables["continue_final_message"] = template.last_goes_on
                 write: Any = self._own.apply_chat_template
                 text = write(plain, tokenize=False, chat_template=self._given, **variables)
-                return Written(self._encoded(str(text)), self._marks(str(text), plain))
+                assert self._special is not None
+                return Written(self._special.encode(str(text)), self._marks(str(text), plain))
             text = self._template.render(messages=plain, **variables)
             if template.last_goes_on:
                 text = _cut_after(text, plain[-1]["content"])
@@ -141,42 +140,10 @@ class ChatTemplate:
             end = place + len(said)
             if place < 0 or text[end - min(len(said), FOUND_BY) : end] != said[-FOUND_BY:]:
                 return tuple(marks)
-            tokens += len(self._tokenizer.encode(text[begin:end]))
+            tokens += sum(map(len, self._tokenizer.encode_stream(pieces(text[begin:end]))))
             marks.append(tokens)
             begin = end
         return tuple(marks)
-
-    def _encoded(self, text: str) -> np.ndarray:
-        """Ids of a text in which special tokens stand for themselves, as Transformers has them.
-
-        Long texts are cut at their special tokens, where every tokenizer cuts, and encoded in pieces if ours can.
-        """
-        assert self._own is not None
-        special = self._cuts()
-        if len(text) <= AT_ONCE or special is None:
-            return np.asarray(self._own.encode(text, add_special_tokens=False), dtype=np.int32)
-        ids: list[np.ndarray] = []
-        for place, part in enumerate(special.split(text)):
-            if place % 2:
-                ids.append(np.array([self._own.convert_tokens_to_ids(part)]))
-            else:
-                ids += self._tokenizer.encode_stream(pieces(part))
-        return np.concatenate(ids).astype(np.int32)
-
-    def _cuts(self) -> re.Pattern[str] | None:
-        """Matches special tokens; None if there is more to how they are found than their text."""
-        assert self._own is not None
-        added = list(self._own.added_tokens_decoder.values())
-        simple = all(token.special and not (token.lstrip or token.rstrip or token.single_word) for token in added)
-        backend = getattr(self._own, "backend_tokenizer", None)
-        if not added or not simple or backend is None:
-            return None
-        spec = json.loads(backend.to_str())
-        splitting = json.dumps(spec["pre_tokenizer"])
-        if spec["normalizer"] is not None or "prepend_scheme" in splitting or '"add_prefix_space": true' in splitting:
-            return None  # what a part gives depends on where it stands
-        longest_first = sorted((re.escape(token.content) for token in added), key=len, reverse=True)
-        return re.compile(f"({'|'.join(longest_first)})")
 
 
 def _described(message: Message) -> dict[str, Any]:

@@ -25,7 +25,15 @@ from megalodon.serving.errors import ERRORS, ApiError, from_exception
 from megalodon.serving.formats import logprobs_of
 from megalodon.serving.generating import Job, Outcome, Running, chained, gather, is_large, unless_disconnected
 from megalodon.serving.responses import HoldingResponse, json_answer, json_steps
-from megalodon.serving.schemas import Message, ResponsesRequest, SaveContext
+from megalodon.serving.schemas import (
+    InputCall,
+    InputCallOutput,
+    InputReasoning,
+    InputReference,
+    Message,
+    ResponsesRequest,
+    SaveContext,
+)
 from megalodon.serving.texts import LongText
 
 LOGPROBS = "message.output_text.logprobs"
@@ -104,6 +112,8 @@ async def _job(asking: Asking, template: ChatTemplate, owner: str, body: Respons
         messages: list[Message] = [Message(role="user", content=body.input)]
     else:
         messages = await to_thread.run_sync(_resolved, asking.store, owner, body.input)
+        if not messages:
+            raise ApiError(400, "input: nothing in it is for the model", "invalid_value", "input")
     if body.instructions is not None:
         messages = [Message(role="system", content=body.instructions), *messages]
     written = await to_thread.run_sync(template.write, messages, Template(body.context is not None))
@@ -134,17 +144,33 @@ def _resolved(store: ContextStore, owner: str, items: Any) -> list[Message]:
     """
     messages: list[Message] = []
     for place, item in enumerate(items):
-        if item.type != "item_reference":
-            messages.append(item)
-            continue
-        try:
-            record = _kept(store, owner, f"resp_{item.id.removeprefix('msg_')}")
-        except ApiError:
-            param = f"input.{place}.id"
-            raise ApiError(400, f"{param}: no item {item.id[:80]!r} is kept", "item_not_found", param) from None
-        content = json.loads(record.note)["output"][0]["content"]
-        messages.append(Message(role="assistant", content="".join(part["text"] for part in content)))
+        match item:
+            case InputReasoning():
+                continue
+            case InputReference():
+                message = Message(role="assistant", content=_referred(store, owner, item.id, f"input.{place}.id"))
+            case InputCall() | InputCallOutput():
+                message = item.as_message()
+            case _:
+                message = item
+        before = messages[-1] if messages else None
+        if isinstance(item, InputCall) and before is not None and before.role == "assistant":
+            # what an answer said and the calls that it made are one message
+            messages[-1] = before.model_copy(
+                update={"tool_calls": [*(before.tool_calls or ()), *(message.tool_calls or ())]}
+            )
+        else:
+            messages.append(message)
     return messages
+
+
+def _referred(store: ContextStore, owner: str, name: str, param: str) -> str:
+    try:
+        record = _kept(store, owner, f"resp_{name.removeprefix('msg_')}")
+    except ApiError:
+        raise ApiError(400, f"{param}: no item {name[:80]!r} is kept", "item_not_found", param) from None
+    content = json.loads(record.note)["output"][0]["content"]
+    return "".join(part["text"] for part in content)
 
 
 async def _keep(store: ContextStore, job: Job, outcome: Outcome, name: str, made: dict[str, Any]) -> None:

@@ -5,9 +5,18 @@ Each field is honoured, ignored or refused by name (`fields`); a field that is n
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
 from megalodon.inference.context_store import NAME
 from megalodon.inference.sampling import LEAST, Sampling
@@ -369,25 +378,92 @@ class ChatRequest(Generating, _Templated):
 # --- responses --------------------------------------------------------------------------------------------------------
 
 
-class InputItem(Message):
-    """An item of `input`: a message, as a person writes it or as an answer had it, or a kept answer by its id."""
+class InputMessage(Message):
+    """A message, as a person writes it or as an answer had it."""
 
-    role: Literal["system", "developer", "user", "assistant"] | None = None  # type: ignore[assignment]
-    type: Literal["message", "item_reference"] = "message"
-    id: str | None = None
+    role: Literal["system", "developer", "user", "assistant"]  # type: ignore[assignment]
+    type: Literal["message"] | None = None
     status: Any = ignored("they are complete")
     phase: Any = ignored("nothing for the model")
 
-    @model_validator(mode="after")
-    def _says_something(self) -> InputItem:
-        if self.type == "item_reference":
-            if self.id is None or self.content is not None:
-                raise ValueError("an item_reference needs the field id alone")
-        elif self.role is None:
-            raise ValueError("a message needs the field role")
-        elif self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of role {self.role} needs content")
-        return self
+
+class InputReference(Strict):
+    """A kept answer, by its id."""
+
+    type: Literal["item_reference"]
+    id: Annotated[str, Field(max_length=256)]
+
+
+class InputCall(Strict):
+    """A call of a tool, as other models make it: for the model it is one of `tool_calls`."""
+
+    type: Literal["function_call"]
+    name: Annotated[str, Field(max_length=256)]
+    arguments: Written
+    call_id: str
+    namespace: str | None = None
+    id: Any = ignored("items are told apart by their place")
+    status: Any = ignored("they are complete")
+    caller: Any = ignored("nothing for the model")
+    async_: Any = Field(None, alias="async", json_schema_extra={"policy": "ignored"})
+
+    def as_message(self) -> Message:
+        """It, as chats have it."""
+        name = self.name if self.namespace is None else f"{self.namespace}.{self.name}"
+        called = {"name": name, "arguments": self.arguments}
+        return Message(role="assistant", tool_calls=[{"id": self.call_id, "type": "function", "function": called}])
+
+
+class InputCallOutput(Strict):
+    """What a tool gave: for the model a message of role `tool`."""
+
+    type: Literal["function_call_output"]
+    output: Text | Annotated[list[Part], Field(min_length=1, max_length=4096, fail_fast=True)]
+    call_id: str | None = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    namespace: Any = ignored("the call has it")
+    id: Any = ignored("items are told apart by their place")
+    status: Any = ignored("they are complete")
+    caller: Any = ignored("nothing for the model")
+
+    def as_message(self) -> Message:
+        """It, as chats have it."""
+        return Message(role="tool", content=self.output, tool_call_id=self.call_id, name=self.name)
+
+
+class InputReasoning(BaseModel):
+    """What a model thought: not shown to the model again, whatever it holds."""
+
+    type: Literal["reasoning"]
+
+
+ITEMS: dict[str, type[BaseModel]] = {
+    "message": InputMessage,
+    "item_reference": InputReference,
+    "function_call": InputCall,
+    "function_call_output": InputCallOutput,
+    "reasoning": InputReasoning,
+}
+"""The items of `input` by their `type`; one without is a message. Others, of tools that are not here, are refused."""
+
+
+def _tag_of(value: Any) -> str | None:
+    """Which of `ITEMS` a value is to be; with a space, so that it is no part of a field's name in errors."""
+    kind = value.get("type") if isinstance(value, dict) else None  # the error says that an object is expected
+    kind = "message" if kind is None else kind
+    return f"an {kind}" if isinstance(kind, str) and kind in ITEMS else None
+
+
+_TAGGED: Any = Union[tuple(Annotated[model, Tag(f"an {name}")] for name, model in ITEMS.items())]  # noqa: UP007
+InputItem: TypeAlias = Annotated[
+    _TAGGED,
+    Discriminator(
+        _tag_of,
+        custom_error_type="item_type",
+        custom_error_message=f"the field type of an item is one of {', '.join(ITEMS)}",
+    ),
+]
+Items = Annotated[list[InputItem], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
 
 
 class ResponseTextFormat(JsonSchema):
@@ -406,8 +482,8 @@ class ResponseText(Strict):
 class ResponsesRequest(Generating):
     """`POST /v1/responses`."""
 
-    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)] = Field(
-        description="a text or a list of messages"
+    input: Text | Items = Field(
+        description="a text, or messages, kept answers, calls of tools and what those gave; `reasoning` is left out"
     )
     instructions: Annotated[Text, BeforeValidator(short)] | None = Field(
         None, description="a system message before the input"

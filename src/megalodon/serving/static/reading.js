@@ -20,6 +20,12 @@ function figures(states, kept) {
   draw($("plot"), states, kept, server.cache);
 }
 
+/** Show that a text is being read, in the place of the invitation to drop one in; or that none is. */
+function going(on) {
+  $("now").hidden = $("meanwhile").hidden = !on;
+  $("invite").hidden = on;
+}
+
 export const speed = rate => { $("speed").textContent = rate ? `${number(Math.round(rate))} tokens/s` : "–"; };
 
 /** The figures of the conversation that is open. */
@@ -52,12 +58,13 @@ export async function beginning(file, from = 0, most = EXCERPT) {
   return Array.from(text.replace(/^\uFFFD+|\uFFFD+$/g, "")).slice(0, most).join("");
 }
 
-/** Ask how far the reading is until it is over, and once more then. */
-async function watch(key, file, started, points, over) {
+/** Ask how far the reading is until it is over, and once more then; nothing is shown of one that was given up. */
+async function watch(key, file, started, points, over, signal) {
   for (let last = false; !last;) {
     await new Promise(wake => setTimeout(wake, over() ? 0 : 200));
     last = over();
     const now = await (await api("v1/contexts/progress/" + key)).json().catch(() => null);
+    if (signal.aborted) return;
     if (!now || !now.read || now.read === points.at(-1)?.[0]) continue;
     points.push([now.read, now.state_bytes]);
     if (points.length > MOST_POINTS) points.splice(0, points.length, ...points.filter((_, place) => place % 2 === 0));
@@ -69,19 +76,20 @@ async function watch(key, file, started, points, over) {
 }
 
 async function one(file) {
-  const key = random(), points = [], started = performance.now();
-  stopping = new AbortController();
+  const key = random(), points = [], started = performance.now(), control = new AbortController();
+  stopping = control;
   let over = false;
   $("now-text").textContent = `Reading ${file.name}`;
   $("progress").value = 0;
-  $("now").hidden = false;
+  $("meanwhile-name").textContent = `Reading ${file.name}`;
+  going(true);
   say(`reading ${file.name}`);
   view("reading");
   try {
     const query = new URLSearchParams({progress: key, name: await free(file.name)});
-    const watching = watch(key, file, started, points, () => over).catch(() => {});
+    const watching = watch(key, file, started, points, () => over, control.signal).catch(() => {});
     const headers = {"Content-Type": "text/plain"};
-    const answer = await api("v1/contexts?" + query, {method: "POST", headers, body: file, signal: stopping.signal});
+    const answer = await api("v1/contexts?" + query, {method: "POST", headers, body: file, signal: control.signal});
     const context = await answer.json();
     over = true;
     await watching;
@@ -97,11 +105,12 @@ async function one(file) {
     say(`${number(context.tokens)} tokens in ${seconds.toFixed(1)} s; what is kept of them is ${size(context.bytes)}`);
     document.dispatchEvent(new Event("read"));
   } catch (error) {
+    control.abort();
     say(error.name === "AbortError" ? `${short(file.name)}: stopped; nothing of it is kept` : error.message, error.name !== "AbortError");
   } finally {
     over = true;
     stopping = null;
-    $("now").hidden = true;
+    going(false);
     show();
   }
 }

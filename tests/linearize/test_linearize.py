@@ -17,6 +17,8 @@ from megalodon.convert.teachers import Teacher
 from megalodon.files import load_tensors
 from megalodon.inference import load_model
 from megalodon.linearize import linearize, plan, read_config, recipe_of
+from megalodon.linearize.finetune import FineTuner
+from megalodon.linearize.transfer import TransferTrainer
 
 STEPS = ["transfer.tokens=256", "finetune.tokens=128"]  # four and two steps
 
@@ -97,6 +99,29 @@ def test_the_loss_of_a_transfer_falls(teacher: Path, given: list[str], tmp_path:
         lines = (out / "linearize" / "1-transfer" / "metrics.jsonl").read_text().splitlines()
         held_out = [record["heldout_loss"] for record in map(json.loads, lines) if "heldout_loss" in record]
         assert held_out[-1] < held_out[0]
+
+
+@pytest.mark.parametrize(("stage", "trainer"), [("transfer", TransferTrainer), ("finetune", FineTuner)])
+def test_a_stage_goes_on_from_its_checkpoint(
+    stage: str, trainer: type, teacher: Path, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [*given, "transfer.tokens=256", "finetune.tokens=256", "window=8", "checkpoint.every=2"]
+    wanted = run(teacher, tmp_path / "whole", "lolcats", keys)
+    made = trainer._update
+
+    def until_the_third(self, batch):
+        if self.state.step == 3:
+            raise OSError("the machine is gone")
+        return made(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_update", until_the_third)
+        with pytest.raises(OSError, match="the machine is gone"):
+            run(teacher, tmp_path / "killed", "lolcats", keys)
+    assert list((tmp_path / "killed" / "linearize").glob(f"*-{stage}/checkpoints/step-000002"))
+    found = run(teacher, tmp_path / "killed", "lolcats", keys)
+    one, other = (load_tensors(folder / "model.safetensors") for folder in (wanted, found))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 # Forks children, each of which kills itself at one of its operations on the disk, ever later, until one

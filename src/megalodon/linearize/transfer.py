@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megalodon.convert.teachers import Teacher
 from megalodon.data import Batch, Loader
-from megalodon.files import save_tensors, write_folder
+from megalodon.files import load_tensors, save_tensors, write_folder
 from megalodon.linearize.activations import Recomputed
 from megalodon.linearize.recipe import Lesson, Recipe, Transfer, moving
 from megalodon.models.kin import KinConfig
@@ -85,6 +85,11 @@ class Pupils(nn.Module):
         if strict and (missing or result.unexpected_keys):
             raise ValueError(f"the parameters do not fit: missing {missing}, unknown {result.unexpected_keys}")
         return missing, result.unexpected_keys
+
+    def read_weights(self, folder: Path) -> tuple[list[str], list[str]]:
+        """Take what `save_pretrained` wrote: (those that are missing, those that are not known)."""
+        missing, unexpected = self.load_state_dict(load_tensors(folder / "model.safetensors"), strict=False)
+        return missing, unexpected
 
     def save_pretrained(self, folder: Path, **_: Any) -> None:
         """Write what moves, as a checkpoint has a model's weights."""

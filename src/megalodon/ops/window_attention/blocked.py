@@ -12,7 +12,7 @@ from megalodon.ops.recent import with_recent
 from megalodon.ops.window_attention.sums import WindowSums
 
 LEAST_BLOCK = 64
-"""Queries in a block, where an eighth of the window is not more: blocks of T do (T + W) / W of the work that is due."""
+"""Queries in a block, where a quarter of the window is not more: blocks of T do (T + W) / W of the work that is due."""
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, recent, layout: Layout) -> Tensor:
@@ -53,7 +53,7 @@ def _arranged(
     """Queries [B n, G, R T, d], keys [B n, G, K, d], values [B n, G, K, e], and what is seen: bool [B n or 1, 1, R T,
     K]."""
     batch, length, heads = q.shape[:3]
-    size = min(max(window // 8, LEAST_BLOCK), length) or 1
+    size = min(max(window // 4, LEAST_BLOCK), length) or 1
     count, groups = -(-length // size) or 1, heads // k.shape[2]
     unused, before = count * size - length, window - 1
     queries = F.pad(q, (0, 0, 0, 0, 0, unused)).view(batch, count, size, -1, groups, q.shape[3])

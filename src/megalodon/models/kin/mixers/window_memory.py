@@ -168,7 +168,8 @@ class WindowMemory(Projected):
             if given is not None:
                 parts = (given, given) if name.endswith("v") else given.split(sizes, -1)
                 of_attention[name], of_memory[name] = heads(parts[0]), heads(parts[1])
-        v, shared = heads(v), {"chunk_size": self.chunk_size, "layout": layout}
+        v = heads(v)
+        shared: dict[str, Any] = {"chunk_size": self.chunk_size, "layout": layout}
         scaled = q / math.sqrt(self.head_dim)
         attention = ops.sliding_chunk_attention(scaled, heads(k), v, **of_attention, **shared)
         if window is not None:

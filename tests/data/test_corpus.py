@@ -181,3 +181,23 @@ def test_the_fingerprint_follows_content_and_request(tmp_path):
     assert Corpus({"source": str(path), "max_documents": 1}).fingerprint() != first
     write(path, "abcd")
     assert Corpus({"source": str(path)}).fingerprint() != first
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 1 << 20])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, piece: int) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfhi \xef\xbb\xbf!")
+    assert texts(source=str(path))[0][1] == "hi \ufeff!"
+    with path.open("rb") as stream:
+        assert "".join(read_text(stream, "a", piece)) == "hi \ufeff!"
+    path.write_bytes(b"\xef\xbb\xbf")
+    assert texts(source=str(path))[0][1] == ""
+
+
+def test_a_field_of_plain_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("text\tbody\nhi\tho\n")
+    with pytest.raises(ValueError, match=r"field 'body' has no meaning for source .*plain text, such as .*a\.tsv"):
+        Corpus({"source": str(tmp_path / "a.tsv"), "field": "body"})
+    (tmp_path / "b.jsonl").write_text('{"body": "ho"}\n')
+    both = texts(source=[str(tmp_path / "a.tsv"), str(tmp_path / "b.jsonl")], field="body")
+    assert [text for _, text in both] == ["text\tbody\nhi\tho\n", "ho"]

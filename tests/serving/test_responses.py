@@ -180,6 +180,16 @@ def test_responses_that_are_refused(server: Server, fields: dict, param: str | N
         assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_field_that_is_only_given_back_spoils_no_answer(server: Server, stream: bool) -> None:
+    body = {"model": "tiny", "input": "x", "max_output_tokens": 2, "user": "half \ud83d", "stream": stream}
+    with server.http() as client:
+        headers = {"Content-Type": "application/json"}
+        answer = client.post("/v1/responses", content=json.dumps(body).encode(), headers=headers)
+    assert answer.status_code == 200 and '"user":"half ?"' in answer.text and '"error"' not in answer.text[:20]
+    assert "surrogates" not in answer.text
+
+
 def test_a_schema_with_many_numbers(server: Server) -> None:
     schema = {"enum": [i + 0.5 for i in range(30)]}
     text = {"format": {"type": "json_schema", "name": "n", "schema": schema}}

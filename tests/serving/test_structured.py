@@ -89,6 +89,7 @@ def test_openai_parses_into_a_model(server: Server) -> None:
         ({"structured_outputs": {"regex": "a("}}, "structured_outputs.regex"),
         ({"guided_regex": "a", "min_tokens": 3}, "min_tokens"),
         ({"guided_regex": "a" * 300_000}, "guided_regex"),
+        ({"guided_regex": "(a|b)*" * 2000}, "guided_regex"),  # which shows while it is followed
     ],
 )
 def test_what_cannot_be_kept_to_is_refused(server: Server, fields: dict, param: str) -> None:

@@ -39,7 +39,7 @@ from megalodon.data.tokenized import SIZE_DTYPE, ContentDigest, DocumentNames, T
 from megalodon.data.tokenizer import Tokenizer
 from megalodon.files import disk_errors, is_full
 
-FORMAT = 2
+FORMAT = 3
 ENVIRONMENT = "MEGALODON_CACHE"
 GROUP_CHARACTERS = 1 << 18
 

@@ -28,6 +28,8 @@ from megalodon.data.separator import split_at
 from megalodon.data.slices import split_parts
 
 BAD_ROWS_SHOWN = 3
+FIELD = "text"
+"""The field that is read where none is named."""
 
 
 class CorpusConfig(BaseModel):
@@ -45,7 +47,7 @@ class CorpusConfig(BaseModel):
     )
     kind: CorpusKind = "auto"
     field: str = Field(
-        default="text",
+        default=FIELD,
         min_length=1,
         description="the field that holds the text, where rows have fields; `meta.text` is `text` in `meta`",
     )
@@ -159,6 +161,11 @@ class Corpus:
         else:
             kind = "auto" if self.config.kind == "huggingface" else self.config.kind
             self.found = find_files(self.config.sources, kind, self.config.split)
+        if self.config.field != FIELD and self.files and all(file.kind == "text" for file in self.files):
+            raise ValueError(
+                f"corpus: field {self.config.field!r} has no meaning for source {self.config.source!r}, whose files "
+                f"are read as plain text, such as {self.files[0].name}: leave it out, or set kind to what the files are"
+            )
         self._revision = self.config.revision
 
     @property

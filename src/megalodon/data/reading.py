@@ -31,10 +31,12 @@ class TextFile:
 def read_text(stream: BinaryIO, name: str, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
     """UTF-8 text of any length from a binary stream (a file, standard input) in pieces that cut no character.
 
+    A byte order mark at its beginning says how the text is written and is no part of it.
+
     Raises ValueError naming `name` and the byte at fault where the stream holds a NUL byte or is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
+    position, begun = 0, False
     while True:
         block = stream.read(piece_bytes)
         if (nul := block.find(b"\0")) >= 0:
@@ -47,6 +49,8 @@ def read_text(stream: BinaryIO, name: str, piece_bytes: int = PIECE_BYTES) -> It
                 f"{name}: not UTF-8 text at byte {position - held + error.start} ({error.reason}): "
                 "leave binary files out, and convert text first, for example with: iconv -f latin1 -t utf-8"
             ) from None
+        if text and not begun:
+            text, begun = text.removeprefix("\ufeff"), True
         if text:
             yield text
         if not block:

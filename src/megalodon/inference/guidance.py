@@ -24,23 +24,32 @@ COMPACT = {"whitespace_flexible": False}
 """JSON without white space between its parts, which a weak model could go on with for ever."""
 
 
+class FormError(ValueError):
+    """A form that turned out, while a text was written, to be too complex to be kept to; `field` asked for it."""
+
+    def __init__(self, message: str, field: str | None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 class Grammar:
-    """A form for one tokenizer, known to be usable. Made by `Grammars`."""
+    """A form for one tokenizer, known to be usable. Made by `Grammars`; `field` is what asked for it."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         """`matcher` stands at a text's beginning, and knows what may come first."""
         self._matcher, self._vocab_size = matcher, vocab_size
+        self.field: str | None = None
 
     def follow(self) -> Follower:
         """Something that follows one text from its beginning. A copy: to make a large schema's anew takes seconds."""
-        return Follower(self._matcher.deep_copy(), self._vocab_size)
+        return Follower(self._matcher.deep_copy(), self._vocab_size, self.field)
 
 
 class Follower:
     """One text on its way through a grammar."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    def __init__(self, matcher: Any, vocab_size: int, field: str | None = None) -> None:
+        self._matcher, self._vocab_size, self._field = matcher, vocab_size, field
 
     @property
     def complete(self) -> bool:
@@ -51,7 +60,7 @@ class Follower:
         """Logits [V] with -inf for every token that cannot come next.
 
         Raises:
-            ValueError: if the grammar has become too complex to follow.
+            FormError: if the grammar has become too complex to follow.
         """
         allowed = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) > 0
         self._check()
@@ -63,14 +72,15 @@ class Follower:
         """`token` has been chosen.
 
         Raises:
-            ValueError: as `restrict`.
+            FormError: as `restrict`.
         """
         self._matcher.consume_token(token)
         self._check()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(f"the form of the answer cannot be followed: {_first_line(self._matcher.get_error())}")
+            why = f"the form of the answer is too complex to be kept to: {_first_line(self._matcher.get_error())}"
+            raise FormError(why if self._field is None else f"{self._field}: {why}", self._field)
 
 
 class Grammars:

@@ -143,16 +143,18 @@ class Failure(StrEnum):
     timeout = "timeout"
     empty = "empty"
     too_long = "too_long"
+    form = "form"
     stopping = "stopping"
     internal = "internal"
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The request ended without completing; nothing follows."""
+    """The request ended without completing; nothing follows. `field`: what in the request is at fault, if known."""
 
     failure: Failure
     message: str
+    field: str | None = None
 
 
 Event: TypeAlias = "Progress | Delta | Ended | Done | Failed"

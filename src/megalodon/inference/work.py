@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from megalodon.inference.guidance import FormError
 from megalodon.inference.reader import Reader
 from megalodon.inference.request import Done, Event, Failed, Failure, Request, Usage
 from megalodon.inference.snapshot import Snapshot
@@ -87,12 +88,12 @@ class Work:
         self._end()
         self.emit(Done(Usage(prompt_tokens, self.not_read_again, self.generated), snapshot))
 
-    def fail(self, failure: Failure, message: str) -> None:
+    def fail(self, failure: Failure, message: str, field: str | None = None) -> None:
         """It ends without completing."""
         self._end()
         if failure is not Failure.cancelled:
             self._counters.failures += 1
-        self.emit(Failed(failure, message))
+        self.emit(Failed(failure, message, field))
 
     def fail_if_over(self, now: float) -> None:
         """Fail if it was cancelled or its time is over; `now` is of `time.monotonic`."""
@@ -107,6 +108,8 @@ class Work:
             return do()
         except RefusedError as refused:
             self.fail(refused.failure, str(refused))
+        except FormError as error:
+            self.fail(Failure.form, str(error), error.field)
         except Exception as error:
             _log.exception("a request failed")
             self.fail(Failure.internal, str(error))

@@ -153,11 +153,13 @@ class Asking:
 
     def _grammar(self, param: str, form: Callable[[Grammars], Grammar]) -> Grammar:
         try:
-            return form(self._grammars)
+            grammar = form(self._grammars)
         except ImportError as error:
             raise ApiError(501, f"{param}: {error}", "not_installed", param) from None
         except (ValueError, NotImplementedError) as error:
             raise ApiError(400, f"{param}: {error}", "invalid_value", param) from None
+        grammar.field = param
+        return grammar
 
 
 def form_of(body: Generating) -> Form | None:

@@ -29,6 +29,7 @@ FAILURES = {
     Failure.timeout: (408, "timeout"),
     Failure.empty: (400, "empty_prompt"),
     Failure.too_long: (413, "prompt_too_long"),
+    Failure.form: (400, "invalid_value"),
     Failure.stopping: (503, "stopping"),
     Failure.internal: (500, "internal_error"),
 }
@@ -98,7 +99,7 @@ def from_failure(failed: Failed) -> ApiError:
     """The error for a request that the engine failed."""
     status, code = FAILURES[failed.failure]
     message = "internal error" if failed.failure is Failure.internal else failed.message
-    return ApiError(status, message, code, retry_after=5 if status == 503 else None)
+    return ApiError(status, message, code, failed.field, retry_after=5 if status == 503 else None)
 
 
 def from_exception(error: Exception) -> ApiError | None:

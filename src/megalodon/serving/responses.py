@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from anyio import to_thread
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 BLOCK = 1 << 16
@@ -34,21 +34,25 @@ class HoldingResponse(StreamingResponse):
 
 
 def json_steps(value: Any) -> Iterator[bytes]:
-    """A value as JSON in blocks. Other threads run between them, as they do not while `json.dumps` runs."""
+    """A value as JSON in blocks. Other threads run between them, as they do not while `json.dumps` runs.
+
+    Half of a surrogate pair, which a field may hold that is only given back, becomes a question mark.
+    """
     block: list[str] = []
     size = 0
     for part in _STEPS.iterencode(value):
         block.append(part)
         size += len(part)
         if size >= BLOCK:
-            yield "".join(block).encode()
+            yield "".join(block).encode(errors="replace")
             block, size = [], 0
-    yield "".join(block).encode()
+    yield "".join(block).encode(errors="replace")
 
 
 async def json_answer(value: Any, large: bool) -> Response:
     """A JSON answer; a `large` one, of many thousand numbers, is written beside the event loop."""
     if not large:
-        return JSONResponse(value)
-    written = await to_thread.run_sync(lambda: b"".join(json_steps(value)))
+        written = _STEPS.encode(value).encode(errors="replace")
+    else:
+        written = await to_thread.run_sync(lambda: b"".join(json_steps(value)))
     return Response(written, media_type="application/json")

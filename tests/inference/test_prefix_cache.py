@@ -107,7 +107,8 @@ def test_any_order_keeps_the_books(identity, tmp_path: Path) -> None:
             case 2:
                 store.follow(path, 30, [path[at][1]])
             case _:
-                assert store.get(path[at][1]) is None or path[at][1] in store
+                found = store.get(path[at][1])  # which the writer's thread may give up right after
+                assert found is None or torch.equal(found.position, kept.position)
                 store.drop(path[at][1])
     store.close()
     entries, counters = store._kept.values(), store.counters

@@ -58,6 +58,7 @@ def names(rows: Rows, *keys: str) -> list[tuple[Any, ...]]:
 # Rehearsals ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_operators(tmp_path: Path) -> None:
     found = rehearsed(tmp_path, "operators.py")
     streaming, cases = ("cema", "timestep_norm", "timestep_decay_norm"), ("new", "carried state", "documents")

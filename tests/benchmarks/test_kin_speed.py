@@ -10,6 +10,7 @@ import pytest
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_every_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     kin_speed = importlib.import_module("kin_speed")

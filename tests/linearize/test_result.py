@@ -16,6 +16,8 @@ from megalodon.linearize import linearize, plan, read_config, recipe_of
 from megalodon.serving import Settings, create_app
 from megalodon.serving.launch import EngineOptions
 
+pytestmark = pytest.mark.slow
+
 RECIPES = {"gecko": ["chunk_size=8"], "lolcats": ["window=8"], "supra": []}
 BODY = {"model": "out", "max_tokens": 12, "seed": 1, "logprobs": 0, "ignore_end": True}
 

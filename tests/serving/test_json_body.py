@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from megalodon.serving.bodies import check
 from megalodon.serving.errors import ApiError
 from megalodon.serving.json_body import MOST_DEPTH, MOST_VALUES, PIECE, parse
-from megalodon.serving.schemas import ChatRequest, CompletionRequest, ResponsesRequest
+from megalodon.serving.response_schemas import ResponsesRequest
+from megalodon.serving.schemas import ChatRequest, CompletionRequest
 from megalodon.serving.texts import LongText, Numbers, plain
 
 MEGABYTE = 1 << 20

@@ -70,7 +70,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     _add_operations(app, engine, metrics)
     bodies.describe_in(app)
     gate = {"keys": keys, "settings": settings, "metrics": metrics, "drain": app.state.drain}
-    app.add_middleware(Gate, **gate)  # type: ignore[arg-type]
+    app.add_middleware(Gate, **gate)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

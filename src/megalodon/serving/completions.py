@@ -49,7 +49,7 @@ def router(asking: Asking, template: ChatTemplate) -> APIRouter:
         """Continue one or more prompts, each after a context if one is given."""
         body = await bodies.read(http, CompletionRequest)
         most = 16 if body.max_tokens is None else body.max_tokens
-        asked = Asked(body.prompt, most, body.logprobs, stops_of(body), tell_end=True, echo=bool(body.echo))  # type: ignore[arg-type]
+        asked = Asked(body.prompt, most, body.logprobs, stops_of(body), tell_end=True, echo=bool(body.echo))
         job = await asking.job(http.state.owner, body, asked, body.saving)
         return await respond(service, store, http, job, CompletionFormat(name, tokenizer, body.logprobs))
 

@@ -17,7 +17,7 @@ from megalodon.serving.asking import Asking
 from megalodon.serving.errors import ERRORS, ApiError
 from megalodon.serving.formats import spelled
 from megalodon.serving.schemas import ExplainRequest
-from megalodon.serving.texts import LongText, Prompt
+from megalodon.serving.texts import LongText
 
 MOST_TOKENS = 256
 """Tokens, the last of a prompt, that are looked at: the maps of every channel grow with their square."""
@@ -34,7 +34,7 @@ def router(asking: Asking) -> APIRouter:
         """The relevance of each token before the last one of a text, by the layers' implicit attention."""
         body = await bodies.read(http, ExplainRequest)
         asking.check_model(body.model)
-        prompt: Prompt = body.prompt[0]  # type: ignore[index]
+        prompt = body.prompt[0]
         on_their_way.check(prompt, engine.tokenizer, service.settings.max_prompt_tokens)
         if isinstance(prompt, LongText) or len(prompt) > on_their_way.AT_ONCE:
             message = f"prompt: give at most {on_their_way.AT_ONCE:,} characters; the last {MOST_TOKENS} tokens count"

@@ -24,16 +24,15 @@ from megalodon.serving.chat import ChatTemplate, Template
 from megalodon.serving.errors import ERRORS, ApiError, from_exception
 from megalodon.serving.formats import logprobs_of
 from megalodon.serving.generating import Job, Outcome, Running, chained, gather, is_large, unless_disconnected
-from megalodon.serving.responses import HoldingResponse, json_answer, json_steps
-from megalodon.serving.schemas import (
+from megalodon.serving.response_schemas import (
     InputCall,
     InputCallOutput,
     InputReasoning,
     InputReference,
-    Message,
     ResponsesRequest,
-    SaveContext,
 )
+from megalodon.serving.responses import HoldingResponse, json_answer, json_steps
+from megalodon.serving.schemas import Message, SaveContext
 from megalodon.serving.texts import LongText
 
 LOGPROBS = "message.output_text.logprobs"

@@ -56,8 +56,8 @@ class Numbers:
         return "a list of many numbers"
 
 
-class Text:
-    """For schemas: a JSON string, as `str` or `LongText`."""
+class _Text:
+    """A JSON string."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, _: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -81,8 +81,8 @@ class Text:
         return value
 
 
-class TokenIds:
-    """For schemas: a list of token ids, as an int32 array."""
+class _TokenIds:
+    """A list of token ids."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, _: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -160,11 +160,8 @@ def at_most(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-Prompt: TypeAlias = "str | LongText | np.ndarray"
-
-
-class Prompts:
-    """For schemas: a text, token ids, or a list of up to `MOST_PROMPTS` of either; as a list of `Prompt`."""
+class _Prompts:
+    """A text, token ids, or a list of up to `MOST_PROMPTS` of either."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, _: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -172,23 +169,32 @@ class Prompts:
 
     @classmethod
     def __get_pydantic_json_schema__(cls, _: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        text, ids = {"type": "string"}, TokenIds.__get_pydantic_json_schema__(None, handler)
+        text, ids = {"type": "string"}, _TokenIds.__get_pydantic_json_schema__(None, handler)
         several = {"type": "array", "minItems": 1, "maxItems": MOST_PROMPTS}
         return {"anyOf": [text, ids, {**several, "items": text}, {**several, "items": ids}]}
 
     @staticmethod
     def _check(value: Any) -> list[Prompt]:
         if isinstance(value, str | LongText):
-            return [Text._check(value)]
+            return [_Text._check(value)]
         if isinstance(value, Numbers):
-            return [TokenIds._check(value)]
+            return [_TokenIds._check(value)]
         if not isinstance(value, list) or not value or len(value) > MOST_PROMPTS:
             wanted = f"Input should be a string, a list of token ids, or a list of 1 to {MOST_PROMPTS:,} of either"
             raise PydanticCustomError("prompts", "{wanted}", {"wanted": wanted})
         if isinstance(value[0], int | float):
-            return [TokenIds._check(value)]
-        check = Text._check if isinstance(value[0], str | LongText) else TokenIds._check
+            return [_TokenIds._check(value)]
+        check = _Text._check if isinstance(value[0], str | LongText) else _TokenIds._check
         return [check(one) for one in value]
+
+
+Text: TypeAlias = Annotated[str | LongText, _Text]
+"""For schemas: a JSON string."""
+TokenIds: TypeAlias = Annotated[np.ndarray, _TokenIds]
+"""For schemas: a list of token ids, as an int32 array."""
+Prompt: TypeAlias = str | LongText | np.ndarray
+Prompts: TypeAlias = Annotated[list[Prompt], _Prompts]
+"""For schemas: a text, token ids, or a list of up to `MOST_PROMPTS` of either."""
 
 
 def wrong_number(values: Sequence[Any], before: int) -> str | None:

@@ -43,7 +43,7 @@ def router(asking: Asking, template: ChatTemplate) -> APIRouter:
         if body.dimensions not in (None, width):
             message = f"dimensions: {body.dimensions} is not {width}, the only number that this model has"
             raise ApiError(400, message, "invalid_value", "dimensions")
-        texts: list[Prompt] = body.input  # type: ignore[assignment]
+        texts: list[Prompt] = body.input
         for text in texts:
             on_their_way.check(text, tokenizer, service.settings.max_prompt_tokens, "input")
             if on_their_way.is_empty(text):
@@ -63,7 +63,7 @@ def router(asking: Asking, template: ChatTemplate) -> APIRouter:
         if body.messages is not None:
             prompt = (await to_thread.run_sync(template.write, body.messages, Template.of(body, False))).prompt
         else:
-            prompt = body.prompt if body.prompt is not None else body.content  # type: ignore[assignment]
+            prompt = body.prompt if body.prompt is not None else body.content  # type: ignore[assignment]  # one is given
         on_their_way.check(prompt, tokenizer, service.settings.max_prompt_tokens)
         strings = bool(body.return_token_strs or body.with_pieces)
         written = _tokenized(prompt, tokenizer, service.settings.max_prompt_tokens, strings)
@@ -74,7 +74,7 @@ def router(asking: Asking, template: ChatTemplate) -> APIRouter:
         """The text of token ids."""
         body = await bodies.read(http, DetokenizeRequest)
         asking.check_model(body.model)
-        ids: np.ndarray = body.tokens  # type: ignore[assignment]
+        ids: np.ndarray = body.tokens
         on_their_way.check(ids, tokenizer, service.settings.max_prompt_tokens, "tokens")
         return StreamingResponse(_detokenized(ids, tokenizer), media_type="application/json")
 

@@ -117,8 +117,8 @@ class Uploads:
         if text is None:
             feed = TokenFeed()
         else:
-            prompts.check(text.text, service.engine.tokenizer, service.settings.max_prompt_tokens, "text")  # type: ignore[arg-type]
-            feed, passing = await prompts.feed(text.text, service.engine.tokenizer)  # type: ignore[arg-type]
+            prompts.check(text.text, service.engine.tokenizer, service.settings.max_prompt_tokens, "text")
+            feed, passing = await prompts.feed(text.text, service.engine.tokenizer)
         with (
             service.uploading(owner) if text is None else nullcontext(),
             service.call(owner, feed, None, start, keep=True, seconds=seconds) as call,

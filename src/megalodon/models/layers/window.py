@@ -48,6 +48,12 @@ class Window(NamedTuple):
             place,
         )
 
+    @staticmethod
+    def without_segments(open_: OpenChunk, before: OpenChunk, memory: Tensor, log_mass: Tensor) -> Window:
+        """Of sequences in which no BOS token starts anything."""
+        nowhere = torch.full(log_mass.shape[:1], -1, dtype=torch.int64, device=log_mass.device)
+        return Window(open_, before, memory, log_mass, nowhere, nowhere)
+
     def prefix(self) -> dict[str, Tensor | None]:
         """The keys and values as operators take them; the keys of attention and of the memory side by side."""
         has_before = self.before.filled > 0

@@ -56,9 +56,8 @@ class GeckoMemory(Memory):
 
     def window(self) -> Window:
         """What attention remembers, without segments of BOS tokens."""
-        nowhere = torch.full_like(self.count, -1)
         before = OpenChunk(self.before_keys, self.before_values)
-        return Window(OpenChunk(self.keys, self.values), before, self.working, self.log_mass, nowhere, nowhere)
+        return Window.without_segments(OpenChunk(self.keys, self.values), before, self.working, self.log_mass)
 
 
 class GeckoMixer(Mixer):

@@ -47,8 +47,7 @@ class ChunksAndMemory(Memory):
     def window(self) -> Window:
         """The same, as Gecko's attention has it."""
         before = OpenChunk(self.before_keys, self.before_values)
-        nowhere = self.log_mass.new_full(self.log_mass.shape[:1], -1, dtype=torch.int64)
-        return Window(OpenChunk(self.keys, self.values), before, self.working, self.log_mass, nowhere, nowhere)
+        return Window.without_segments(OpenChunk(self.keys, self.values), before, self.working, self.log_mass)
 
 
 class WindowMemory(Projected):

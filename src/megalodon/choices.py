@@ -23,5 +23,7 @@ class RunDtype(StrEnum):
 
 CorpusKind: TypeAlias = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "arrow", "huggingface", "stdlib"]
 """What a source of text is."""
+EntryWeights: TypeAlias = Literal["none", "gradient"]
+"""What entries of implicit attention matrices are taken times: nothing, or what each does to a log probability."""
 CUTS = (256, 1024, 4096, 16384, 65536)
 """Tokens between two places where a model forgets, for measuring what its memory is worth."""

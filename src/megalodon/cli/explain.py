@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
+
+from megalodon.choices import EntryWeights
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -20,7 +22,7 @@ def explain(
     token: Annotated[int | None, typer.Option(help="the place of the token to explain; the last if not given")] = None,
     output: Annotated[Path, typer.Option(help="the folder for explain.json, maps.npz and pictures")] = Path("explain"),
     weights: Annotated[
-        str, typer.Option(help="of the matrices' entries: none, or gradient, what each does to the log probability")
+        EntryWeights, typer.Option(help="of the matrices' entries; gradient: what each does to the log probability")
     ] = "none",
     seed: Annotated[int, typer.Option(help="of the random orders that removal is compared with")] = 0,
     tokenizer_name: Annotated[str | None, typer.Option("--tokenizer", help="if the model's folder holds none")] = None,
@@ -32,7 +34,7 @@ def explain(
     """
     import numpy as np
 
-    from megalodon.evaluation.explain import Weights, array_name, plot_maps, plot_relevance
+    from megalodon.evaluation.explain import array_name, plot_maps, plot_relevance
     from megalodon.evaluation.explain import explain as explained
     from megalodon.files import write_file, write_text
     from megalodon.inference import load_model, load_tokenizer_for
@@ -43,7 +45,7 @@ def explain(
     ids = tokenizer.encode(text)
     if len(ids) > MOST_TOKENS:
         raise ValueError(f"text: it has {len(ids):,} tokens; maps are of {MOST_TOKENS:,} at most, give a part of it")
-    found = explained(model, ids, token, seed, cast(Weights, weights))
+    found = explained(model, ids, token, seed, weights)
     texts = [tokenizer.decode([int(i)]) for i in ids]
     output.mkdir(parents=True, exist_ok=True)
     arrays = {array_name(m): m.map for m in found.maps}

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megalodon.choices import EntryWeights
 from megalodon.models import CausalLM
 from megalodon.models.implicit import Path
 
 STEPS = 10
 RANDOM_ORDERS = 3
-
-Weights = Literal["none", "gradient"]
-"""What entries of the matrices are taken times: nothing, or how much the target's log probability changes with each."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def array_name(layer_map: LayerMap) -> str:
 
 @torch.no_grad()
 def explain(
-    model: CausalLM, ids: np.ndarray, target: int | None = None, seed: int = 0, weights: Weights = "none"
+    model: CausalLM, ids: np.ndarray, target: int | None = None, seed: int = 0, weights: EntryWeights = "none"
 ) -> Explanation:
     """Explain a token of a text by the tokens before it.
 
@@ -98,8 +96,8 @@ def explain(
         ValueError: target is none that there is, there are no such weights, or a layer is not written as an implicit
             attention matrix.
     """
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights={weights!r}: they are {' or '.join(get_args(Weights))}")
+    if weights not in get_args(EntryWeights):
+        raise ValueError(f"weights={weights!r}: they are {' or '.join(get_args(EntryWeights))}")
     target = len(ids) - 1 if target is None else target
     if not 1 <= target < len(ids):
         raise ValueError(f"token: {target} must be from 1 to {len(ids) - 1}: the text has {len(ids)} tokens")

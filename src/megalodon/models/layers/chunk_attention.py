@@ -13,6 +13,7 @@ from transformers import initialization as init
 from megalodon import ops
 from megalodon.models.implicit import Path, of_probe, probe
 from megalodon.models.layers.open_chunk import OpenChunk
+from megalodon.models.layers.watch import is_plain
 from megalodon.ops.layout import Layout
 
 
@@ -59,7 +60,11 @@ class GatedChunkAttention(nn.Module):
         """
         v = F.silu(self.v_proj(n)).unflatten(-1, (self.num_heads, -1))
         o, open_chunk = self.attend(self.queries(m, turns), v, open_chunk, layout, use_cache)
-        return self.h_proj(m) + self.o_proj(self.gated(self.r_proj(m), o)), open_chunk
+        r, h = self.r_proj(m), self.h_proj(m)
+        plain = is_plain(self.o_proj, nn.Linear) and self.o_proj.bias is None
+        if plain and not (self.training and self.hidden_dropout):
+            return ops.gated_linear(r, o.flatten(-2).to(r.dtype), self.o_proj.weight, h), open_chunk
+        return h + self.o_proj(self.gated(r, o)), open_chunk
 
     def gated(self, r: Tensor, o: Tensor) -> Tensor:
         """What attention found, o [B, L, H, e], behind the gate r [B, L, V]: [B, L, V], dropped out."""
@@ -69,11 +74,9 @@ class GatedChunkAttention(nn.Module):
         """m [B, L, D] -> queries and keys, rotated, [B, L, H, d] each (SPEC: q and k share one normalised z)."""
         z = self.z_proj(m).unflatten(-1, (self.num_heads, -1))
         head_dim = z.shape[-1]
-        z = F.rms_norm(z, (head_dim,), None, self.eps)
         scale = ((self.qk_weight + 1) / math.sqrt(head_dim)).unflatten(1, (self.num_heads, head_dim))
         bias = self.qk_bias.unflatten(1, (self.num_heads, head_dim))
-        both = torch.addcmul(bias, z[..., None, :, :], scale).to(z.dtype)
-        return ops.rotate(both.flatten(-3, -2), turns).unflatten(-2, (2, self.num_heads)).unbind(-3)
+        return ops.queries_and_keys(z, scale, bias, turns, self.eps)
 
     def attend(
         self,

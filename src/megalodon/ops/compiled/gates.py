@@ -36,6 +36,17 @@ def _backward(a: Any, b: Any, grad: Any, da: Any, db: Any, first: Any, last: Any
 
 
 @loops
+def _backward_again(a: Any, b: Any, grad: Any, da: Any, db: Any, again: Any, first: Any, last: Any, kind: Any) -> Any:
+    for i in range(first, last):
+        u, v, g = _read(a, i, kind), _read(b, i, kind), _read(grad, i, kind)
+        share = float32(1) / (float32(1) + exp(-u))
+        gated = u * share
+        stored(g * gated, db, i, kind)
+        stored(gated * v, again, i, kind)
+        stored(g * v * (share + gated * (float32(1) - share)), da, i, kind)
+
+
+@loops
 def forward(t: Any) -> Any:
     """On every thread of the pool: `t` int64, laid out as `Gate`."""
     thread, threads = whose(t[Gate.number], t[Gate.team])
@@ -48,10 +59,14 @@ def forward(t: Any) -> Any:
 
 @loops
 def backward(t: Any) -> Any:
-    """The same of both gradients."""
+    """The same of both gradients, and of what the forward pass gave where that is wanted."""
     thread, threads = whose(t[Gate.number], t[Gate.team])
     first, last = share_of(t[Gate.size], thread, threads, _UNIT)
-    if t[Gate.kind] == FLOAT32:
+    if t[Gate.again] != 0:
+        _backward_again(
+            t[Gate.a], t[Gate.b], t[Gate.grad], t[Gate.da], t[Gate.out], t[Gate.again], first, last, FLOAT32
+        )
+    elif t[Gate.kind] == FLOAT32:
         _backward(t[Gate.a], t[Gate.b], t[Gate.grad], t[Gate.da], t[Gate.out], first, last, FLOAT32)
     else:
         _backward(t[Gate.a], t[Gate.b], t[Gate.grad], t[Gate.da], t[Gate.out], first, last, 1)

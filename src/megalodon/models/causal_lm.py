@@ -60,6 +60,7 @@ class StatefulModel(StatefulPreTrainedModel):
         self.final_norm = self.make_final_norm()
         self.embedding_scale = math.sqrt(config.model_dim) if getattr(config, "scale_emb", False) else 1.0
         self.gradient_checkpointing = False
+        self._sizes: list[tuple[dict[str, Any], Dimensions]] = []
         self.post_init()
 
     def make_block(self, layer: int) -> nn.Module:
@@ -277,8 +278,14 @@ class StatefulModel(StatefulPreTrainedModel):
 
     @property
     def dimensions(self) -> Dimensions:
-        """The sizes that a state must share with this model."""
-        return self.state_class.dimensions_class.of(self.config)
+        """The sizes that a state must share with this model, made anew when its config has changed."""
+        make = self.state_class.dimensions_class.of
+        if torch.compiler.is_compiling():
+            return make(self.config)
+        fields = vars(self.config)
+        if not self._sizes or self._sizes[0][0] != fields:
+            self._sizes[:] = [(dict(fields), make(self.config))]
+        return self._sizes[0][1]
 
     def empty_state(self, batch: int) -> State:
         """The state of rows that have read nothing; the network is not run, whatever its layers have become."""

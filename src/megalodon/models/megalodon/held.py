@@ -30,7 +30,8 @@ class Held:
         h: complex64 [layers, B, D, N]; each block's long memory.
         keys, values: [B, places, H, ...] of each block.
         filled: places in use.
-        table: int64 [layers + 1, len(Memory)]; where all this is, for a step that reads and writes it.
+        table: int64 [layers + 1, len(Memory)]; where the step that made it read and wrote. Its last row is the final
+            norm's.
     """
 
     __slots__ = ("_right", "filled", "h", "keys", "moments", "table", "values")
@@ -57,8 +58,9 @@ class Held:
     def successor(self, filled: int) -> Held:
         """What a step is to fill: the same chunk, all else new. Its table reads this and writes the new one."""
         moments, h, table = torch.empty_like(self.moments), torch.empty_like(self.h), self.table.copy()
-        table[:, _IN], table[:, _OUT] = _starts(self.moments).reshape(-1, 2), _starts(moments).reshape(-1, 2)
-        table[:-1, Memory.h_in], table[:-1, Memory.h_out] = _starts(self.h), _starts(h)
+        table[:, _IN], table[:, _OUT] = self.table[:, _OUT], self.table[:, _OUT] + _apart(self.moments, moments)
+        table[:, Memory.h_in] = self.table[:, Memory.h_out]
+        table[:, Memory.h_out] += _apart(self.h, h)
         return Held(moments, h, self.keys, self.values, filled, table)
 
     def emptied(self) -> Held:
@@ -90,7 +92,12 @@ class Held:
         return True
 
 
-_IN, _OUT = [Memory.mean_in, Memory.var_in], [Memory.mean_out, Memory.var_out]
+_IN, _OUT = slice(Memory.mean_in, Memory.var_in + 1), slice(Memory.mean_out, Memory.var_out + 1)
+
+
+def _apart(old: Tensor, new: Tensor) -> int:
+    """Bytes from the one to the other."""
+    return new.data_ptr() - old.data_ptr()
 
 
 def _starts(x: Tensor) -> np.ndarray:
@@ -110,6 +117,7 @@ def held_of(state: MegalodonState, offset: int, chunk_size: int, like: Tensor) -
 def _tabled(moments: Tensor, h: Tensor, chunks: Sequence[OpenChunk], filled: int) -> Held:
     keys, values = [chunk.keys for chunk in chunks], [chunk.values for chunk in chunks]
     table = np.zeros((len(chunks) + 1, len(Memory)), np.int64)
+    table[:, _OUT], table[:-1, Memory.h_out] = _starts(moments).reshape(-1, 2), _starts(h)
     table[:-1, Memory.keys :] = [chunk_row(*pair) for pair in zip(keys, values, strict=True)]
     return Held(moments, h, keys, values, filled, table)
 

@@ -33,11 +33,11 @@ class _Compiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor):
         z, scale, turns = ctx.saved_tensors
-        dz, sums = torch.empty_like(z), z.new_empty(-(-len(z) // PART), 2, *scale.shape)
+        dz, sums = torch.empty_like(z), z.new_empty(-(-len(z) // PART), 5, *scale.shape[1:])
         tensors = {"z": z, "scale": scale, "turns": turns, "q": dq.contiguous(), "k": dk.contiguous()}
         _run("tokens.queries_backward", ctx.eps, **tensors, dz=dz, sums=sums)
-        d_scale, d_bias = sums.sum(0)
-        return dz, d_scale, d_bias, None, None
+        total = sums[:, :4].sum(0)
+        return dz, total[:2], total[2:], None, None
 
 
 def _run(name: str, eps: float, **tensors: Tensor) -> None:

@@ -8,6 +8,7 @@ because keys are narrow and values wide (q, k have 256 dimensions where v has 20
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ def hidden(rows: range, keys: int, offset: int | Tensor, first: Tensor | None, d
         begin = min(rows.start + offset + 1, keys)
         if begin == keys:
             return None
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            return _triangle(len(rows), keys - begin)
         return torch.ones(len(rows), keys - begin, dtype=torch.bool, device=device).triu()
     i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     j = torch.arange(keys, device=device)
@@ -44,6 +47,12 @@ def hidden(rows: range, keys: int, offset: int | Tensor, first: Tensor | None, d
     if first is not None:
         mask = mask | (j < first[:, None, rows.start : rows.stop, None])
     return mask
+
+
+@lru_cache(maxsize=16)
+def _triangle(rows: int, columns: int) -> Tensor:
+    with torch.inference_mode(False):  # it may be read in any mode
+        return torch.ones(rows, columns, dtype=torch.bool, device="cpu").triu()
 
 
 def _strips(

@@ -36,17 +36,6 @@ def _backward(a: Any, b: Any, grad: Any, da: Any, db: Any, first: Any, last: Any
 
 
 @loops
-def _backward_again(a: Any, b: Any, grad: Any, da: Any, db: Any, again: Any, first: Any, last: Any, kind: Any) -> Any:
-    for i in range(first, last):
-        u, v, g = _read(a, i, kind), _read(b, i, kind), _read(grad, i, kind)
-        share = float32(1) / (float32(1) + exp(-u))
-        gated = u * share
-        stored(g * gated, db, i, kind)
-        stored(gated * v, again, i, kind)
-        stored(g * v * (share + gated * (float32(1) - share)), da, i, kind)
-
-
-@loops
 def forward(t: Any) -> Any:
     """On every thread of the pool: `t` int64, laid out as `Gate`."""
     thread, threads = whose(t[Gate.number], t[Gate.team])
@@ -62,10 +51,11 @@ def backward(t: Any) -> Any:
     """The same of both gradients, and of what the forward pass gave where that is wanted."""
     thread, threads = whose(t[Gate.number], t[Gate.team])
     first, last = share_of(t[Gate.size], thread, threads, _UNIT)
-    if t[Gate.again] != 0:
-        _backward_again(
-            t[Gate.a], t[Gate.b], t[Gate.grad], t[Gate.da], t[Gate.out], t[Gate.again], first, last, FLOAT32
-        )
+    if t[Gate.again] != 0:  # in float32 alone; two loops, because one with so many addresses gets no vectors
+        for begin in range(first, last, _UNIT):
+            end = min(begin + _UNIT, last)
+            _forward(t[Gate.a], t[Gate.b], t[Gate.again], begin, end, FLOAT32)
+            _backward(t[Gate.a], t[Gate.b], t[Gate.grad], t[Gate.da], t[Gate.out], begin, end, FLOAT32)
     elif t[Gate.kind] == FLOAT32:
         _backward(t[Gate.a], t[Gate.b], t[Gate.grad], t[Gate.da], t[Gate.out], first, last, FLOAT32)
     else:

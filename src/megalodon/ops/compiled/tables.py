@@ -345,7 +345,8 @@ class _Queries(NamedTuple):
     q: int  # [rows, H, d]; gradients in the backward pass
     k: int
     dz: int  # [rows, H, d]
-    sums: int  # [parts, 2, 2, H, d]: what each part of `PART` rows adds to the gradients of scale and bias
+    sums: int  # [parts, 5, H, d]: what each part of `PART` rows adds to the gradients of scale [2, H, d] and bias
+    # [2, H, d], and space to work in
 
 
 Queries = _Queries(*range(len(_Queries._fields)))

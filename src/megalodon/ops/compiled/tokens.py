@@ -64,23 +64,28 @@ def _turn(x: Any, d: Any, factor: Any, scale: Any, bias: Any, turns: Any, out: A
 
 @loops
 def _turn_back(
-    x: Any, d: Any, factor: Any, scale: Any, turns: Any, grad: Any, d_scale: Any, d_bias: Any, dz: Any, begins: Any
-) -> Any:
-    """The gradient of the normalised x is added to dz, or begins it; those of scale and bias are added to."""
-    u, s, t, g = f32(x), f32(scale), f32(turns), f32(grad)
+    x: Any, d: Any, factor: Any, scale: Any, turns: Any, grad: Any, d_scale: Any, d_bias: Any, dz: Any, begins: Any,
+    space: Any,
+) -> Any:  # fmt: skip
+    """The gradient of the normalised x is added to dz, or begins it; those of scale and bias are added to.
+
+    space [d] is worked in: loops over few addresses get vectors.
+    """
+    u, s, t, g, turned = f32(x), f32(scale), f32(turns), f32(grad), f32(space)
     d_s, d_b, total = f32(d_scale), f32(d_bias), f32(dz)
     for i in range(d // 2):
-        even = g[2 * i] * t[2 * i] + g[2 * i + 1] * t[2 * i + 1]
-        odd = g[2 * i + 1] * t[2 * i] - g[2 * i] * t[2 * i + 1]
-        d_b[2 * i] = d_b[2 * i] + even
-        d_b[2 * i + 1] = d_b[2 * i + 1] + odd
-        d_s[2 * i] = d_s[2 * i] + even * u[2 * i] * factor
-        d_s[2 * i + 1] = d_s[2 * i + 1] + odd * u[2 * i + 1] * factor
-        if begins:
-            total[2 * i], total[2 * i + 1] = even * s[2 * i], odd * s[2 * i + 1]
-        else:
-            total[2 * i] = total[2 * i] + even * s[2 * i]
-            total[2 * i + 1] = total[2 * i + 1] + odd * s[2 * i + 1]
+        turned[2 * i] = g[2 * i] * t[2 * i] + g[2 * i + 1] * t[2 * i + 1]
+        turned[2 * i + 1] = g[2 * i + 1] * t[2 * i] - g[2 * i] * t[2 * i + 1]
+    for i in range(d):
+        d_b[i] = d_b[i] + turned[i]
+    for i in range(d):
+        d_s[i] = d_s[i] + turned[i] * u[i] * factor
+    if begins:
+        for i in range(d):
+            total[i] = turned[i] * s[i]
+    else:
+        for i in range(d):
+            total[i] = total[i] + turned[i] * s[i]
 
 
 @loops
@@ -107,7 +112,8 @@ def queries_backward(a: Any) -> Any:
     first, last = share_of((rows + PART - 1) // PART, thread, threads, 1)
     size = H * d
     for part in range(first, last):
-        sums = a[Queries.sums] + 4 * part * 4 * size
+        sums = a[Queries.sums] + 4 * part * 5 * size
+        space = sums + 16 * size
         _clear(sums, 4 * size)
         for row in range(part * PART, min((part + 1) * PART, rows)):
             turns = a[Queries.turns] + 4 * (row % a[Queries.places]) * d
@@ -117,10 +123,10 @@ def queries_backward(a: Any) -> Any:
                 factor = head_factor(z, d, eps)
                 scale, d_scale = a[Queries.scale] + own, sums + own
                 d_bias = d_scale + 8 * size
-                _turn_back(z, d, factor, scale, turns, a[Queries.q] + at, d_scale, d_bias, dz, True)
+                _turn_back(z, d, factor, scale, turns, a[Queries.q] + at, d_scale, d_bias, dz, True, space)
                 _turn_back(
                     z, d, factor, scale + 4 * size, turns, a[Queries.k] + at, d_scale + 4 * size, d_bias + 4 * size,
-                    dz, False,
+                    dz, False, space,
                 )  # fmt: skip
                 u, g, product = f32(z), f32(dz), float32(0)
                 for i in range(d):

@@ -80,6 +80,27 @@ def run(name: str, **tensors: Tensor) -> None:
     kernel(table, a.numel())
 
 
+def silu(x: Tensor) -> Tensor:
+    """`x * sigmoid(x)`, without a gradient."""
+    if not (x.is_contiguous() and compiles(x, *SILU)):
+        return F.silu(x)
+    out = torch.empty_like(x)
+    run("gates.silu_forward", a=x, out=out)
+    return out
+
+
+def silu_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of x [...] of `silu(x)`, given that of the result."""
+    if not (x.is_contiguous() and grad.is_contiguous() and compiles(x, *SILU)):
+        return torch.ops.aten.silu_backward(grad, x)
+    out = torch.empty_like(x)
+    run("gates.silu_backward", a=x, grad=grad, out=out)
+    return out
+
+
+SILU = ("gates.silu_forward", "gates.silu_backward")
+
+
 class _Product(torch.autograd.Function):
     """`residual + (silu(a) * b) @ weight.T`: a, b [n, E], weight [D, E], residual [n, D] or None. The gated numbers are
     made anew in the backward pass."""

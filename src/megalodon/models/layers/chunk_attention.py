@@ -58,8 +58,11 @@ class GatedChunkAttention(nn.Module):
         Returns:
             (out [B, L, D], the open chunk or None).
         """
-        v = F.silu(self.v_proj(n)).unflatten(-1, (self.num_heads, -1))
-        o, open_chunk = self.attend(self.queries(m, turns), v, open_chunk, layout, use_cache)
+        u = self.v_proj(n).unflatten(-1, (self.num_heads, -1))
+        if use_cache or torch.compiler.is_compiling():
+            o, open_chunk = self.attend(self.queries(m, turns), F.silu(u), open_chunk, layout, use_cache)
+        else:
+            o, open_chunk = self.attend(self.queries(m, turns), u, open_chunk, layout, use_cache, activates=True)
         r, h = self.r_proj(m), self.h_proj(m)
         plain = is_plain(self.o_proj, nn.Linear) and self.o_proj.bias is None
         if plain and not (self.training and self.hidden_dropout):
@@ -85,9 +88,10 @@ class GatedChunkAttention(nn.Module):
         open_chunk: OpenChunk | None,
         layout: Layout,
         use_cache: bool,
+        activates: bool = False,
     ) -> tuple[Tensor, OpenChunk | None]:
         """Attention inside chunks of q, k [B, L, H, d] of `queries` and v [B, L, H, e] -> ([B, L, H, e], the open chunk
-        or None)."""
+        or None). `activates`, where none is asked for: the values are silu(v)."""
         q, k = queries
         dropout = self.attention_dropout if self.training else 0.0
         if use_cache and layout.fits_open_chunk:
@@ -106,6 +110,7 @@ class GatedChunkAttention(nn.Module):
             dropout=dropout,
             dropkey=self.dropkey,
             layout=layout,
+            activates=activates,
         )
         return out, OpenChunk.after(open_chunk, k, v, layout) if use_cache else None
 

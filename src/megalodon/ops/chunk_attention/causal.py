@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megalodon.ops.backend import full_precision, matmul_dtype
+from megalodon.ops.gate import silu, silu_gradient
 
 STRIP = 128
 """Rows of queries computed together."""
@@ -85,12 +86,16 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Heads are merged with rows: q, k [N H, L, d], v [N H, K, e]."""
+    """Heads are merged with rows: q, k [N H, L, d], v [N H, K, e]; `activates`: the values are silu(v), which the
+    backward pass makes anew."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None, activates: bool
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, first, None if isinstance(offset, int) else offset)
         ctx.offset = offset if isinstance(offset, int) else None
+        ctx.activates, v = activates, silu(v) if activates else v
         out = v.new_empty(*q.shape[:2], v.shape[-1])
         for rows, keys, mask in _strips(q, k, offset, first):
             weights = _weights(q[:, rows], k[:, :keys], mask)
@@ -102,6 +107,7 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         q, k, v, first, offset = ctx.saved_tensors
         offset = ctx.offset if offset is None else offset
+        u, v = v, silu(v) if ctx.activates else v
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         written = 0  # keys that have a gradient: the last strip needs most of them, so strips run backwards
         for rows, keys, mask in reversed(list(_strips(q, k, offset, first))):
@@ -117,7 +123,7 @@ class _CausalAttention(torch.autograd.Function):
                     _product(left.transpose(1, 2), right, total[:, :keys])
                     total[:, keys:] = 0
             written = max(written, keys)
-        return dq, dk, dv, None, None
+        return dq, dk, silu_gradient(u, dv) if ctx.activates else dv, None, None, None
 
 
 def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
@@ -149,6 +155,7 @@ def causal_attention(
     first: Tensor | None = None,
     dropout: float = 0.0,
     dropkey: bool = False,
+    activates: bool = False,
 ) -> Tensor:
     """Attention of each query over the keys that precede it; scores are not scaled; softmax in float32 or better.
 
@@ -159,10 +166,13 @@ def causal_attention(
         first: int64 [N, L]; the first key each query may see. None: 0.
         dropout: probability, applied in training mode by the caller's choice to pass it.
         dropkey: drop keys before the softmax, in place of weights after it.
+        activates: the values are silu(v); less is kept for the backward pass than of values made before.
 
     Returns:
         [N, L, H, e] in the dtype of v.
     """
+    if activates and (dropout > 0 or q.shape[1] == 1 or v.dtype != matmul_dtype(v)):
+        v, activates = F.silu(v), False
     dtype, wide = v.dtype, matmul_dtype(v)
     q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
     if dropout == 0 and q.shape[2] == 1 and first is None and isinstance(offset, int):
@@ -174,7 +184,8 @@ def causal_attention(
     elif dropout > 0:
         out = _with_dropout(q, k, v, offset, first, dropout, dropkey)
     else:
-        out = _CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), offset, first).unflatten(0, q.shape[:2])
+        out = _CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), offset, first, activates)
+        out = out.unflatten(0, q.shape[:2])
     return out.transpose(1, 2).to(dtype)
 
 

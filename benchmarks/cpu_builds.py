@@ -141,10 +141,12 @@ def reading(model: Any, length: int) -> Callable[[], float]:
     return run
 
 
-def training(model: Any, rows: int, length: int, bf16: bool) -> Callable[[], float]:
-    """Seconds of forward, backward and AdamW."""
+def training(
+    model: Any, rows: int, length: int, bf16: bool, optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[], float]:
+    """Seconds of forward, backward and AdamW, one of its own unless an optimiser is given."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     tokens = torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(0))
 
     def run() -> float:

@@ -125,10 +125,15 @@ def gated_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of a, b [n, E] and, if `weighs`, of the weight [D, E] of `(silu(a) * b) @ weight.T`, for which the
     kernels have been asked."""
-    back = grad @ weight
-    da, db, hidden = torch.empty_like(a), torch.empty_like(b), torch.empty_like(a)
-    run("gates.backward", a=a, b=b, grad=back, da=da, out=db, again=hidden)
-    return da, db, grad.t() @ hidden if weighs else None
+    d_weight = None
+    if weighs:
+        hidden = torch.empty_like(a)
+        run("gates.forward", a=a, b=b, out=hidden)
+        d_weight = grad.t() @ hidden
+        del hidden  # little is alive at a time
+    db, da = grad @ weight, torch.empty_like(a)
+    run("gates.backward_in_place", a=a, b=b, grad=db, da=da)
+    return da, db, d_weight
 
 
 def gated_linear(a: Tensor, b: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -154,7 +159,7 @@ def gated_linear(a: Tensor, b: Tensor, weight: Tensor, residual: Tensor | None =
     return y if residual is None else y + residual
 
 
-KERNELS = ("gates.forward", "gates.backward")
+KERNELS = ("gates.forward", "gates.backward", "gates.backward_in_place")
 
 
 def silu_product(a: Tensor, b: Tensor) -> Tensor:

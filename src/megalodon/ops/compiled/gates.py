@@ -48,18 +48,26 @@ def forward(t: Any) -> Any:
 
 @loops
 def backward(t: Any) -> Any:
-    """The same of both gradients, and of what the forward pass gave where that is wanted."""
+    """The same of both gradients."""
     thread, threads = whose(t[Gate.number], t[Gate.team])
     first, last = share_of(t[Gate.size], thread, threads, _UNIT)
-    if t[Gate.again] != 0:  # in float32 alone; two loops, because one with so many addresses gets no vectors
-        for begin in range(first, last, _UNIT):
-            end = min(begin + _UNIT, last)
-            _forward(t[Gate.a], t[Gate.b], t[Gate.again], begin, end, FLOAT32)
-            _backward(t[Gate.a], t[Gate.b], t[Gate.grad], t[Gate.da], t[Gate.out], begin, end, FLOAT32)
-    elif t[Gate.kind] == FLOAT32:
+    if t[Gate.kind] == FLOAT32:
         _backward(t[Gate.a], t[Gate.b], t[Gate.grad], t[Gate.da], t[Gate.out], first, last, FLOAT32)
     else:
         _backward(t[Gate.a], t[Gate.b], t[Gate.grad], t[Gate.da], t[Gate.out], first, last, 1)
+
+
+@loops
+def backward_in_place(t: Any) -> Any:
+    """The same in float32, the gradient of b where that of the result was: known to be one place, it gets vectors."""
+    thread, threads = whose(t[Gate.number], t[Gate.team])
+    first, last = share_of(t[Gate.size], thread, threads, _UNIT)
+    a, b, grad, da = f32(t[Gate.a]), f32(t[Gate.b]), f32(t[Gate.grad]), f32(t[Gate.da])
+    for i in range(first, last):
+        g, share = grad[i], float32(1) / (float32(1) + exp(-a[i]))
+        gated = a[i] * share
+        grad[i] = g * gated
+        da[i] = g * b[i] * (share + gated * (float32(1) - share))
 
 
 @loops

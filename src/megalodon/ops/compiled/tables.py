@@ -231,7 +231,6 @@ class _Gate(NamedTuple):
     out: int  # the gradient of b in the backward pass
     grad: int
     da: int
-    again: int  # what the forward pass gave, made anew in the backward pass; 0: not wanted
 
 
 Gate = _Gate(*range(len(_Gate._fields)))

@@ -25,6 +25,7 @@ from megalodon.ops.compiled.vectors import (
     float_of,
     int32,
     int64,
+    largest_of,
     loops,
     make_dots,
     make_weighted_sum,
@@ -319,13 +320,21 @@ def scores(q: Any, d: Any, keys: Any, step: Any, kind: Any, first: Any, last: An
             j += 1
 
 
-@loops
-def softmax(x: Any, length: Any) -> Any:
-    """In place, x [length]."""
+@largest_of
+def largest(x: Any, length: Any) -> Any:
+    """The greatest of x [length]; with a NaN among them, any."""
     u = f32(x)
     most = u[0]
     for i in range(length):
         most = max(most, u[i])
+    return most
+
+
+@loops
+def softmax(x: Any, length: Any) -> Any:
+    """In place, x [length]."""
+    u = f32(x)
+    most = largest(x, length)
     total = float32(0)
     for i in range(length):
         u[i] = exp(u[i] - most)

@@ -351,5 +351,22 @@ class _Queries(NamedTuple):
 Queries = _Queries(*range(len(_Queries._fields)))
 """Where each number of queries and keys stands."""
 
+
+class _CausalSoftmax(NamedTuple):
+    """The softmax of scores whose later keys are hidden."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    matrices: int
+    queries: int
+    keys: int
+    seen: int  # keys that the first query of each matrix sees; each next one sees one more
+    scores: int  # [matrices, queries, keys]; changed in place
+
+
+CausalSoftmax = _CausalSoftmax(*range(len(_CausalSoftmax._fields)))
+"""Where each number of such a softmax stands."""
+
 PART = 64
 """Rows whose share of a weight's gradient is summed by one thread: sums do not depend on the number of threads."""

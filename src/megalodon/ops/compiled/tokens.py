@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megalodon.ops.compiled.rows import head_factor, rms_norm, share_of, whose
-from megalodon.ops.compiled.tables import PART, Queries, RootMeanSquare
+from megalodon.ops.compiled.rows import head_factor, rms_norm, share_of, softmax, whose
+from megalodon.ops.compiled.tables import PART, CausalSoftmax, Queries, RootMeanSquare
 from megalodon.ops.compiled.vectors import f32, f64, float32, loops
 
 
@@ -134,3 +134,16 @@ def queries_backward(a: Any) -> Any:
                 slope = product * factor * factor * factor / float32(d)
                 for i in range(d):
                     g[i] = g[i] * factor - slope * u[i]
+
+
+@loops
+def causal_softmax(a: Any) -> Any:
+    """The softmax of each row over the keys it sees, in place; zeros behind them. Laid out as `CausalSoftmax`."""
+    thread, threads = whose(a[CausalSoftmax.number], a[CausalSoftmax.team])
+    rows, K = a[CausalSoftmax.queries], a[CausalSoftmax.keys]
+    first, last = share_of(a[CausalSoftmax.matrices] * rows, thread, threads, 1)
+    for row in range(first, last):
+        x = a[CausalSoftmax.scores] + 4 * row * K
+        seen = min(a[CausalSoftmax.seen] + row % rows, K)
+        softmax(x, seen)
+        _clear(x + 4 * seen, K - seen)

@@ -325,10 +325,6 @@ exact = numba.njit(fastmath={"contract"}, error_model="numpy", boundscheck=False
 """The same, in the order as written."""
 
 
-largest_of = numba.njit(fastmath={"nnan", "nsz", "reassoc"}, error_model="numpy", boundscheck=False)
-"""The same for greatest numbers, of which compilers make vectors only where none is said to be NaN."""
-
-
 @exact
 def exp(x: Any) -> Any:
     """e**x of a float32, to 2 units in the last place; inputs are held in -87.3 to 88."""

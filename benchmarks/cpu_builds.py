@@ -306,9 +306,7 @@ def main(
     cpu_time: Annotated[
         bool, typer.Option(help="the time of one thread on a processor: for a machine that others use too")
     ] = False,
-    minutes: Annotated[
-        float, typer.Option(help="for all cases: each gets its share, and two rounds in any case")
-    ] = 30,
+    minutes: Annotated[float, typer.Option(help="for all cases: each gets its share, and two rounds in any case")] = 30,
     output: Annotated[str, typer.Option(help="name of the files in results/; empty for none")] = "",
 ) -> None:
     """Compare, and write after every case."""

@@ -44,7 +44,9 @@ def measure(source: Path, case: str) -> int:
     """Bytes that a case adds in a build."""
     path = os.pathsep.join([str(source.resolve()), str(Path(__file__).parent)])
     command = [sys.executable, __file__, "--work", case]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=True
+    )
     return int(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -65,7 +67,9 @@ def main(
         lines.append(f"| {one} | {' | '.join(map(gigabytes, found.values()))} | {ratio} |")
         print(lines[-1], flush=True)
         if output:
-            save(result, document("Memory that a training step adds", result, ["\n".join(lines)], False), RESULTS, output)
+            save(
+                result, document("Memory that a training step adds", result, ["\n".join(lines)], False), RESULTS, output
+            )
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ class _Compiled(torch.autograd.Function):
     """z [n, H, d] and turns, real [places, d], contiguous; only z is kept, and normalised again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, scale: Tensor, bias: Tensor, turns: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, z: Tensor, scale: Tensor, bias: Tensor, turns: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         q, k = torch.empty_like(z), torch.empty_like(z)
         _run("tokens.queries_forward", eps, z=z, scale=scale, bias=bias, turns=turns, q=q, k=k)
         ctx.save_for_backward(z, scale, turns)

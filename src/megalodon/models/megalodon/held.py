@@ -37,7 +37,13 @@ class Held:
     __slots__ = ("_right", "filled", "h", "keys", "moments", "table", "values")
 
     def __init__(
-        self, moments: Tensor, h: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], filled: int, table: np.ndarray
+        self,
+        moments: Tensor,
+        h: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        filled: int,
+        table: np.ndarray,
     ) -> None:
         self.moments, self.h, self.keys, self.values = moments, h, keys, values
         self.filled, self.table, self._right = filled, table, [None]

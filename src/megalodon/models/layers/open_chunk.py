@@ -68,7 +68,7 @@ class OpenChunk:
         return OpenChunk(chunk.keys, chunk.values, needed)
 
     def copied(self, used: int, chunk_size: int, k: Tensor, v: Tensor) -> OpenChunk:
-        """The first `used` places, with room for another token, in buffers of their own and in the dtypes of k and v."""
+        """The first `used` places in buffers of their own, in the dtypes of k and v, with room for another token."""
         return self._grown(used, _capacity(used + 1, chunk_size), k, v)
 
     @staticmethod

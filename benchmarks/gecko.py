@@ -1,8 +1,8 @@
 """Gecko beside Megalodon: `benchmarks/cpu_peers.py --also benchmarks/gecko.py --without llama --without mamba`.
 
 Megalodon's sizes there, so that the two differ in nothing but what makes Gecko: its parameters are a few thousand more
-in the affines of queries and keys, and fewer in CEMA. Chunks are half as long as Megalodon's, as they are in the authors'
-7B models (2,048 and 4,096): a window of two of them then sees as far. `CHUNK_SIZE=512` in the environment makes them equal.
+in the affines of queries and keys, and fewer in CEMA. Chunks are half as long as Megalodon's, as they are in the
+authors' 7B models (2,048 and 4,096): a window of two of them sees as far. `CHUNK_SIZE=512` makes them equally long.
 """
 
 from __future__ import annotations

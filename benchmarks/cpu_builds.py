@@ -202,7 +202,8 @@ def prepare(case: str, model_name: str, dtype: str) -> Callable[[], float]:
         return slots(model, *sizes)
     if kind == "prefill":
         return reading(model, *sizes)
-    return training(model, *sizes, bf16=kind == "trainbf16")
+    rows, length = sizes
+    return training(model, rows, length, kind == "trainbf16")
 
 
 def work() -> None:
@@ -316,7 +317,7 @@ def main(
         builds = [Build("before", before, shared), Build("now", here, shared)]
     else:
         builds = [Build("blocked", here, {**shared, "MEGALODON_BACKEND": "blocked"}), Build("now", here, shared)]
-    results = []
+    results: list[dict[str, Any]] = []
     machine = describe_machine()
     clock = "CPU time of one thread" if cpu_time else f"wall time, {machine['threads']} threads"
     result = new_run("cpu_builds", machine, {"clock": clock, "rounds": rounds}) | {"results": results}

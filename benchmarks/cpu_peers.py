@@ -276,9 +276,8 @@ def main(
     settings = {"rounds": rounds, "budget_seconds": budget, "min_seconds": min_seconds, "batch": 1, "bf16": with_bf16}
     result = new_run("cpu_peers", machine, settings)
     engines = build_engines(contestants, without or []) if Section.decode in sections else []
-    result["contestants"] = {
-        c.name: {"parameters": c.parameters, "description": c.description} for c in [*contestants, *engines]
-    }
+    everyone: list[Contestant | Engine] = [*contestants, *engines]
+    result["contestants"] = {c.name: {"parameters": c.parameters, "description": c.description} for c in everyone}
     meter = Meter(rounds, budget, min_seconds, partial(typer.echo, err=True))
     comparison, measured = Comparison(contestants, meter, engines), []
     name = "-".join(["cpu_peers", *(s.value for s in section or ()), *(["quick"] if quick else [])])

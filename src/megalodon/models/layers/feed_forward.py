@@ -55,6 +55,6 @@ class FeedForward(nn.Module):
         plain = all(is_plain(layer, nn.Linear) and layer.bias is None for layer in layers)
         if not plain or not is_plain(self.norm, LayerNorm):
             return None
-        scale, bias = effective(self.norm.weight, y.dtype), self.norm.bias
-        bias = None if bias is None else bias.to(y.dtype)
+        scale = effective(self.norm.weight, y.dtype)
+        bias = None if self.norm.bias is None else self.norm.bias.to(y.dtype)
         return ops.feed_forward(y, scale, bias, self.norm.eps, *(layer.weight for layer in layers))

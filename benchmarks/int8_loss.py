@@ -1,9 +1,9 @@
-"""The loss that weights in int8 cost: a trained model's, in float32 and in int8, on one text, each token after all before.
+"""The loss that weights in int8 cost a trained model: in float32 and in int8, each token of one text after all before.
 
     python benchmarks/int8_loss.py RUN --text held-out.txt --output int8_loss
 
-RUN is a model's folder or a training run. Losses are nats a token, over the same tokens, so that their difference is what
-int8 costs; a difference between two readings of 128 tokens each also says how much it varies.
+RUN is a model's folder or a training run. Losses are nats a token, over the same tokens, so that their difference is
+what int8 costs; its standard error is over parts of 128 tokens.
 """
 
 from __future__ import annotations

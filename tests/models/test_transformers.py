@@ -258,7 +258,7 @@ def test_the_state_has_both_of_transformers_names(
 
 
 def test_streamer_receives_the_generated_text(model: MegalodonForCausalLM) -> None:
-    streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=30)  # type: ignore[arg-type]
+    streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=600)  # type: ignore[arg-type]
     prompt = tokens(1, 6)
     arguments = {"streamer": streamer, "max_new_tokens": 12, "do_sample": False}
     thread = Thread(target=model.generate, args=(prompt,), kwargs=arguments)

@@ -215,7 +215,7 @@ def test_one_key_cannot_take_all_upload_threads(serve: Callable[..., Server], ke
     finally:
         for connection in stalled:
             connection.close()
-    assert eventually(lambda: server.engine.idle, 30)
+    assert eventually(lambda: server.engine.idle)
     with server.http(ALICE) as alice:
         assert alice.post("/v1/contexts", content=b"text", headers=TEXT_PLAIN).status_code == 201
 
@@ -243,10 +243,10 @@ def test_a_client_that_goes_away_frees_its_slot(serve: Callable[..., Server]) ->
             assert eventually(lambda: server.engine.counters.generating == 1)
             before = server.engine.counters.generated_tokens
             assert eventually(lambda: server.engine.counters.generated_tokens > before + 20)
-        assert eventually(lambda: server.engine.idle, 30)
+        assert eventually(lambda: server.engine.idle)
     with server.http() as client, pytest.raises(httpx.ReadTimeout):
         client.post("/v1/completions", json={**endless, "stream": False}, timeout=0.3)
-    assert eventually(lambda: server.engine.idle, 30)
+    assert eventually(lambda: server.engine.idle)
 
 
 def test_a_client_that_goes_away_while_it_waits_leaves_the_queue(serve: Callable[..., Server]) -> None:
@@ -259,7 +259,7 @@ def test_a_client_that_goes_away_while_it_waits_leaves_the_queue(serve: Callable
                 client.post("/v1/completions", json={**BODY, "stream": stream}, timeout=0.3)
             assert eventually(lambda: server.engine.waiting == 0, 10)
         assert server.engine.counters.generating == 16
-    assert eventually(lambda: server.engine.idle, 30)
+    assert eventually(lambda: server.engine.idle)
 
 
 def test_a_client_that_goes_away_while_sending_leaves_nothing(server: Server) -> None:
@@ -271,7 +271,7 @@ def test_a_client_that_goes_away_while_sending_leaves_nothing(server: Server) ->
         before = client.get("/v1/contexts").json()
         with pytest.raises(ConnectionError):
             client.post("/v1/contexts", content=parts(), headers=TEXT_PLAIN)
-        assert eventually(lambda: server.engine.idle, 30)
+        assert eventually(lambda: server.engine.idle)
         assert client.get("/v1/contexts").json() == before
 
 
@@ -308,13 +308,13 @@ class Process:
         command = [sys.executable, "-m", "megalodon", "serve", str(folder), "--port", "0", "--contexts", str(contexts)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [*command, "--slots", "4", "--drain-seconds", "20"], stdout=subprocess.PIPE, text=True, env=environment
+            [*command, "--slots", "4", "--drain-seconds", "600"], stdout=subprocess.PIPE, text=True, env=environment
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert " at http://" in line, line
-        self.client = httpx.Client(base_url=line.split(" at ")[1].split("/ ")[0], timeout=60)
-        assert eventually(self._ready, 60)
+        self.client = httpx.Client(base_url=line.split(" at ")[1].split("/ ")[0], timeout=600)
+        assert eventually(self._ready)
 
     def _ready(self) -> bool:
         try:
@@ -333,7 +333,7 @@ class Process:
 
 def test_sigterm_lets_running_requests_finish(folder: Path, tmp_path: Path) -> None:
     with Process(folder, tmp_path) as server:
-        body = {**LONG, "max_tokens": 2000}
+        body = {**LONG, "max_tokens": 1000}
         with server.client.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
             next(lines)
@@ -342,7 +342,7 @@ def test_sigterm_lets_running_requests_finish(folder: Path, tmp_path: Path) -> N
                 assert eventually(lambda: late.post("/v1/completions", json=BODY).status_code == 503)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
-        assert server.process.wait(30) in (0, -signal.SIGTERM)
+        assert server.process.wait(600) in (0, -signal.SIGTERM)
 
 
 def test_a_crash_loses_no_saved_context_and_leaves_no_half_one(folder: Path, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_name_is_taken_while_its_text_arrives(client: httpx.Client) -> None:
     def parts() -> Iterator[bytes]:
         yield b"beginning "
         begun.set()
-        go_on.wait(30)
+        go_on.wait(600)
         yield b"end"
 
     def upload() -> None:
@@ -146,7 +146,7 @@ def test_a_name_is_taken_while_its_text_arrives(client: httpx.Client) -> None:
     found: list[int] = []
     thread = threading.Thread(target=upload)
     thread.start()
-    begun.wait(30)
+    begun.wait(600)
     time.sleep(0.3)
     refused = client.post("/v1/contexts?name=arriving", content=b"x", headers=TEXT_PLAIN)
     go_on.set()
@@ -160,7 +160,7 @@ def test_quotas_hold_under_concurrent_uploads(serve: Callable[..., Server]) -> N
 
     def parts() -> Iterator[bytes]:
         yield b"beginning "
-        start.wait(30)
+        start.wait(600)
         yield b"end"
 
     statuses: list[int] = []
@@ -189,7 +189,7 @@ def test_a_change_of_expiry_does_not_cost_a_running_extension(client: httpx.Clie
     def parts() -> Iterator[bytes]:
         yield b"upon "
         begun.set()
-        go_on.wait(30)
+        go_on.wait(600)
         yield b"a time"
 
     found: list[httpx.Response] = []
@@ -197,7 +197,7 @@ def test_a_change_of_expiry_does_not_cost_a_running_extension(client: httpx.Clie
         target=lambda: found.append(client.post("/v1/contexts/extended/extend", content=parts(), headers=TEXT_PLAIN))
     )
     thread.start()
-    begun.wait(30)
+    begun.wait(600)
     time.sleep(0.3)
     changed = client.patch("/v1/contexts/extended", json={"expires_in": 500, "name": "renamed meanwhile"})
     assert changed.status_code == 200

@@ -78,6 +78,15 @@ def test_keys_come_from_file_and_environment_and_can_be_withdrawn(
     assert keys.owner("Bearer from-the-environment")
 
 
+def test_keys_of_any_letters(key_file: Path) -> None:
+    key_file.write_text("clé-à-moi-à\nключ-ключ\n", encoding="utf-8")
+    keys = ApiKeys(key_file)
+    for key in ("clé-à-moi-à", "ключ-ключ"):
+        assert keys.owner(f"Bearer {key}".encode().decode("latin-1")), "as servers see what clients send as UTF-8"
+    with pytest.raises(ApiError):
+        keys.owner("Bearer ????-????")
+
+
 def test_a_spoilt_line_takes_no_other_key_away_and_leaves_none_that_is_gone(key_file: Path) -> None:
     keys = ApiKeys(key_file)
     assert keys.owner(f"Bearer {ALICE}") and keys.owner(f"Bearer {BOB}")

@@ -284,6 +284,30 @@ def test_a_client_that_goes_away_while_sending_leaves_nothing(server: Server) ->
         assert client.get("/v1/contexts").json() == before
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/json", "multipart/form-data; boundary=x"])
+def test_a_client_that_goes_away_when_all_is_sent_leaves_nothing(server: Server, kind: str) -> None:
+    """What the page's button to stop reading does: the text is there, and takes long to be read."""
+    text = "some text " * 6000  # of which the server holds all before a tenth is read
+    part = 'Content-Disposition: form-data; name="file"'
+    body = {
+        "text/plain": text,
+        "application/json": f'{{"text": "{text}"}}',
+        "multipart/form-data; boundary=x": f"--x\r\n{part}\r\n\r\n{text}\r\n--x--\r\n",
+    }[kind]
+    host, port = server.url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/contexts HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with server.http() as client:
+        before, read = client.get("/v1/contexts").json(), server.engine.counters.read_tokens
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall((head + body).encode())
+            assert eventually(lambda: server.engine.counters.read_tokens > read)
+        assert eventually(lambda: server.engine.idle, 60)
+        assert server.engine.counters.read_tokens < read + len(text), "not read to its end for nobody"
+        assert client.get("/v1/contexts").json() == before
+
+
 def test_a_slow_reader_blocks_nobody(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     body = b'{"model": "tiny", "prompt": "abc", "max_tokens": 1500, "stream": true, "ignore_end": true}'

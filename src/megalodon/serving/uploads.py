@@ -18,7 +18,7 @@ from megalodon.inference.feed import TokenFeed
 from megalodon.inference.request import Done, Progress
 from megalodon.inference.snapshot import Snapshot
 from megalodon.serving import bodies, prompts
-from megalodon.serving.calls import UPLOADS, Call, Service
+from megalodon.serving.calls import UPLOADS, Call, Service, disconnected
 from megalodon.serving.errors import ApiError, invalid_value
 from megalodon.serving.multipart import Form
 from megalodon.serving.schemas import ContextText, NewContext
@@ -134,6 +134,7 @@ class Uploads:
         ):
             if text is None:
                 passing = asyncio.create_task(self._pass_on(upload, feed, call))
+            leaving = asyncio.create_task(_end_if_gone(http, passing if text is None else None, call))
             try:
                 async for event in call.events():
                     if isinstance(event, Progress):
@@ -149,6 +150,7 @@ class Uploads:
                 raise error
             finally:
                 feed.abandon()
+                leaving.cancel()
                 if passing is not None:
                     passing.cancel()
         raise AssertionError("a call ends with Done or an error")
@@ -172,6 +174,14 @@ class Uploads:
         finally:
             if not feed.closed:
                 call.request.cancel()
+
+
+async def _end_if_gone(http: Request, receiving: asyncio.Task[None] | None, call: Call) -> None:
+    """End the call when the client goes: while the body arrives, `receiving` sees it; afterwards, this does."""
+    if receiving is not None:
+        await asyncio.wait({receiving})
+    await disconnected(http)
+    call.request.cancel()
 
 
 async def save_body(http: Request, path: Path) -> None:

@@ -183,7 +183,7 @@ def closed(schema: Any) -> Any:
     }
     named, required = made.get("properties"), made.get("required", [])
     if isinstance(named, dict) and isinstance(required, list) and not completed & made.keys():
-        unnamed = {name: {} for name in required if isinstance(name, str) and name not in named}
+        unnamed: dict[str, Any] = {name: {} for name in required if isinstance(name, str) and name not in named}
         made |= {"properties": {**named, **unnamed}, "additionalProperties": False}
     return made
 

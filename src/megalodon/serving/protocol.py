@@ -43,7 +43,7 @@ class PacedProtocol(H11Protocol):
             answer = ApiError(400, "this is no HTTP/1.1 request that can be read", "invalid_http").response()
             headers = [*answer.raw_headers, (b"connection", b"close")]
             begun = h11.Response(status_code=400, headers=headers)
-            for event in (begun, h11.Data(data=answer.body), h11.EndOfMessage()):
+            for event in (begun, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 

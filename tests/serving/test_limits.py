@@ -78,6 +78,15 @@ def test_keys_come_from_file_and_environment_and_can_be_withdrawn(
     assert keys.owner("Bearer from-the-environment")
 
 
+def test_keys_of_any_letters(key_file: Path) -> None:
+    key_file.write_text("clé-à-moi-à\nключ-ключ\n", encoding="utf-8")
+    keys = ApiKeys(key_file)
+    for key in ("clé-à-moi-à", "ключ-ключ"):
+        assert keys.owner(f"Bearer {key}".encode().decode("latin-1")), "as servers see what clients send as UTF-8"
+    with pytest.raises(ApiError):
+        keys.owner("Bearer ????-????")
+
+
 def test_a_spoilt_line_takes_no_other_key_away_and_leaves_none_that_is_gone(key_file: Path) -> None:
     keys = ApiKeys(key_file)
     assert keys.owner(f"Bearer {ALICE}") and keys.owner(f"Bearer {BOB}")
@@ -272,6 +281,30 @@ def test_a_client_that_goes_away_while_sending_leaves_nothing(server: Server) ->
         with pytest.raises(ConnectionError):
             client.post("/v1/contexts", content=parts(), headers=TEXT_PLAIN)
         assert eventually(lambda: server.engine.idle)
+        assert client.get("/v1/contexts").json() == before
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/json", "multipart/form-data; boundary=x"])
+def test_a_client_that_goes_away_when_all_is_sent_leaves_nothing(server: Server, kind: str) -> None:
+    """What the page's button to stop reading does: the text is there, and takes long to be read."""
+    text = "some text " * 6000  # of which the server holds all before a tenth is read
+    part = 'Content-Disposition: form-data; name="file"'
+    body = {
+        "text/plain": text,
+        "application/json": f'{{"text": "{text}"}}',
+        "multipart/form-data; boundary=x": f"--x\r\n{part}\r\n\r\n{text}\r\n--x--\r\n",
+    }[kind]
+    host, port = server.url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/contexts HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with server.http() as client:
+        before, read = client.get("/v1/contexts").json(), server.engine.counters.read_tokens
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall((head + body).encode())
+            assert eventually(lambda: server.engine.counters.read_tokens > read)
+        assert eventually(lambda: server.engine.idle, 60)
+        assert server.engine.counters.read_tokens < read + len(text), "not read to its end for nobody"
         assert client.get("/v1/contexts").json() == before
 
 

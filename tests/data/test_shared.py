@@ -171,7 +171,8 @@ def test_the_same_rows_in_another_form(tmp_path: Path, which: str, words: int) -
     lines = lambda rows: "".join(json.dumps({"text": row}) + "\n" for row in rows)  # noqa: E731
     (tmp_path / "train.jsonl").write_text(lines(others + rows))
     (tmp_path / "apart.jsonl").write_text(lines(row(3000 + i, words + 3) for i in range(40)))
-    held = {"same.jsonl": lines(rows), "turned.jsonl": lines(rows[::-1]), "stripped.jsonl": lines(each.strip() for each in rows)}
+    held = {"same.jsonl": lines(rows), "turned.jsonl": lines(rows[::-1])}
+    held |= {"stripped.jsonl": lines(each.strip() for each in rows)}
     held |= {"as one.txt": "".join(rows), "as one.crlf.txt": "".join(rows).replace("\n", "\r\n")}
     for name, content in held.items():
         (tmp_path / name).write_bytes(content.encode())
@@ -181,7 +182,7 @@ def test_the_same_rows_in_another_form(tmp_path: Path, which: str, words: int) -
         left = {training.name(i).rpartition(":")[2] for i in range(len(training))}
         expected = {str(i + 1) for i in range(40)}
         assert left == expected or (words == 2 and name.startswith("as one") and expected <= left)
-        if words > 2:  # else it is half of the held-out text, and rows that short are no accident only where they are most
+        if words > 2:  # half of the held-out text is no more than half of it, where rows are that short
             with pytest.raises(ValueError, match="part of the training corpus by content"):
                 prepare(tmp_path / name, tmp_path / "train.jsonl", tmp_path, tokenizer=tokenizer)
     training, _ = prepare(tmp_path / "train.jsonl", tmp_path / "apart.jsonl", tmp_path, tokenizer=tokenizer)

@@ -55,7 +55,9 @@ class Found:
         for path in paths:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"source {str(path)!r} is a pipe or a device: it is read more than once, so give a file")
+                raise ValueError(
+                    f"source {str(path)!r} is a pipe or a device: it is read more than once, so give a file"
+                )
             # Some network file systems number no files; there the path without links is what tells them apart.
             identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
             if identity not in self._seen:

@@ -48,9 +48,10 @@ class TokenizedCorpus:
     `tokens` [T] (unsigned, usually memory-mapped), `offsets` [n+1] int64: document i is
     tokens[offsets[i]:offsets[i+1]], its end-of-document id included; `document_bytes` [n] int64: size of each text in
     UTF-8; `document_hashes` [n] uint64 of each document's letters (letters.py); `sizes` [T] uint32: bytes of text that
-    each token stands for, where ids alone do not tell; `token_lengths` [vocab_size] int64: bytes per id, or None where there is no such
-    table; `fingerprint`: of the documents' ids and borders and of the tokenizer, wherever and in whatever files they
-    were found. `bad_rows` and `separators` say what was met on the way: rows left out, words that may be separators.
+    each token stands for, where ids alone do not tell; `token_lengths` [vocab_size] int64: bytes per id, or None where
+    there is no such table; `fingerprint`: of the documents' ids and borders and of the tokenizer, wherever and in
+    whatever files they were found. `bad_rows` and `separators` say what was met on the way: rows left out, words that
+    may be separators.
     """
 
     tokens: np.ndarray

@@ -61,6 +61,25 @@ def test_a_state_keeps_little_more_alive_than_it_remembers(name: str) -> None:
         assert file.tell() <= 1.2 * some.nbytes + 12_000  # what a file says of each tensor
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["Gecko", "MEGABYTE", "segments", *CAUSAL])
+def test_gradient_checkpointing_changes_no_gradient(name: str, use_reentrant: bool) -> None:
+    model = copy.deepcopy(network(name)).train()
+    x, places = tokens(1, 44), torch.cat([torch.arange(size) for size in (13, 1, 8, 22)])[None]
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(5)  # some mixers draw in training
+        model(x, labels=x, position_ids=places).loss.backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    found = gradients()
+    largest = max(float(gradient.abs().max()) for gradient in expected)
+    assert all(float((a - b).abs().max()) <= 1e-5 * largest for a, b in zip(found, expected, strict=True))
+
+
 # --- torch.export ---------------------------------------------------------------------------------------------------
 
 

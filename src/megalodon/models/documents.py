@@ -89,7 +89,8 @@ def targets_of(
         given, attention_mask, seen: as those of `documents_of`.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-    ids = documents_of(*labels.shape, labels.device, given, attention_mask, seen).segment_ids
+    batch, length = labels.shape
+    ids = documents_of(batch, length, labels.device, given, attention_mask, seen).segment_ids
     if ids is None:
         return targets
     ids = torch.as_tensor(ids, device=labels.device)

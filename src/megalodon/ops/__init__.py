@@ -10,7 +10,7 @@ from megalodon.ops.cema import KeptTables, cema
 from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.feed_forward import feed_forward
-from megalodon.ops.gate import gated_linear, silu_product
+from megalodon.ops.gate import gated_linear, silu, silu_product
 from megalodon.ops.layout import Layout, layout_of
 from megalodon.ops.linear_attention import IMPLEMENTATIONS as _LINEAR_ATTENTION
 from megalodon.ops.linear_attention import (
@@ -83,6 +83,7 @@ __all__ = [
     "segmented",
     "selective_scan",
     "short_convolution",
+    "silu",
     "silu_product",
     "sliding_chunk_attention",
     "sparse_attention",

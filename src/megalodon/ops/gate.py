@@ -80,12 +80,26 @@ def run(name: str, **tensors: Tensor) -> None:
     kernel(table, a.numel())
 
 
+class _Silu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x)
+        run("gates.silu_forward", a=x, out=out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        (x,) = ctx.saved_tensors
+        return silu_gradient(x, grad.contiguous())
+
+
 def silu(x: Tensor) -> Tensor:
-    """`x * sigmoid(x)`, without a gradient."""
+    """`x * sigmoid(x)`, to the same bits wherever values are made: before attention or in it."""
     if not (x.is_contiguous() and compiles(x, *SILU)):
         return F.silu(x)
-    out = torch.empty_like(x)
-    run("gates.silu_forward", a=x, out=out)
+    out: Tensor = _Silu.apply(x)
     return out
 
 

@@ -60,7 +60,7 @@ class GatedChunkAttention(nn.Module):
         """
         u = self.v_proj(n).unflatten(-1, (self.num_heads, -1))
         if use_cache or torch.compiler.is_compiling():
-            o, open_chunk = self.attend(self.queries(m, turns), F.silu(u), open_chunk, layout, use_cache)
+            o, open_chunk = self.attend(self.queries(m, turns), ops.silu(u), open_chunk, layout, use_cache)
         else:
             o, open_chunk = self.attend(self.queries(m, turns), u, open_chunk, layout, use_cache, activates=True)
         r, h = self.r_proj(m), self.h_proj(m)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megalodon.ops.chunk_attention.causal import causal_attention
+from megalodon.ops.gate import silu
 from megalodon.ops.layout import Layout
 from megalodon.ops.tiles import move_rows, tokens_of
 
@@ -32,7 +32,7 @@ def chunk_attention(
         if q.shape[1] == 0 or q.shape[0] == 0:
             return v
         if activates and layout.uniform_offset != 0:
-            v, activates = F.silu(v), False
+            v, activates = silu(v), False
         if layout.uniform_offset is not None:
             return _uniform(q, k, v, prefix, layout, dropout, dropkey, activates)
         return _binned(q, k, v, prefix, layout, dropout, dropkey)

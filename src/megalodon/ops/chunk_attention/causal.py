@@ -186,7 +186,7 @@ def causal_attention(
         [N, L, H, e] in the dtype of v.
     """
     if activates and (dropout > 0 or q.shape[1] == 1 or v.dtype != matmul_dtype(v)):
-        v, activates = F.silu(v), False
+        v, activates = silu(v), False
     dtype, wide = v.dtype, matmul_dtype(v)
     q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
     if dropout == 0 and q.shape[2] == 1 and first is None and isinstance(offset, int):

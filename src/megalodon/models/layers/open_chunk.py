@@ -133,9 +133,9 @@ class OpenChunk:
         return iter((self.keys, self.values))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> OpenChunk:
-        """A chunk of its own, with copies of what `function` makes of the keys and values in use, and some room."""
-        keys, values = (_roomy(function(buffer[:, : self.filled])) for buffer in self)
-        return OpenChunk(keys, values, self.filled)
+        """A chunk of its own, with copies of what `function` makes of the keys and values in use."""
+        keys, values = (function(buffer[:, : self.filled]).clone() for buffer in self)
+        return OpenChunk(keys, values)
 
     def detach(self) -> OpenChunk:
         """The same chunk without its history; the buffers stay shared, and the right to append."""
@@ -205,10 +205,3 @@ class OpenChunk:
 def _capacity(needed: int, chunk_size: int | None) -> int:
     """Places of a new buffer: an eighth more to grow in, at most a chunk. `nbytes` does not count them: so few."""
     return min(chunk_size or needed, needed + needed // 8 + 1)
-
-
-def _roomy(x: Tensor) -> Tensor:
-    """A copy of keys or values [B, n, H, ...] with room behind them: who copies a state is about to go on."""
-    if x.shape[1] == 0 or (torch.is_grad_enabled() and x.requires_grad):
-        return x.clone()
-    return torch.cat([x, x.new_zeros(len(x), x.shape[1] // 8 + 1, *x.shape[2:])], dim=1)

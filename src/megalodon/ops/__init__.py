@@ -10,6 +10,7 @@ from megalodon.ops.cema import KeptTables, cema
 from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.gate import silu_product
+from megalodon.ops.gated_norm import gated_rms_norm
 from megalodon.ops.layout import Layout, layout_of
 from megalodon.ops.linear_attention import IMPLEMENTATIONS as _LINEAR_ATTENTION
 from megalodon.ops.linear_attention import (
@@ -65,6 +66,7 @@ __all__ = [
     "chunk_attention",
     "cross_linear_attention",
     "default_backend",
+    "gated_rms_norm",
     "layout_of",
     "linear_attention",
     "long_convolution",

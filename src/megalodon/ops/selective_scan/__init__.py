@@ -68,15 +68,9 @@ def selective_scan(
     with torch.autocast(x.device.type, enabled=False):
         if initial_state is None:
             initial_state = torch.zeros(state_shape, dtype=real, device=x.device)
-        u = x.to(real)
-        a = None if a is None else a.to(real)
-        y, state = run(u, dt.to(real), a, b.to(real), c.to(real), initial_state.to(real), layout)
-        if skip is not None:
-            weight = skip.to(real).reshape(-1, *[1] * (x.ndim - 3))
-            padding = layout.padding
-            if padding is not None:
-                u = u.masked_fill(padding.reshape(*padding.shape, *[1] * (u.ndim - 2)), 0)
-            y = torch.addcmul(y, weight, u)
+        a, skip = (None if value is None else value.to(real) for value in (a, skip))
+        arguments = (x.to(real), dt.to(real), a, b.to(real), c.to(real), skip, initial_state.to(real), layout)
+        y, state = run(*arguments)
         return y.to(x.dtype), state
 
 

@@ -8,7 +8,7 @@ exponentiated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +21,38 @@ from megalodon.ops.backend import accumulator_dtype
 CHUNK = 64
 """Tokens in a chunk: the products inside grow with it, the steps between chunks shrink with it."""
 
+CACHEFUL = 1 << 17
+"""Numbers of x in a span on a CPU: its tables, of which each is about as large, are made and used in the cache."""
+
 SPAN = 16 * CHUNK
-"""Tokens of a row whose tables live at once."""
+"""Tokens of a span elsewhere, and at most."""
+
+
+def span_length(x: Tensor) -> int:
+    """Tokens of a row of x [B, L, H, P] whose tables live at once."""
+    if x.device.type != "cpu":
+        return SPAN
+    return min(max(CACHEFUL // max(x[:, 0].numel() * CHUNK, 1), 1) * CHUNK, SPAN)
+
+
+class _Inputs(NamedTuple):
+    """Of a scan, or of a span of one; see `scan`."""
+
+    x: Tensor
+    dt: Tensor
+    b: Tensor
+    c: Tensor
+    starts: Tensor | None
+    a: Tensor | None
+    skip: Tensor | None
+
+    def spans(self) -> Iterator[_Inputs]:
+        """Span by span."""
+        size = span_length(self.x)
+        for first in range(0, self.x.shape[1], size):
+            here = slice(first, first + size)
+            parts = (None if value is None else value[:, here] for value in self[:5])
+            yield _Inputs(*parts, self.a, self.skip)  # type: ignore[arg-type]
 
 
 class _Span(NamedTuple):
@@ -30,12 +60,14 @@ class _Span(NamedTuple):
 
     Attributes:
         x: [B, n, T, H, P]; b, c: [B, n, G, T, N].
+        weight: [B, n, T, H, 1] or None; times x is what is written.
         between: [B, n, H, T, T]; how much of what token s wrote is left at token t, 0 where it is not seen.
         entering, leaving: [B, n, T, H, 1]; how much is left of the chunk's first state at a token, and of a token's
             own at the chunk's end. decay: [B, n, H, 1, 1]; of the first state at the end.
     """
 
     x: Tensor
+    weight: Tensor | None
     b: Tensor
     c: Tensor
     between: Tensor
@@ -44,16 +76,16 @@ class _Span(NamedTuple):
     decay: Tensor
 
     @staticmethod
-    def of(sequences: Sequence[Tensor | None]) -> _Span:
-        """x [B, l, H, P], log decays [B, l, H], b, c [B, l, G, N], starts bool [B, l] or None."""
-        x, log_decay, b, c, starts = sequences
-        assert x is not None and log_decay is not None and b is not None and c is not None
+    def of(given: _Inputs) -> _Span:
+        """The tables of a span's inputs."""
+        x, dt, b, c, starts = given[:5]
         size = min(CHUNK, x.shape[1])
         fill = -x.shape[1] % size  # tokens that write nothing and decay nothing
         if fill:
-            x, log_decay, b, c = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, fill)) for v in (x, log_decay, b, c))
+            x, dt, b, c = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, fill)) for v in (x, dt, b, c))
             starts = None if starts is None else F.pad(starts, (0, fill))
-        x, log_decay, b, c = (v.unflatten(1, (-1, size)) for v in (x, log_decay, b, c))
+        x, dt, b, c = (v.unflatten(1, (-1, size)) for v in (x, dt, b, c))
+        log_decay = dt if given.a is None else dt * given.a
         sums = log_decay.to(accumulator_dtype(x.device)).cumsum(2)
         by_head = sums.transpose(2, 3)
         visible = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
@@ -69,7 +101,19 @@ class _Span(NamedTuple):
             leaving = leaving * (number == number[..., -1:])[..., None]
             decay = decay * (number[..., -1:] == 0)
         b, c = b.transpose(2, 3), c.transpose(2, 3)
-        return _Span(x, b, c, between, entering[..., None], leaving[..., None], decay[..., None, None])
+        weight = None if given.a is None else dt[..., None]
+        return _Span(x, weight, b, c, between, entering[..., None], leaving[..., None], decay[..., None, None])
+
+    def written(self) -> Tensor:
+        """What tokens write, [B, n, H, T, P]."""
+        heads = torch.empty_like(self.x.transpose(2, 3), memory_format=torch.contiguous_format)
+        if self.weight is None:
+            return heads.copy_(self.x.transpose(2, 3))
+        return torch.mul(self.x.transpose(2, 3), self.weight.transpose(2, 3), out=heads)
+
+    def kept(self) -> Tensor:
+        """What is left of it at the chunk's end, [B, n, G, T, R]."""
+        return self.rows(self.x * (self.leaving if self.weight is None else self.leaving * self.weight))
 
     def rows(self, value: Tensor) -> Tensor:
         """[B, n, T, H, P] -> [B, n, G, T, R]."""
@@ -91,41 +135,46 @@ class _Span(NamedTuple):
         """[B, n, H, T, T]: how much of what token s wrote token t reads."""
         return ((self.c @ self.b.mT).unsqueeze(3) * self.by_group(self.between)).flatten(2, 3)
 
-    def states(self, state: Tensor) -> tuple[Tensor, Tensor]:
+    def states(self, state: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """(the states before the chunks [B, n, H, P, N], that after the last)."""
-        added = (self.rows(self.x * self.leaving).mT @ self.b).view(*self.decay.shape[:3], *state.shape[2:])
+        added = (kept.mT @ self.b).view(*self.decay.shape[:3], *state.shape[2:])
         before = torch.empty_like(added)
         for i in range(added.shape[1]):
             before[:, i] = state
             state = torch.addcmul(added[:, i], self.decay[:, i], state)
         return before, state
 
-    def run(self, state: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, state: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
         """(y [B, n T, H, P], the state after it)."""
-        before, state = self.states(state)
-        y = self.tokens(self.c @ self.grouped(before).mT) * self.entering
-        y += (self.weights() @ self.x.transpose(2, 3)).transpose(2, 3)
+        before, state = self.states(state, self.kept())
+        y = self.tokens(self.c @ self.grouped(before).mT).mul_(self.entering)
+        y += (self.weights() @ self.written()).transpose(2, 3)
+        if skip is not None:
+            y.addcmul_(skip[:, None], self.x)
         return y.flatten(1, 2), state
 
     def backward(self, state: Tensor, dy: Tensor, d_state: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(gradients of x, log decays, b, c, of that of the state before) from those of y and of the state after."""
-        before, _ = self.states(state)
+        """(gradients of what is written, log decays, b, c, of that of the state before) from those of y, without the
+        skip, and of the state after."""
+        kept = self.kept()
+        before, _ = self.states(state, kept)
         dy = dy.unflatten(1, self.x.shape[1:3])
-        d_rows, kept = self.rows(dy * self.entering), self.rows(self.x * self.leaving)
+        scaled = dy * self.entering
+        d_rows = self.rows(scaled)
         d_before = (d_rows.mT @ self.c).view_as(before)
         d_added = torch.empty_like(before)
         for i in reversed(range(before.shape[1])):
             d_added[:, i] = d_state
             d_state = torch.addcmul(d_before[:, i], self.decay[:, i], d_state)
-        d_decay = (d_added * before).sum((-1, -2)) * self.decay[..., 0, 0]  # of the logarithm, as all below
+        d_entering = self.tokens(self.c @ self.grouped(before).mT).mul_(scaled).sum(-1)
         dc, db = d_rows @ self.grouped(before), kept @ self.grouped(d_added)
+        d_decay = before.mul_(d_added).sum((-1, -2)) * self.decay[..., 0, 0]  # of the logarithm, as all below
 
-        dx = self.tokens(self.b @ self.grouped(d_added).mT) * self.leaving
-        d_leaving = (dx * self.x).sum(-1)
-        d_entering = (self.tokens(self.c @ self.grouped(before).mT) * self.entering * dy).sum(-1)
-        weights, d_heads = self.weights(), dy.transpose(2, 3)
-        d_weights = d_heads @ self.x.permute(0, 1, 3, 4, 2)
+        written, weights, d_heads = self.written(), self.weights(), dy.transpose(2, 3).contiguous()
+        dx = self.tokens(self.b @ self.grouped(d_added).mT).mul_(self.leaving)
+        d_leaving = (dx * written.transpose(2, 3)).sum(-1)
         dx += (weights.mT @ d_heads).transpose(2, 3)
+        d_weights = d_heads @ written.mT
         d_between = weights.mul_(d_weights)
         d_scores = self.by_group(d_weights.mul_(self.between)).sum(3)
         dc += d_scores @ self.b
@@ -144,48 +193,62 @@ class _Scan(torch.autograd.Function):
     """Span by span; only the states between spans are kept, and backward makes the tables of each again."""
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor, *sequences: Tensor | None) -> tuple[Tensor, Tensor]:
-        outputs, before = [], []
-        for span in _spans(sequences):
+    def forward(ctx: Any, state: Tensor, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        given = _Inputs(*inputs)  # type: ignore[arg-type]
+        y, before, first = torch.empty_like(given.x, memory_format=torch.contiguous_format), [], 0
+        for span in given.spans():
             before.append(state)
-            y, state = _Span.of(span).run(state)
-            outputs.append(y[:, : _length(span)])
-        ctx.save_for_backward(*sequences, *before)
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
+            out, state = _Span.of(span).run(state, given.skip)
+            length = span.x.shape[1]
+            y[:, first : first + length] = out[:, :length]
+            first += length
+        ctx.save_for_backward(*inputs, *before)
+        return y, state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_state: Tensor):
-        sequences, before = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        found: list[list[Tensor]] = []
-        for i, span in reversed(list(enumerate(_spans(sequences)))):
-            length, tables = _length(span), _Span.of(span)
-            own = dy[:, i * SPAN : i * SPAN + length]
-            own = F.pad(own, (0, 0, 0, 0, 0, tables.x.shape[1] * tables.x.shape[2] - length))
-            gradients, d_state = tables.backward(before[i], own, d_state)
-            found.append([gradient[:, :length] for gradient in gradients])
-        whole = [torch.cat(parts[::-1], dim=1) for parts in zip(*found, strict=True)]
-        return d_state, *whole, None
-
-
-def _spans(sequences: Sequence[Tensor | None]) -> Iterator[list[Tensor | None]]:
-    for first in range(0, _length(sequences), SPAN):
-        yield [None if s is None else s[:, first : first + SPAN] for s in sequences]
-
-
-def _length(sequences: Sequence[Tensor | None]) -> int:
-    assert sequences[0] is not None
-    return sequences[0].shape[1]
+        given, before = _Inputs(*ctx.saved_tensors[:7]), ctx.saved_tensors[7:]
+        dx, d_dt, db, dc = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in given[:4])
+        wide = accumulator_dtype(dy.device)
+        da, d_skip = (None if v is None else torch.zeros_like(v, dtype=wide) for v in (given.a, given.skip))
+        size = span_length(given.x)
+        for i, span in reversed(list(enumerate(given.spans()))):
+            length, tables = span.x.shape[1], _Span.of(span)
+            here = slice(i * size, i * size + length)
+            own = dy[:, here]
+            filled = F.pad(own, (0, 0, 0, 0, 0, tables.x.shape[1] * tables.x.shape[2] - length))
+            found, d_state = tables.backward(before[i], filled, d_state)
+            d_written, d_log, db[:, here], dc[:, here] = (value[:, :length] for value in found)
+            if given.a is None or da is None:
+                dx[:, here], d_dt[:, here] = d_written, d_log
+            else:
+                torch.mul(d_written, span.dt[..., None], out=dx[:, here])
+                d_dt[:, here] = torch.addcmul((d_written * span.x).sum(-1), d_log, given.a)
+                da += (d_log * span.dt).sum((0, 1))
+            if given.skip is not None and d_skip is not None:
+                dx[:, here].addcmul_(own, given.skip[:, None])
+                d_skip += (own * span.x).sum((0, 1, 3))
+        da, d_skip = (None if v is None else v.to(dy.dtype) for v in (da, d_skip))
+        return d_state, dx, d_dt, db, dc, None, da, d_skip
 
 
 def scan(
-    x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor, starts: Tensor | None
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor | None,
+    state: Tensor,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """All tokens of all rows.
 
     Args:
-        x: [B, L, H, P]; what is written, 0 at padding.
-        log_decay: [B, L, H]; 0 at padding.
+        x: [B, L, H, P]; 0 at padding.
+        dt: [B, L, H]; 0 at padding. Without `a` the logarithms of the decays.
+        a, skip: [H] or None.
         b, c: [B, L, G, N].
         state: [B, H, P, N].
         starts: bool [B, L]; the token starts a document. None: none does.
@@ -193,10 +256,12 @@ def scan(
     if x.shape[1] == 1:
         heads = x.shape[2] // b.shape[2]
         b_t, c_t = (v[:, 0].repeat_interleave(heads, dim=1) for v in (b, c))
-        decay = log_decay[:, 0].exp()
+        decay = (dt[:, 0] if a is None else dt[:, 0] * a).exp()
+        written = x[:, 0] if a is None else x[:, 0] * dt[:, 0, :, None]
         if starts is not None:
             decay = decay * ~starts
-        h = torch.addcmul(x[:, 0, :, :, None] * b_t[:, :, None], decay[..., None, None], state)
-        return (h @ c_t[..., None])[:, None, ..., 0], h
-    result: tuple[Tensor, Tensor] = _Scan.apply(state, x, log_decay, b, c, starts)
+        h = torch.addcmul(written[..., None] * b_t[:, :, None], decay[..., None, None], state)
+        y = (h @ c_t[..., None])[:, None, ..., 0]
+        return (y if skip is None else torch.addcmul(y, skip[:, None], x)), h
+    result: tuple[Tensor, Tensor] = _Scan.apply(state, x, dt, b, c, starts, a, skip)
     return result

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from megalodon.models.implicit import Path
@@ -192,10 +192,17 @@ class Reference(NamedTuple):
     state_dict: dict[str, Tensor]
 
 
-class MixerParameters(BaseModel):
-    """What users may set of a mixer; subclasses add fields. Unknown names and wrong types are refused."""
+AtLeastOne = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+class MixerParameters(BaseModel):
+    """What users may set of a mixer; subclasses add fields. Unknown names, wrong types and numbers that are not finite
+    are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def check(self, config: KinConfig) -> None:
         """Raise ValueError, naming the field, unless these parameters fit a model of this config."""

@@ -14,7 +14,7 @@ from megalodon import ops
 from megalodon.models.gated_attention_config import GatedAttentionConfig
 from megalodon.models.implicit import Path
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters
+from megalodon.models.kin.mixers.base import AtLeastOne, Memory, Mixer, MixerParameters
 from megalodon.models.layers.cema import CEMA
 from megalodon.models.layers.chunk_attention import GatedChunkAttention
 from megalodon.models.layers.memory_block import memory_paths
@@ -49,12 +49,12 @@ class BlockParameters(MixerParameters):
 
     mixer: ClassVar[str]
 
-    z_dim: int | None = None
-    value_dim: int | None = None
-    heads: int | None = None
-    cema_ndim: int = 16
-    chunk_size: int = 2048
-    norm_groups: int | None = None
+    z_dim: AtLeastOne | None = None
+    value_dim: AtLeastOne | None = None
+    heads: AtLeastOne | None = None
+    cema_ndim: AtLeastOne = 16
+    chunk_size: AtLeastOne = 2048
+    norm_groups: AtLeastOne | None = None
 
     def sizes(self, config: KinConfig) -> GatedAttentionConfig:
         """Those of one layer, as the architecture's own modules take them."""

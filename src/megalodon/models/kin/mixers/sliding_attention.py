@@ -13,7 +13,7 @@ from megalodon import ops
 from megalodon.models.implicit import Path, probe
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.attention import unpacked, window_multiply_adds
-from megalodon.models.kin.mixers.base import Memory, Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, Memory, Reference
 from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
 from megalodon.models.kin.mixers.sums import WindowMemory
 from megalodon.ops.layout import Layout
@@ -29,11 +29,7 @@ class SlidingAttention(Projected):
     class Parameters(ProjectedParameters):
         """window: W, the token itself included."""
 
-        window: int = 128
-
-        def check(self, config: KinConfig) -> None:
-            if self.window < 1:
-                raise ValueError(f"sliding_attention: window={self.window}: it must be at least 1")
+        window: AtLeastOne = 128
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)

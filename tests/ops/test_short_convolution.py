@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,7 +40,7 @@ def test_pieces_equal_the_definition_with_gradients(
     silu: bool, taps: int, pieces: list[int], tile: int, biased: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megalodon.ops.short_convolution.CACHEFUL", tile)
+        patch.setattr(sys.modules["megalodon.ops.short_convolution"], "CACHEFUL", tile)
         x, weight, bias, recent = inputs(2, sum(pieces), taps)
         given_bias = bias if biased else None
         leaves = [x, weight, recent, *([bias] if biased else [])]

@@ -8,7 +8,7 @@ from operator_cases import relative
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalodon.ops import gated_norm, gated_rms_norm
+from megalodon.ops import compiled, gated_norm, gated_rms_norm
 
 
 def defined(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
@@ -25,13 +25,19 @@ def test_equals_its_operations_over_ragged_tiles(groups: int, monkeypatch: pytes
     assert torch.autograd.gradcheck(lambda *x: gated_rms_norm(*x, groups, 1e-5), (y, z, weight))
 
 
+@pytest.mark.parametrize("backend", ["numba", "blocked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_of_wider_tensors_in_any_precision(dtype: torch.dtype) -> None:
-    both = torch.randn(2, 90, 40).to(dtype).requires_grad_()
+def test_parts_of_wider_tensors_in_any_precision(
+    dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "numba" and compiled.missing() is not None:
+        pytest.skip(f"no kernels: {compiled.missing()}")
+    monkeypatch.setenv("MEGALODON_BACKEND", backend)
+    both = torch.randn(2, 290, 40).to(dtype).requires_grad_()
     y, z = both.split(20, -1)
     weight = torch.rand(20).requires_grad_()
     out = gated_rms_norm(y, z, weight, 2, 1e-5)
-    upstream = torch.randn(2, 90, 20).to(dtype)
+    upstream = torch.randn(2, 290, 20).to(dtype)
     found = torch.autograd.grad(out, (both, weight), upstream)
     wide, wide_weight = both.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     exact = defined(*wide.split(20, -1), wide_weight, 2, 1e-5)

@@ -12,7 +12,7 @@ from operator_cases import relative, segments
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalodon.ops import Layout, short_convolution
+from megalodon.ops import Layout, compiled, short_convolution
 
 
 def defined(x: Tensor, weight: Tensor, bias: Tensor | None, recent: Tensor, silu: bool) -> Tensor:
@@ -76,3 +76,23 @@ def test_documents_and_padding_are_alone(silu: bool) -> None:
         one = slice(row, row + 1)
         assert relative(y[one, :length], defined(x[one, :length], weight, bias, recent[one], silu)) < 1e-12
         assert torch.equal(state[row], torch.cat([recent[row], x[row, :length]])[-3:])
+
+
+@pytest.mark.skipif(compiled.missing() is not None, reason=f"no kernels: {compiled.missing()}")
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("length", "taps", "biased"), [(2, 4, True), (3, 1, False), (300, 4, True), (70, 3, False)])
+def test_compiled_form(silu: bool, length: int, taps: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGALODON_BACKEND", "numba")
+    wider, recent = torch.randn(2, length, 90), torch.randn(2, taps - 1, 70)
+    x = wider[..., 7:77].requires_grad_()  # a part of a wider tensor
+    weight, bias = torch.randn(70, taps), torch.randn(70) if biased else None
+    leaves = [x, *(value.requires_grad_() for value in (recent, weight, bias) if value is not None)]
+    y, state = short_convolution(x, weight, bias, recent, Layout(2, length), silu)
+    wide = [value.detach().double().requires_grad_() for value in leaves]
+    exact = defined(wide[0], wide[2], wide[3] if biased else None, wide[1], silu)
+    upstream = torch.randn_like(y)
+    found = torch.autograd.grad(y, leaves, upstream)
+    expected = torch.autograd.grad(exact, wide, upstream.double())
+    assert relative(y.double(), exact) < 1e-6
+    assert torch.equal(state, torch.cat([recent, x], 1)[:, length:])
+    assert all(relative(a.double(), b) < 1e-5 for a, b in zip(found, expected, strict=True) if b.numel())

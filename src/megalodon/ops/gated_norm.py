@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megalodon.ops.backend import full_precision
+from megalodon.ops import compiled
+from megalodon.ops.backend import backend_for, full_precision
+from megalodon.ops.compiled.tables import GatedNorm
 
 CACHEFUL = 1 << 15
 """Elements of each tensor that are worked on together on a CPU."""
@@ -55,6 +58,51 @@ class _GatedNorm(torch.autograd.Function):
         return dy, dz, d_weight.to(weight.dtype), None, None
 
 
+class _Compiled(torch.autograd.Function):
+    """The same through `ops.compiled.state_spaces`, of float32."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+        y = y.contiguous()
+        ctx.save_for_backward(y, z, weight)
+        ctx.groups, ctx.eps = groups, eps
+        out = torch.empty_like(y)
+        _run("norm", y, z, weight, groups, eps, out=out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor):
+        y, z, weight = ctx.saved_tensors
+        dy, dz = torch.empty_like(y), torch.empty_like(y)
+        threads = torch.get_num_threads()
+        totals, scratch = y.new_zeros(threads, len(weight), dtype=torch.float64), y.new_zeros(threads, len(weight))
+        made = {"out": d_out.contiguous(), "dy": dy, "dz": dz, "totals": totals, "scratch": scratch}
+        _run("norm_back", y, z, weight, ctx.groups, ctx.eps, **made)
+        return dy, dz, totals.sum(0).to(weight.dtype), None, None
+
+
+def _run(name: str, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, **tensors: Tensor) -> None:
+    kernel = compiled.kernel(f"state_spaces.{name}")
+    assert kernel is not None, "`_compiles` has asked for it"
+    table, wide_eps, weight = np.zeros(len(GatedNorm), np.int64), np.array([eps]), weight.contiguous()
+    table[[GatedNorm.rows, GatedNorm.dim]] = y.shape
+    table[[GatedNorm.groups, GatedNorm.z_step]] = groups, z.stride(0)
+    table[[GatedNorm.y, GatedNorm.z, GatedNorm.weight]] = y.data_ptr(), z.data_ptr(), weight.data_ptr()
+    table[GatedNorm.eps] = wide_eps.ctypes.data
+    for field, tensor in tensors.items():
+        table[getattr(GatedNorm, field)] = tensor.data_ptr()
+    kernel(table, y.numel())
+
+
+def _compiles(y: Tensor, z: Tensor, weight: Tensor) -> bool:
+    if y.device.type != "cpu" or any(x.dtype != torch.float32 for x in (y, z, weight)):
+        return False
+    if len(y) < 2 or z.stride(1) != 1 or backend_for(y.device, y.dtype)[0] != "numba":
+        return False
+    return all(compiled.kernel(f"state_spaces.{name}") is not None for name in ("norm", "norm_back"))
+
+
 def _scale(parts: Tensor, eps: float) -> Tensor:
     """1 over the root mean square of each part."""
     return torch.rsqrt(parts.square().mean(-1, keepdim=True).add_(eps))
@@ -92,5 +140,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
     if torch.compiler.is_compiling():
         parts = (y.to(full_precision(y.dtype)) * F.silu(z.to(full_precision(y.dtype)))).unflatten(-1, (groups, -1))
         return ((parts * _scale(parts, eps)).flatten(-2) * weight).to(y.dtype)
-    result: Tensor = _GatedNorm.apply(y.reshape(-1, width), z.reshape(-1, width), weight, groups, eps)
+    rows = y.reshape(-1, width), z.reshape(-1, width)
+    form = _Compiled if _compiles(*rows, weight) else _GatedNorm
+    result: Tensor = form.apply(*rows, weight, groups, eps)
     return result.view(y.shape)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from megalodon.ops import compiled
+from megalodon.ops.backend import backend_for
+from megalodon.ops.compiled.tables import Convolution
 from megalodon.ops.layout import Layout
 from megalodon.ops.recent import delayed, recent_after, with_recent
 
@@ -61,6 +65,53 @@ class _Plain(torch.autograd.Function):
         return d_x, d_recent, None if d_taps is None else d_taps.t(), d_bias, None
 
 
+class _Compiled(torch.autograd.Function):
+    """The same through `ops.compiled.state_spaces`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, recent: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+        ctx.save_for_backward(x, recent, weight, bias)
+        ctx.silu = silu
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _run("convolve", x, silu, recent=recent, weight=weight.t().contiguous(), bias=bias, y=y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor):
+        x, recent, weight, bias = ctx.saved_tensors
+        dim, count = weight.shape
+        d_joined = x.new_empty(len(x), count - 1 + x.shape[1], dim)
+        totals, scratch = x.new_zeros(count + 1, dim, dtype=torch.float64), x.new_zeros(count + 2, dim)
+        taps = weight.t().contiguous()
+        made = {"dy": dy.contiguous(), "d_joined": d_joined, "totals": totals, "scratch": scratch}
+        _run("convolve_back", x, ctx.silu, recent=recent, weight=taps, bias=bias, **made)
+        d_taps, d_bias = totals[:count].t().to(x.dtype), totals[count].to(x.dtype)
+        return d_joined[:, count - 1 :], d_joined[:, : count - 1], d_taps, None if bias is None else d_bias, None
+
+
+def _run(name: str, x: Tensor, silu: bool, **tensors: Tensor | None) -> None:
+    kernel = compiled.kernel(f"state_spaces.{name}")
+    assert kernel is not None, "`_compiles` has asked for it"
+    table, weight = np.zeros(len(Convolution), np.int64), tensors["weight"]
+    assert weight is not None
+    table[[Convolution.rows, Convolution.length, Convolution.dim]] = x.shape
+    table[[Convolution.taps, Convolution.silu]] = len(weight), silu
+    table[[Convolution.x, Convolution.token_step, Convolution.row_step]] = x.data_ptr(), x.stride(1), x.stride(0)
+    kept = {field: tensor.contiguous() for field, tensor in tensors.items() if tensor is not None}
+    for field, tensor in kept.items():
+        table[getattr(Convolution, field)] = tensor.data_ptr()
+    kernel(table, x.numel())
+
+
+def _compiles(x: Tensor) -> bool:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[1] == 1 or x.stride(2) != 1:
+        return False
+    if backend_for(x.device, x.dtype)[0] != "numba":
+        return False
+    return all(compiled.kernel(f"state_spaces.{name}") is not None for name in ("convolve", "convolve_back"))
+
+
 def _tokens(x: Tensor) -> int:
     """How many tokens of a row are worked on together."""
     return max(CACHEFUL // x.shape[2], 1) if x.device.type == "cpu" else x.shape[1]
@@ -110,7 +161,7 @@ def short_convolution(
     before = weight.shape[1] - 1
     if layout.starts is None and x.dtype == weight.dtype and not torch.compiler.is_compiling() and x.numel():
         recent = x.new_zeros(x.shape[0], before, x.shape[2]) if recent is None else recent.to(x.dtype)
-        y = _Plain.apply(x, recent, weight, bias, silu)
+        y = (_Compiled if _compiles(x) else _Plain).apply(x, recent, weight, bias, silu)
         if layout.plain and before <= x.shape[1]:
             return y, x[:, x.shape[1] - before :].clone()
         return y, recent_after(with_recent(recent, x, before), before, layout)

@@ -148,8 +148,13 @@ class KinConfig(Config):
             mixer_class(name)
             if name not in names:
                 raise ValueError(f"mixer_parameters has {name!r}, but no layer has this mixer: they have {names}")
-        for name in names:
+        for name, parameters in map(self.mixer_of, range(self.num_layers)):
             mixer = mixer_class(name)
+            turns = self.rope_base is not None or self.rope_frequencies is not None
+            if turns and self.head_size % 2 and mixer.turns_with(parameters):
+                raise ValueError(
+                    f"head_dim={self.head_dim}: {name} turns heads in pairs: it must be even, or rope_base=None"
+                )
             if self.rope_frequencies is not None and mixer.own_rotary:
                 raise ValueError(f"rope_frequencies: {name} turns by powers of rope_base alone")
             if self.parallel and mixer.takes_residual:

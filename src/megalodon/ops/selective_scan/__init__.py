@@ -10,9 +10,13 @@ from torch import Tensor
 from megalodon.ops.backend import Implementations, check_devices, choose, full_precision
 from megalodon.ops.compiling import one_break_at_most
 from megalodon.ops.layout import Layout, layout_of
-from megalodon.ops.selective_scan import blocked, reference
+from megalodon.ops.selective_scan import blocked, numba, reference
 
-IMPLEMENTATIONS: Implementations = {"reference": reference.selective_scan, "blocked": blocked.selective_scan}
+IMPLEMENTATIONS: Implementations = {
+    "reference": reference.selective_scan,
+    "blocked": blocked.selective_scan,
+    "numba": numba.selective_scan,
+}
 
 
 @one_break_at_most
@@ -43,7 +47,7 @@ def selective_scan(
         initial_state: [B, E, N] or [B, H, P, N]; the state before the first token. None: zero.
         segment_ids: int [B, L]; a change along L starts a document with a zero state. The row's first document
             continues `initial_state`.
-        backend: "reference" or "blocked"; None chooses (see `megalodon.ops.backend`).
+        backend: "reference", "blocked" or "numba"; None chooses (see `megalodon.ops.backend`).
         layout: the batch's layout, in place of `segment_ids`. Tokens beyond its `lengths` give zero and leave the
             state alone.
 

@@ -18,8 +18,9 @@ def selective_scan(
     skip: Tensor | None,
     initial_state: Tensor,
     layout: Layout,
+    kind: type[scalar.Span] = scalar.Span,
 ) -> tuple[Tensor, Tensor]:
-    """See `megalodon.ops.selective_scan`."""
+    """See `megalodon.ops.selective_scan`; `kind`: how spans are computed where there is one decay a head."""
     if x.shape[1] == 0:
         return x, initial_state
     starts = None if layout.starts is None else torch.from_numpy(layout.starts).to(x.device)
@@ -32,5 +33,5 @@ def selective_scan(
         y, state = diagonal.scan(x, dt, a, b, c, initial_state, None if starts is None else (~starts).to(x.dtype))
         y = y if skip is None else torch.addcmul(y, skip, x)
     else:
-        y, state = scalar.scan(x, dt, a, b, c, skip, initial_state, starts)
+        y, state = scalar.scan(x, dt, a, b, c, skip, initial_state, starts, kind)
     return (y if padding is None else y.masked_fill(hidden, 0)), state

@@ -9,7 +9,7 @@ exponentiated.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from megalodon.ops.backend import accumulator_dtype
 CHUNK = 64
 """Tokens in a chunk: the products inside grow with it, the steps between chunks shrink with it."""
 
-CACHEFUL = 1 << 17
-"""Numbers of x in a span on a CPU: its tables, of which each is about as large, are made and used in the cache."""
+CACHEFUL = 1 << 19
+"""Numbers of x in a span on a CPU, where there are many rows: its tables, of which each is about as large, are made and
+used in the cache."""
 
 SPAN = 16 * CHUNK
 """Tokens of a span elsewhere, and at most."""
@@ -55,28 +56,32 @@ class _Inputs(NamedTuple):
             yield _Inputs(*parts, self.a, self.skip)  # type: ignore[arg-type]
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """A span of n chunks of T tokens, and what decays in it. R is the rows of a group's heads, H / G times P.
 
     Attributes:
         x: [B, n, T, H, P]; b, c: [B, n, G, T, N].
-        weight: [B, n, T, H, 1] or None; times x is what is written.
-        between: [B, n, H, T, T]; how much of what token s wrote is left at token t, 0 where it is not seen.
-        entering, leaving: [B, n, T, H, 1]; how much is left of the chunk's first state at a token, and of a token's
-            own at the chunk's end. decay: [B, n, H, 1, 1]; of the first state at the end.
+        weight: [B, n, T, H] or None; times x is what is written.
+        sums: of the logarithms of the decays, float64 [B, n, H, T].
+        document: of the token inside its chunk, int64 [B, n, T]. None: all are of one.
+        entering, leaving: [B, n, T, H]; how much is left of the chunk's first state at a token, and of a token's own
+            at the chunk's end. decay: [B, n, H]; of the first state at the end.
+        skip: [H] or None.
     """
 
     x: Tensor
     weight: Tensor | None
     b: Tensor
     c: Tensor
-    between: Tensor
+    sums: Tensor
+    document: Tensor | None
     entering: Tensor
     leaving: Tensor
     decay: Tensor
+    skip: Tensor | None
 
-    @staticmethod
-    def of(given: _Inputs) -> _Span:
+    @classmethod
+    def of(cls, given: _Inputs) -> Self:
         """The tables of a span's inputs."""
         x, dt, b, c, starts = given[:5]
         size = min(CHUNK, x.shape[1])
@@ -87,33 +92,19 @@ class _Span(NamedTuple):
         x, dt, b, c = (v.unflatten(1, (-1, size)) for v in (x, dt, b, c))
         log_decay = dt if given.a is None else dt * given.a
         sums = log_decay.to(accumulator_dtype(x.device)).cumsum(2)
-        by_head = sums.transpose(2, 3)
-        visible = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
-        number = None
-        if starts is not None:
-            number = starts.unflatten(1, (-1, size)).cumsum(-1)  # of the token's document inside its chunk
-            visible = visible & (number[:, :, None, :, None] == number[:, :, None, None])
-        between = (by_head[..., :, None] - by_head[..., None, :]).to(x.dtype).masked_fill_(~visible, -torch.inf).exp_()
         entering, leaving = sums.to(x.dtype).exp(), (sums[:, :, -1:] - sums).to(x.dtype).exp()
-        decay = entering[:, :, -1]
-        if number is not None:
-            entering = entering * (number == 0)[..., None]
-            leaving = leaving * (number == number[..., -1:])[..., None]
-            decay = decay * (number[..., -1:] == 0)
+        decay, document = entering[:, :, -1], None
+        if starts is not None:
+            document = starts.unflatten(1, (-1, size)).cumsum(-1)
+            entering = entering * (document == 0)[..., None]
+            leaving = leaving * (document == document[..., -1:])[..., None]
+            decay = decay * (document[..., -1:] == 0)
         b, c = b.transpose(2, 3), c.transpose(2, 3)
-        weight = None if given.a is None else dt[..., None]
-        return _Span(x, weight, b, c, between, entering[..., None], leaving[..., None], decay[..., None, None])
+        by_head = sums.transpose(2, 3).contiguous()
+        weight = None if given.a is None else dt
+        return cls(x, weight, b, c, by_head, document, entering, leaving, decay, given.skip)
 
-    def written(self) -> Tensor:
-        """What tokens write, [B, n, H, T, P]."""
-        heads = torch.empty_like(self.x.transpose(2, 3), memory_format=torch.contiguous_format)
-        if self.weight is None:
-            return heads.copy_(self.x.transpose(2, 3))
-        return torch.mul(self.x.transpose(2, 3), self.weight.transpose(2, 3), out=heads)
-
-    def kept(self) -> Tensor:
-        """What is left of it at the chunk's end, [B, n, G, T, R]."""
-        return self.rows(self.x * (self.leaving if self.weight is None else self.leaving * self.weight))
+    # what is read and written, as the products need it
 
     def rows(self, value: Tensor) -> Tensor:
         """[B, n, T, H, P] -> [B, n, G, T, R]."""
@@ -131,79 +122,135 @@ class _Span(NamedTuple):
         """[B, n, H, T, T] -> [B, n, G, H / G, T, T]."""
         return table.unflatten(2, (self.b.shape[2], -1))
 
+    def scores(self) -> Tensor:
+        """[B, n, G, T, T]."""
+        return self.c @ self.b.mT
+
+    def added(self, kept: Tensor, state: Tensor) -> Tensor:
+        """What a chunk adds to the state, [B, n, H, P, N], of what is kept of its tokens."""
+        return (self.rows(kept).mT @ self.b).view(*self.decay.shape, *state.shape[2:])
+
+    # all else: in PyTorch's operations here, in single passes over memory where `compiled` replaces them
+
+    def between(self) -> Tensor:
+        """[B, n, H, T, T]: how much of what token s wrote is left at token t, 0 where it is not seen."""
+        size = self.sums.shape[-1]
+        seen = torch.ones(size, size, dtype=torch.bool, device=self.x.device).tril()
+        if self.document is not None:
+            seen = seen & (self.document[:, :, None, :, None] == self.document[:, :, None, None])
+        logs = (self.sums[..., :, None] - self.sums[..., None, :]).to(self.x.dtype)
+        return logs.masked_fill_(~seen, -torch.inf).exp_()
+
     def weights(self) -> Tensor:
         """[B, n, H, T, T]: how much of what token s wrote token t reads."""
-        return ((self.c @ self.b.mT).unsqueeze(3) * self.by_group(self.between)).flatten(2, 3)
+        return (self.scores().unsqueeze(3) * self.by_group(self.between())).flatten(2, 3)
 
-    def states(self, state: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def opened(self) -> tuple[Tensor, Tensor]:
+        """(what tokens write [B, n, H, T, P], what is left of it at the chunk's end [B, n, T, H, P])."""
+        weight, left = self.weight, self.leaving if self.weight is None else self.leaving * self.weight
+        written = self.x.transpose(2, 3)
+        written = written if weight is None else written * weight.transpose(2, 3)[..., None]
+        return written.contiguous(), self.x * left[..., None]
+
+    def carried(self, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """(the states before the chunks [B, n, H, P, N], that after the last)."""
-        added = (kept.mT @ self.b).view(*self.decay.shape[:3], *state.shape[2:])
-        before = torch.empty_like(added)
+        before, decay = torch.empty_like(added), self.decay[..., None, None]
         for i in range(added.shape[1]):
             before[:, i] = state
-            state = torch.addcmul(added[:, i], self.decay[:, i], state)
+            state = torch.addcmul(added[:, i], decay[:, i], state)
         return before, state
 
-    def run(self, state: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(y [B, n T, H, P], the state after it)."""
-        before, state = self.states(state, self.kept())
-        y = self.tokens(self.c @ self.grouped(before).mT).mul_(self.entering)
-        y += (self.weights() @ self.written()).transpose(2, 3)
-        if skip is not None:
-            y.addcmul_(skip[:, None], self.x)
-        return y.flatten(1, 2), state
+    def closed(self, inter: Tensor, intra: Tensor) -> Tensor:
+        """y [B, n, T, H, P], of what is read from states [B, n, T, H, P] and inside chunks [B, n, H, T, P]."""
+        y = inter.mul_(self.entering[..., None])
+        y += intra.transpose(2, 3)
+        return y if self.skip is None else y.addcmul_(self.skip[:, None], self.x)
 
-    def backward(self, state: Tensor, dy: Tensor, d_state: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(gradients of what is written, log decays, b, c, of that of the state before) from those of y, without the
-        skip, and of the state after."""
-        kept = self.kept()
-        before, _ = self.states(state, kept)
-        dy = dy.unflatten(1, self.x.shape[1:3])
-        scaled = dy * self.entering
-        d_rows = self.rows(scaled)
-        d_before = (d_rows.mT @ self.c).view_as(before)
-        d_added = torch.empty_like(before)
+    def opened_back(self, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """(dy times what enters [B, n, T, H, P], dy by heads [B, n, H, T, P])."""
+        return dy * self.entering[..., None], dy.transpose(2, 3).contiguous()
+
+    def weights_back(self, known: Tensor, d_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(gradients of the scores, of the sums of logarithms) from those of the weights, which are `known`."""
+        d_between = (known * d_weights).to(self.sums.dtype)  # of these, differences of sums are taken
+        d_scores = self.by_group(d_weights.mul_(self.between())).sum(3)
+        return d_scores, d_between.sum(-1) - d_between.sum(-2)
+
+    def carried_back(self, before: Tensor, d_before: Tensor, d_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(gradients of what is added, of the logarithms of chunks' decays [B, n, H], of the state before) from those
+        of the states before the chunks and after the last."""
+        d_added, decay = torch.empty_like(before), self.decay[..., None, None]
         for i in reversed(range(before.shape[1])):
             d_added[:, i] = d_state
-            d_state = torch.addcmul(d_before[:, i], self.decay[:, i], d_state)
-        d_entering = self.tokens(self.c @ self.grouped(before).mT).mul_(scaled).sum(-1)
-        dc, db = d_rows @ self.grouped(before), kept @ self.grouped(d_added)
-        d_decay = before.mul_(d_added).sum((-1, -2)) * self.decay[..., 0, 0]  # of the logarithm, as all below
+            d_state = torch.addcmul(d_before[:, i], decay[:, i], d_state)
+        return d_added, (before * d_added).sum((-1, -2)) * self.decay, d_state
 
-        written, weights, d_heads = self.written(), self.weights(), dy.transpose(2, 3).contiguous()
-        dx = self.tokens(self.b @ self.grouped(d_added).mT).mul_(self.leaving)
-        d_leaving = (dx * written.transpose(2, 3)).sum(-1)
-        dx += (weights.mT @ d_heads).transpose(2, 3)
-        d_weights = d_heads @ written.mT
-        d_between = weights.mul_(d_weights)
-        d_scores = self.by_group(d_weights.mul_(self.between)).sum(3)
+    def closed_back(
+        self, dy: Tensor, scaled: Tensor, inter: Tensor, through: Tensor, intra: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The gradient of x [B, n, T, H, P], from what comes `through` the state and `intra`, inside chunks; and
+        [B, n, T, H] each, those of weight, entering and leaving (the logarithms of these two) and of skip."""
+        past = through * self.leaving[..., None]
+        d_written = past + intra.transpose(2, 3)
+        d_leaving, d_entering = (past * self.x).sum(-1), (inter * scaled).sum(-1)
+        d_weight, d_skip = (d_written * self.x).sum(-1), (dy * self.x).sum(-1)
+        if self.weight is not None:
+            d_leaving, d_written = d_leaving * self.weight, d_written * self.weight[..., None]
+        dx = d_written if self.skip is None else torch.addcmul(d_written, self.skip[:, None], dy)
+        return dx, d_weight, d_entering, d_leaving, d_skip
+
+    # forward and backward
+
+    def run(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """(y [B, n T, H, P], the state after it)."""
+        written, kept = self.opened()
+        before, state = self.carried(self.added(kept, state), state)
+        inter = self.tokens(self.c @ self.grouped(before).mT)
+        return self.closed(inter, self.weights() @ written).flatten(1, 2), state
+
+    def backward(self, state: Tensor, dy: Tensor, d_state: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(gradients of x, the weights of what is written, log decays, b, c, and the skip's of each token; of the state
+        before) from those of y and of the state after."""
+        dy = dy.unflatten(1, self.x.shape[1:3])
+        written, kept = self.opened()
+        before, _ = self.carried(self.added(kept, state), state)
+        scaled, by_head = self.opened_back(dy)
+        d_rows = self.rows(scaled)
+        d_before = (d_rows.mT @ self.c).view_as(before)
+        d_added, d_decay, d_state = self.carried_back(before, d_before, d_state)
+        dc, db = d_rows @ self.grouped(before), self.rows(kept) @ self.grouped(d_added)
+        inter = self.tokens(self.c @ self.grouped(before).mT)
+        through = self.tokens(self.b @ self.grouped(d_added).mT)
+        known = self.weights()
+        intra = known.mT @ by_head
+        d_scores, d_sums = self.weights_back(known, by_head @ written.mT)
+        dx, d_weight, d_entering, d_leaving, d_skip = self.closed_back(dy, scaled, inter, through, intra)
         dc += d_scores @ self.b
         db += d_scores.mT @ self.c
 
-        wide = accumulator_dtype(dy.device)  # what follows are differences of sums
-        d_between = d_between.to(wide)
-        d_entering, d_leaving, d_decay = (value.to(wide) for value in (d_entering, d_leaving, d_decay))
-        d_sums = d_entering - d_leaving + (d_between.sum(-1) - d_between.sum(-2)).transpose(2, 3)
-        d_sums[:, :, -1] += d_decay + d_leaving.sum(2)
+        wide = d_sums.dtype
+        d_leaving = d_leaving.to(wide)
+        d_sums = d_sums.transpose(2, 3) + d_entering - d_leaving
+        d_sums[:, :, -1] += d_decay.to(wide) + d_leaving.sum(2)
         d_log = d_sums.flip(2).cumsum(2).flip(2).to(dy.dtype)
-        return [v.flatten(1, 2) for v in (dx, d_log, db.transpose(2, 3), dc.transpose(2, 3))], d_state
+        found = (dx, d_weight, d_log, db.transpose(2, 3), dc.transpose(2, 3), d_skip)
+        return [v.flatten(1, 2) for v in found], d_state
 
 
 class _Scan(torch.autograd.Function):
     """Span by span; only the states between spans are kept, and backward makes the tables of each again."""
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, kind: type[Span], state: Tensor, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         given = _Inputs(*inputs)  # type: ignore[arg-type]
-        y, before, first = torch.empty_like(given.x, memory_format=torch.contiguous_format), [], 0
+        outputs, before = [], []
         for span in given.spans():
             before.append(state)
-            out, state = _Span.of(span).run(state, given.skip)
-            length = span.x.shape[1]
-            y[:, first : first + length] = out[:, :length]
-            first += length
+            y, state = kind.of(span).run(state)
+            outputs.append(y[:, : span.x.shape[1]])
         ctx.save_for_backward(*inputs, *before)
-        return y, state
+        ctx.kind = kind
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
 
     @staticmethod
     @once_differentiable
@@ -214,23 +261,20 @@ class _Scan(torch.autograd.Function):
         da, d_skip = (None if v is None else torch.zeros_like(v, dtype=wide) for v in (given.a, given.skip))
         size = span_length(given.x)
         for i, span in reversed(list(enumerate(given.spans()))):
-            length, tables = span.x.shape[1], _Span.of(span)
+            length, tables = span.x.shape[1], ctx.kind.of(span)
             here = slice(i * size, i * size + length)
-            own = dy[:, here]
-            filled = F.pad(own, (0, 0, 0, 0, 0, tables.x.shape[1] * tables.x.shape[2] - length))
+            filled = F.pad(dy[:, here], (0, 0, 0, 0, 0, tables.x.shape[1] * tables.x.shape[2] - length))
             found, d_state = tables.backward(before[i], filled, d_state)
-            d_written, d_log, db[:, here], dc[:, here] = (value[:, :length] for value in found)
+            dx[:, here], d_weight, d_log, db[:, here], dc[:, here], skipped = (value[:, :length] for value in found)
             if given.a is None or da is None:
-                dx[:, here], d_dt[:, here] = d_written, d_log
+                d_dt[:, here] = d_log
             else:
-                torch.mul(d_written, span.dt[..., None], out=dx[:, here])
-                d_dt[:, here] = torch.addcmul((d_written * span.x).sum(-1), d_log, given.a)
+                d_dt[:, here] = torch.addcmul(d_weight, d_log, given.a)
                 da += (d_log * span.dt).sum((0, 1))
-            if given.skip is not None and d_skip is not None:
-                dx[:, here].addcmul_(own, given.skip[:, None])
-                d_skip += (own * span.x).sum((0, 1, 3))
+            if d_skip is not None:
+                d_skip += skipped.sum((0, 1))
         da, d_skip = (None if v is None else v.to(dy.dtype) for v in (da, d_skip))
-        return d_state, dx, d_dt, db, dc, None, da, d_skip
+        return None, d_state, dx, d_dt, db, dc, None, da, d_skip
 
 
 def scan(
@@ -242,6 +286,7 @@ def scan(
     skip: Tensor | None,
     state: Tensor,
     starts: Tensor | None,
+    kind: type[Span] = Span,
 ) -> tuple[Tensor, Tensor]:
     """All tokens of all rows.
 
@@ -252,6 +297,7 @@ def scan(
         b, c: [B, L, G, N].
         state: [B, H, P, N].
         starts: bool [B, L]; the token starts a document. None: none does.
+        kind: how spans are computed.
     """
     if x.shape[1] == 1:
         heads = x.shape[2] // b.shape[2]
@@ -263,5 +309,5 @@ def scan(
         h = torch.addcmul(written[..., None] * b_t[:, :, None], decay[..., None, None], state)
         y = (h @ c_t[..., None])[:, None, ..., 0]
         return (y if skip is None else torch.addcmul(y, skip[:, None], x)), h
-    result: tuple[Tensor, Tensor] = _Scan.apply(state, x, dt, b, c, starts, a, skip)
+    result: tuple[Tensor, Tensor] = _Scan.apply(kind, state, x, dt, b, c, starts, a, skip)
     return result

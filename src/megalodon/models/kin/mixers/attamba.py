@@ -120,7 +120,7 @@ class Attamba(Mixer):
                 raise ValueError(f"attamba: inner={inner} is not divisible by heads={heads}")
             if config.model_dim % config.num_heads:
                 raise ValueError(f"attamba: model_dim={config.model_dim} is not divisible by num_heads")
-            if (config.model_dim // config.num_heads) % 2:
+            if config.rope_base is not None and (config.model_dim // config.num_heads) % 2:
                 raise ValueError(
                     f"attamba: heads of {config.model_dim // config.num_heads} cannot turn: make them even"
                 )

@@ -215,6 +215,7 @@ class Mixer(nn.Module):
         kind: how its memory grows with what was read.
         two_way_mode: whether it has a noncausal form, used where `config.two_way`.
         causal_mode: whether it has a causal form.
+        turns_heads: whether it turns the heads of the config, of `head_dim`, in pairs.
         own_rotary: whether it turns heads by powers of rope_base and in no other way.
         takes_residual: whether it is given the residual stream itself, not its norm, to bring norms of its own.
     """
@@ -222,6 +223,7 @@ class Mixer(nn.Module):
     kind: ClassVar[Kind]
     two_way_mode: ClassVar[bool] = False
     causal_mode: ClassVar[bool] = True
+    turns_heads: ClassVar[bool] = False
     own_rotary: ClassVar[bool] = False
     takes_residual: ClassVar[bool] = False
 
@@ -267,6 +269,11 @@ class Mixer(nn.Module):
     def kind_with(cls, parameters: MixerParameters) -> Kind:
         """`kind`, where it depends on the parameters."""
         return cls.kind
+
+    @classmethod
+    def turns_with(cls, parameters: Any) -> bool:
+        """`turns_heads`, where it depends on the parameters."""
+        return cls.turns_heads
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

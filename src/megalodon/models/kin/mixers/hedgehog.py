@@ -19,6 +19,8 @@ from megalodon.models.kin.mixers.sums import WeightedSums
 class Hedgehog(Projected, NormalisedLinear):
     """`phi(q)^T sum phi(k) v^T / phi(q)^T sum phi(k)`, phi(x) = [softmax(x W_h), softmax(-x W_h)], after rotation."""
 
+    turns_heads = True
+
     class Parameters(ProjectedParameters):
         """feature_dim: m, columns of W_h; None: the config's head_dim. activation: of the features, "relu" for T2R's.
         skip: add x to x W_h. eps: added to the normaliser."""

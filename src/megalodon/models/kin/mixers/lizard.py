@@ -44,6 +44,10 @@ class Lizard(Projected):
         alpha: float = 1.0
         eps: NotNegativeFloat = 1e-12
 
+    @classmethod
+    def turns_with(cls, parameters: Parameters) -> bool:
+        return parameters.rotary
+
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
         self.window, self.eps, self.given = parameters.window, parameters.eps, parameters

@@ -30,6 +30,7 @@ class LoLCATs(Projected):
     """
 
     kind = "constant"
+    turns_heads = True
 
     class Parameters(ProjectedParameters):
         """window: W, the token itself included. feature_dim: columns of the maps' matrices; None: head_dim. affine:

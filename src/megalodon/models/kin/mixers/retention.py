@@ -24,6 +24,7 @@ class Retention(Projected):
     normalised without weights, then Wo. E maps all heads of a token together."""
 
     kind = "constant"
+    turns_heads = True
 
     class Parameters(ProjectedParameters):
         """decay: slopes as of ALiBi, of RetNet, or none. first_slope: of head 0, in place of ALiBi's. qk_norm: a layer

@@ -69,6 +69,7 @@ class Scout(Mixer):
     """`x1 = x + local(norm x); x2 = x1 + mlp(norm x1); y = x2 + checkpoint_attention(norm x2) - x`."""
 
     kind = "growing"
+    turns_heads = True
     own_rotary = True
     takes_residual = True
 

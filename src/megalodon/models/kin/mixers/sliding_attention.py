@@ -24,6 +24,7 @@ class SlidingAttention(Projected):
     """`attention` of each token over itself and the W - 1 tokens before it; two-way, those after it too."""
 
     kind = "constant"
+    turns_heads = True
     two_way_mode = True
 
     class Parameters(ProjectedParameters):

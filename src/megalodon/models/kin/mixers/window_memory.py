@@ -60,6 +60,7 @@ class WindowMemory(Projected):
     """
 
     kind = "constant"
+    turns_heads = True
 
     class Parameters(ProjectedParameters):
         """chunk_size: C; a token sees itself and C to 2C - 1 before it. feature_dim: f, rows of the memory; None:

@@ -43,8 +43,8 @@ class MegalodonMemory(Memory):
 
 
 class BlockParameters(MixerParameters):
-    """z_dim, value_dim: widths of queries and keys, and of values, all heads together; None: a quarter of the model's,
-    and twice it. heads: None: as many as divide z_dim. cema_ndim: N. chunk_size: C. norm_groups: of the norm over time;
+    """z_dim, value_dim: widths of queries and keys, and of values, all heads together; None: an even quarter of the
+    model's, and twice it. heads: None: as many as divide z_dim. cema_ndim: N. chunk_size: C. norm_groups: of the norm over time;
     None: as many of 32 as divide the width."""
 
     mixer: ClassVar[str]
@@ -68,7 +68,7 @@ class BlockParameters(MixerParameters):
 
     def widths(self, config: KinConfig, rope_base: float) -> dict[str, Any]:
         """The fields that both architectures have, with defaults that fit the model's width."""
-        dim, z_dim = config.model_dim, self.z_dim or max(config.model_dim // 4, 2)
+        dim, z_dim = config.model_dim, self.z_dim or max(config.model_dim // 8 * 2, 2)
         groups = [count for count in range(1, 33) if dim % count == 0 and count < dim]
         fitting = [heads for heads in range(1, config.num_heads + 1) if z_dim % (2 * heads) == 0]
         return {

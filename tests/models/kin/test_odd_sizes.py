@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kin_cases import CAUSAL, VOCABULARY, relative, tokens
 
-from megalodon import KinConfig, KinForCausalLM
+from megalodon import KinConfig, KinForCausalLM, KinModel
+from megalodon.models.kin.mixers import MIXERS, mixer_class
 
 SMALLEST: dict[str, dict[str, Any]] = {
     "attamba": {"chunk": 1, "leading": 0, "state_size": 1, "kernel_size": 1},
@@ -36,6 +37,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "sliding_attention": {"window": 1},
     "window_memory": {"chunk_size": 1, "feature_dim": 1},
 }
+SIZES: dict[str, Any] = {"num_layers": 2, "model_dim": 16, "num_heads": 2, "vocab_size": VOCABULARY}
 every_mixer = pytest.mark.parametrize("name", sorted(CAUSAL))
 
 
@@ -143,3 +145,24 @@ def test_odd_heads_turn_nowhere_unsaid(name: str, head_dim: int) -> None:
         assert any(words in str(error) for words in named), error
         return
     assert torch.isfinite(model(tokens(1, 9)).logits).all()
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+@torch.no_grad()
+def test_no_rows_and_no_tokens_are_read(name: str) -> None:
+    two_way = not mixer_class(name).causal_mode
+    model = KinModel(KinConfig(mixers=name, **SIZES, two_way=two_way)).eval()
+    for rows, length in ((0, 6), (2, 0), (0, 0)):
+        out = model(torch.zeros(rows, length, dtype=torch.long), use_cache=True)
+        assert out.last_hidden_state.shape == (rows, length, 16)
+        assert out.past_key_values.position.shape == (rows,)
+
+
+@every_mixer
+@torch.no_grad()
+def test_a_row_of_padding_alone_reads_nothing(name: str) -> None:
+    model = KinForCausalLM(KinConfig(mixers=name, **SIZES)).eval()
+    x, mask = tokens(2, 6), torch.tensor([[1] * 6, [0] * 6])
+    out = model(x, attention_mask=mask, use_cache=True)
+    assert torch.isfinite(out.logits).all()
+    assert relative(model(x[1:], past_key_values=out.past_key_values[1]).logits, model(x[1:]).logits) < 1e-5

@@ -44,8 +44,8 @@ class MegalodonMemory(Memory):
 
 class BlockParameters(MixerParameters):
     """z_dim, value_dim: widths of queries and keys, and of values, all heads together; None: an even quarter of the
-    model's, and twice it. heads: None: as many as divide z_dim. cema_ndim: N. chunk_size: C. norm_groups: of the norm over time;
-    None: as many of 32 as divide the width."""
+    model's, and twice it. heads: None: as many as divide z_dim. cema_ndim: N. chunk_size: C. norm_groups: of the norm
+    over time; None: as many of 32 as divide the width."""
 
     mixer: ClassVar[str]
 

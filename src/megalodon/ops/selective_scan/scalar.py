@@ -52,8 +52,9 @@ class _Inputs(NamedTuple):
         size = span_length(self.x)
         for first in range(0, self.x.shape[1], size):
             here = slice(first, first + size)
-            parts = (None if value is None else value[:, here] for value in self[:5])
-            yield _Inputs(*parts, self.a, self.skip)  # type: ignore[arg-type]
+            starts = None if self.starts is None else self.starts[:, here]
+            x, dt, b, c = (value[:, here] for value in self[:4])
+            yield self._replace(x=x, dt=dt, b=b, c=c, starts=starts)
 
 
 class Span(NamedTuple):

@@ -60,6 +60,18 @@ def test_every_name_gives_the_gradients_of_segment_ids(way: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("return_logits", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_labels_never_ask_how_another_document_begins(way: str, return_logits: bool) -> None:
+    x = tokens(1, LENGTH)
+    losses = [MODEL(x[:, a:b], labels=x[:, a:b], num_items_in_batch=LENGTH - 4).loss for a, b in pairwise(BOUNDS)]
+    loss = MODEL(x, labels=x, return_logits=return_logits, **WAYS[way]).loss
+    assert loss == pytest.approx(float(sum(losses)), rel=1e-6)
+    shifted = torch.cat([x[:, 1:], x[:, :1]], dim=1)  # what is shifted already is the caller's own
+    assert MODEL(x, shift_labels=shifted, **WAYS[way]).loss != pytest.approx(float(loss), rel=1e-4)
+
+
+@torch.no_grad()
 def test_positions_of_one_row_hold_for_all_and_rows_may_differ() -> None:
     x = tokens(3, LENGTH)
     expected = MODEL(x, segment_ids=NUMBERS.expand(3, -1)).logits
@@ -142,6 +154,8 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "shape": ({"position_ids": COUNTING[:, :9]}, r"position_ids has shape \(1, 9\): it must be \(1, 44\)"),
     "dtype": ({"seq_idx": NUMBERS.float()}, "seq_idx is torch.float32: it must be of integers"),
     "numbers in the mask": ({"attention_mask": NUMBERS + 1}, "documents are told by segment_ids"),
+    "a list as the mask": ({"attention_mask": [[1] * LENGTH]}, "attention_mask is a list: it must be a tensor"),
+    "masks by name": ({"attention_mask": {"full": None}, "position_ids": PLACES}, "attention_mask is a dict: it must"),
     "scores in the mask": ({"attention_mask": torch.full((1, LENGTH), -1e9)}, "attention_mask has values other than 0"),
 }
 

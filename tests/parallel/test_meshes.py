@@ -43,7 +43,7 @@ DEEP = (("num_layers", 4), ("num_heads", 4), ("chunk_size", 16))
 TIED = (("share_emb", True),)
 
 
-@pytest.mark.parametrize("kind", ["packed", "streamed"])
+@pytest.mark.parametrize("kind", [pytest.param("packed", marks=pytest.mark.slow), "streamed"])
 @pytest.mark.parametrize("sizes", [*PAIRS, *FOURS], ids=name)
 def test_four_processes(ranks, sizes, kind):
     check(ranks, sizes, Case(kind, changes=DEEP))

@@ -23,7 +23,7 @@ def fuzz(server: Server, examples: int) -> None:
         operation = result.ok()
 
         def send(case: schemathesis.Case) -> None:
-            answer = case.call(base_url=server.url, timeout=60)
+            answer = case.call(base_url=server.url, timeout=600)
             if answer.status_code >= 500:
                 failures.append(f"{answer.status_code} {case.as_curl_command()}")
             if answer.status_code >= 400:

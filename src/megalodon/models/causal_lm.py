@@ -332,6 +332,8 @@ class StatefulModel(StatefulPreTrainedModel):
         batch, length = x.shape[:2]
         autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         refuse_float16(x.dtype, autocast)
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            raise ValueError(f"attention_mask is a {type(attention_mask).__name__}: it must be a tensor [B, L]")
         if attention_mask is not None and (
             attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length
         ):
@@ -414,7 +416,8 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         """Predict the next token at every position. Arguments that `StatefulModel.forward` has mean the same.
 
         Args:
-            labels: int64 [B, L]; token ids as they stand in the text: shifted here; -100 is ignored.
+            labels: int64 [B, L]; token ids as they stand in the text: shifted here; -100 is ignored, and so is a token
+                that starts a document after another, which nothing before it could tell.
             logits_to_keep: give logits for the last so many positions (0: all), or for these positions.
             return_logits: False with labels or shift_labels: logits are None and the loss is computed in slices.
             num_items_in_batch: what the summed loss is divided by. None: the number of targets.
@@ -441,10 +444,13 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
             **kwargs,
         )
         x = outputs.last_hidden_state
+        given = labels if shift_labels is None else shift_labels
+        if given is not None and given.shape != x.shape[:2]:
+            raise ValueError(f"labels have shape {tuple(given.shape)}: they must be {tuple(x.shape[:2])}")
         if labels is not None and shift_labels is None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if shift_labels is not None and shift_labels.shape != x.shape[:2]:
-            raise ValueError(f"labels have shape {tuple(shift_labels.shape)}: they must be {tuple(x.shape[:2])}")
+            told = {"segment_ids": segment_ids, "position_ids": position_ids, "seq_idx": seq_idx, **kwargs}
+            seen = None if state is None else state.position
+            shift_labels = documents.targets_of(labels, told, attention_mask, seen)
         loss = logits = None
         if return_logits or shift_labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

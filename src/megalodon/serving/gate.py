@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megalodon.serving.auth import ApiKeys
+from megalodon.serving.bodies import is_json, media_type
 from megalodon.serving.errors import ApiError, answer_for, body_timeout
 from megalodon.serving.metrics import Metrics
 from megalodon.serving.settings import Settings
@@ -40,6 +41,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # whatever sends the answer leaves its body out
+            scope = {**scope, "method": "GET"}
         begun = False
 
         async def counted(message: Message) -> None:
@@ -84,14 +87,14 @@ class Gate:
         await self._app(scope, self._bounded(receive, limit), send)
 
     def _limit(self, scope: Scope, headers: Headers) -> int:
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
-        upload = scope["path"].startswith("/v1/contexts") and not json
+        upload = scope["path"].startswith("/v1/contexts") and not is_json(media_type(headers))
         return self._settings.max_upload if upload else self._settings.max_body
 
     def _too_large(self, limit: int) -> ApiError:
         self._metrics.refused.labels("body").inc()
-        return ApiError(413, f"the body is larger than {limit:,} bytes, the most that is accepted", "body_too_large")
+        return ApiError(
+            413, f"the body is larger than {limit:,} bytes, the most that is accepted", "body_too_large", "body"
+        )
 
     def _bounded(self, receive: Receive, limit: int) -> Receive:
         seconds, received, complete = self._settings.body_seconds, 0, False
@@ -123,7 +126,9 @@ class Gate:
             own = False
         if not own:
             message = f"requests from pages of {origin[:80]} are not accepted"
-            raise ApiError(403, f"{message}: the operator can allow them with --allowed-origin", "cross_origin")
+            raise ApiError(
+                403, f"{message}: the operator can allow them with --allowed-origin", "cross_origin", "Origin"
+            )
 
 
 def check_host(scope: Scope, allowed: Collection[str], keyed: bool) -> None:
@@ -142,7 +147,7 @@ def check_host(scope: Scope, allowed: Collection[str], keyed: bool) -> None:
         good = keyed or not is_loopback(address) or is_loopback(host)
     if not good:
         message = f"the host {host[:80]!r} is not served here: the operator can allow it with --allowed-host"
-        raise ApiError(403, message, "host_not_allowed")
+        raise ApiError(403, message, "host_not_allowed", "Host")
 
 
 def _name_of(host: str) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter, itemgetter
 from typing import Any, Generic, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -152,6 +152,16 @@ class _Kept(Generic[Made]):
     starts: bool = False
 
 
+_all_prepared: WeakSet[Prepared[Any, Any]] = WeakSet()
+
+
+def let_go(root: nn.Module) -> None:
+    """Hold nothing of a module and its parts, so that PyTorch may exchange the tensors that their weights are."""
+    for prepared in _all_prepared:
+        for module in root.modules():
+            prepared.forget(module)
+
+
 class Prepared(Generic[Module, Made]):
     """What `make` makes of a module, kept until the module changes, is forgotten, or dies.
 
@@ -162,6 +172,7 @@ class Prepared(Generic[Module, Made]):
     def __init__(self, make: Callable[[Module], tuple[Made, Iterable[Tensor]]]) -> None:
         self._make = make
         self._kept: WeakKeyDictionary[Module, _Kept[Made]] = WeakKeyDictionary()
+        _all_prepared.add(self)
 
     def of(self, module: Module) -> Made:
         """It, made anew if need be."""

@@ -256,7 +256,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_state: Tensor):
-        given, before = _Inputs(*ctx.saved_tensors[:7]), ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: under gradient checkpointing a second look is an error
+        given, before = _Inputs(*saved[:7]), saved[7:]
         dx, d_dt, db, dc = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in given[:4])
         wide = accumulator_dtype(dy.device)
         da, d_skip = (None if v is None else torch.zeros_like(v, dtype=wide) for v in (given.a, given.skip))

@@ -27,7 +27,7 @@ def check(ranks, sizes: MeshSizes, case: Case) -> None:
     assert_equal_training(case, expected(case), answers, TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed", "streamed"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "packed", "streamed"])
 @pytest.mark.parametrize("sizes", TWO, ids=name)
 @pytest.mark.parametrize("architecture", ["megalodon", "gecko"])
 def test_two_processes(ranks, architecture, sizes, kind):

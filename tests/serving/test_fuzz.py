@@ -43,7 +43,7 @@ def fuzz(server: Server, examples: int) -> None:
 
 
 def test_a_few_requests_from_the_schema(serve: Callable[..., Server]) -> None:
-    fuzz(serve(max_tokens=20, max_prompt_tokens=5000), 15)
+    fuzz(serve(max_tokens=20, max_prompt_tokens=5000), 7)
 
 
 @pytest.mark.slow

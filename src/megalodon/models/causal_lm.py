@@ -231,7 +231,7 @@ class StatefulModel(StatefulPreTrainedModel):
 
         `bos` tells where segments start. `hidden` collects the input of each block and the final hidden states.
         """
-        if x.shape[1] == 0:  # layers that others have put in place of ours need not take nothing
+        if 0 in x.shape[:2]:  # layers that others have put in place of ours need not take nothing
             if hidden is not None:
                 hidden += [x] * (len(self.layers) + 1)
             return x, (state or self.empty_state(len(x))) if use_cache else None

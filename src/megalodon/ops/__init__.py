@@ -11,6 +11,7 @@ from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
 from megalodon.ops.feed_forward import feed_forward
 from megalodon.ops.gate import gated_linear, silu, silu_product
+from megalodon.ops.gated_norm import gated_rms_norm
 from megalodon.ops.layout import Layout, layout_of
 from megalodon.ops.linear_attention import IMPLEMENTATIONS as _LINEAR_ATTENTION
 from megalodon.ops.linear_attention import (
@@ -70,6 +71,7 @@ __all__ = [
     "default_backend",
     "feed_forward",
     "gated_linear",
+    "gated_rms_norm",
     "layout_of",
     "linear_attention",
     "long_convolution",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,9 @@ def test_killed_at_any_instant(teacher: Path, given: list[str], tmp_path: Path) 
         ("lolcats", ["keep_attention=[0,1,2]"], "all layers would stay"),
         ("lolcats", ["memory.activations=disk"], "give memory.layers_at_once"),
         ("lolcats", ["finetune.accumulation_steps=3"], "finetune.accumulation_steps: 3 must divide"),
+        ("lolcats", ["window=32"], "rows of 32 hold nothing beyond the 32 tokens .* less window"),
+        ("gecko", ["chunk_size=16"], "rows of 32 hold nothing beyond the 32 tokens .* less chunk_size"),
+        ("hedgehog", ["lora.targets=[q_proj, qproj]"], "lora.targets: no linear layer is called qproj: a block has"),
     ],
 )
 def test_bad_input_is_named(
@@ -214,6 +218,11 @@ def test_bad_input_is_named(
 def test_folders_that_do_not_fit(teacher: Path, given: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lies in the teacher's folder"):
         run(teacher, teacher / "out", "lolcats", given)
+    inside = shutil.copytree(teacher, tmp_path / "whole" / "linearize")
+    with pytest.raises(ValueError, match="lies in the teacher's folder"):
+        run(inside, tmp_path / "whole", "lolcats", given)
+    with pytest.raises(ValueError, match="holds something else"):
+        run(teacher, tmp_path / "whole", "hedgehog", given)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds something else"):
@@ -227,8 +236,8 @@ def test_folders_that_do_not_fit(teacher: Path, given: list[str], tmp_path: Path
 def test_the_command(teacher: Path, given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
     for arguments in (
-        ["linearize", str(teacher), out, "--recipe", "lolcats", *given, *STEPS, "--dry-run"],
-        ["linearize", str(teacher), out, "--recipe", "lolcats", *given, *STEPS],
+        ["linearize", str(teacher), out, "--recipe", "hedgehog", *given, *STEPS, "--dry-run"],
+        ["linearize", str(teacher), out, "--recipe", "hedgehog", *given, *STEPS],
         ["evaluate", "perplexity", out, str(tmp_path / "text.txt"), "--max-tokens", "500"],
         ["generate", out, "3 times 3 is", "--max-tokens", "3"],
     ):

@@ -14,12 +14,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalodon.convert.teachers import Teacher
 from megalodon.data import Batch, Tokenizer, check_vocabulary, load_tokenizer
@@ -35,6 +36,7 @@ from megalodon.linearize.selection import kept_by_cost
 from megalodon.linearize.transfer import Pupils, TransferTrainer, pupils
 from megalodon.models import CausalLM
 from megalodon.models.kin import KinConfig
+from megalodon.models.kin.block import KinBlock
 from megalodon.training import corpora, launch
 from megalodon.training.config import RunConfig, TrainConfig, train_config
 from megalodon.training.config_file import config_text, parse_yaml
@@ -93,9 +95,9 @@ def plan(teacher: Path, out: Path, recipe: Recipe, settings: LinearizeConfig) ->
             something else; the message names what.
     """
     there, here = teacher.expanduser().resolve(), out.expanduser().resolve()
-    if there == here or there in here.parents:
+    if there == here or there in here.parents or here / WORK in (there, *there.parents):
         raise ValueError(f"OUT: {out} lies in the teacher's folder, which is never written to: name another folder")
-    if out.exists() and not (out / WORK).is_dir() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and _is_ours(out)):
         raise ValueError(f"OUT: {out} is there already and holds something else: name another folder")
     source = Teacher(there)
     if settings.tokenizer is None and not has_tokenizer(there):
@@ -116,7 +118,35 @@ def plan(teacher: Path, out: Path, recipe: Recipe, settings: LinearizeConfig) ->
         raise ValueError(f"--recipe {recipe.name}: {'; '.join(told)}")
     config = recipe.student_config(settings, source.config, kept)
     replaced = [layer for layer in range(source.config.num_layers) if layer not in kept]
-    return Linearization(recipe, settings, source, tokenizer, config, replaced, out)
+    job = Linearization(recipe, settings, source, tokenizer, config, replaced, out)
+    _check_adapters(job)
+    return job
+
+
+def _check_adapters(job: Linearization) -> None:
+    """Refuse adapters for layers that no block has, before the stages that come first."""
+    for stage in job.stages:
+        if isinstance(stage, FineTune) and stage.lora is not None:
+            with torch.device("meta"):
+                block = KinBlock(job.config, job.replaced[0])
+            there = sorted({name.rpartition(".")[2] for name, x in block.named_modules() if isinstance(x, nn.Linear)})
+            missing = [name for name in stage.lora.targets if name not in there]
+            if missing:
+                raise ValueError(
+                    f"lora.targets: no linear layer is called {missing[0]}: a block has {', '.join(there)}"
+                )
+            if find_spec("peft") is None:
+                raise ImportError("adapters need PEFT: pip install peft, or give lora=null")
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a folder holds nothing, or a run that has begun."""
+    work = RunFolder(out / WORK)
+    if work.config.is_file():
+        return True
+    inside = work.path.iterdir() if work.path.is_dir() else ()
+    others = (path for path in out.iterdir() if path != work.path)
+    return not any(others) and all(path.name.startswith(".") for path in inside)
 
 
 def kept_layers(settings: LinearizeConfig, teacher: KinConfig) -> list[int]:

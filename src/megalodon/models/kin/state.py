@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,11 @@ class KinDimensions(Dimensions):
     head_dim: int
     rope_base: float | None
     mixers: list[dict[str, Any]]
+    told_by: ClassVar[tuple[str, ...]] = (
+        *("num_layers", "model_dim", "num_heads", "num_key_value_heads", "head_dim", "rope_base"),
+        *("mixers", "mixer_parameters"),
+    )
+    """The fields of a config that say all of it."""
 
     @classmethod
     def of(cls, config: KinConfig) -> Self:

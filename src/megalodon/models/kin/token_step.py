@@ -248,7 +248,7 @@ class TokenStep:
     def __init__(self, model: StatefulModel) -> None:
         """Of what `_step_of` has looked at."""
         config, blocks = model.config, list(_blocks(model))
-        self.sizes = KinDimensions.of(config)
+        self.sizes = cast(KinDimensions, model.dimensions)
         self.ways = [WAYS[type(block.mixer)](block.mixer) for block in blocks]
         self._heads, size = config.num_heads, config.head_size
         self._rotary = Rotary.of(config)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from megalodon.cli import main
@@ -231,6 +232,27 @@ def test_folders_that_do_not_fit(teacher: Path, given: list[str], tmp_path: Path
     assert run(teacher, out, "supra", [*given, "finetune.tokens=64"]) == out, "done is done"
     with pytest.raises(ValueError, match="begun with other settings: decay was 'alibi' and is 'none'"):
         run(teacher, out, "supra", [*given, "finetune.tokens=64", "decay=none"])
+
+
+def test_settings_may_change_until_something_is_learned(teacher: Path, given: list[str], tmp_path: Path) -> None:
+    """A wrong path does not lock a folder; what weights do not depend on changes whenever."""
+    keys = [*given, "finetune.tokens=64"]
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        run(teacher, tmp_path / "out", "supra", [*keys, f"data.corpus.source={tmp_path / 'nowhere'}"])
+    out = run(teacher, tmp_path / "out", "supra", keys)
+    assert run(teacher, out, "supra", [*keys, "run.log_every=2", "checkpoint.every=3"]) == out
+    with pytest.raises(ValueError, match="data.batch_size was 2 and is 4"):
+        run(teacher, out, "supra", [*keys, "data.batch_size=4"])
+    with pytest.raises(ValueError, match="recipe was 'supra' and is 'hedgehog'"):
+        run(teacher, out, "hedgehog", given)
+
+
+def test_another_tokenizer_is_refused(teacher: Path, given: list[str], tmp_path: Path) -> None:
+    """One whose ids fit, and mean something else to the teacher."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 0, "two": 1, "[UNK]": 2}, "[UNK]"))
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(ValueError, match="tokenizer: .*words.json is another than the teacher's: id 0 is"):
+        run(teacher, tmp_path / "out", "supra", [*given, f"tokenizer={tmp_path / 'words.json'}"])
 
 
 def test_the_command(teacher: Path, given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,13 +23,13 @@ import yaml
 from torch import Tensor, nn
 
 from megalodon.convert.teachers import Teacher
-from megalodon.data import Batch, Tokenizer, check_vocabulary, load_tokenizer
+from megalodon.data import Batch, Tokenizer, check_vocabulary, load_tokenizer, same_tokens
 from megalodon.files import load_tensors, remove_partial, write_file, write_folder, write_text
 from megalodon.inference import choose_device, load_model
 from megalodon.inference.loading import has_tokenizer
 from megalodon.linearize.activations import OnDisk, Recomputed
 from megalodon.linearize.assembly import assemble
-from megalodon.linearize.config import LinearizeConfig
+from megalodon.linearize.config import LinearizeConfig, check
 from megalodon.linearize.finetune import FineTuner, prepare
 from megalodon.linearize.recipe import FineTune, Recipe, Stage, Transfer
 from megalodon.linearize.selection import kept_by_cost
@@ -38,7 +38,7 @@ from megalodon.models import CausalLM
 from megalodon.models.kin import KinConfig
 from megalodon.models.kin.block import KinBlock
 from megalodon.training import corpora, launch
-from megalodon.training.config import RunConfig, TrainConfig, train_config
+from megalodon.training.config import RunConfig, TrainConfig, changed_fields, train_config
 from megalodon.training.config_file import config_text, parse_yaml
 from megalodon.training.interrupt import StopRequest
 from megalodon.training.model_section import model_section, resolved_section
@@ -107,6 +107,10 @@ def plan(teacher: Path, out: Path, recipe: Recipe, settings: LinearizeConfig) ->
         check_vocabulary(tokenizer, source.config.vocab_size)
     except ValueError as error:
         raise ValueError(f"tokenizer: {error}") from None
+    if settings.tokenizer is not None and has_tokenizer(there):
+        told = same_tokens(tokenizer, load_tokenizer(there))
+        if told is not None:
+            raise ValueError(f"tokenizer: {settings.tokenizer} is another than the teacher's: {told}. Leave it out")
     if settings.data.sequence_length > source.length:
         raise ValueError(
             f"data.sequence_length: {settings.data.sequence_length} is more than the teacher was trained to read "
@@ -184,7 +188,7 @@ def linearize(job: Linearization) -> StopRequest:
     work = RunFolder(job.out / WORK)
     stop = StopRequest()
     with launch.opened(work):
-        _require_same(job, work.config)
+        _require_same(job, work)
         if (job.out / "config.json").is_file():
             return stop
         if job.settings.keep_attention == "auto":
@@ -220,20 +224,30 @@ def _chosen(job: Linearization, work: Path) -> Linearization:
     return replace(job, config=config, replaced=replaced)
 
 
-def _require_same(job: Linearization, file: Path) -> None:
-    """Refuse to go on with other settings than a run began with; note those of one that begins."""
-    now = {"teacher": str(job.teacher.folder), "recipe": job.recipe.name, **job.settings.model_dump(mode="json")}
-    if not file.is_file():
-        write_text(file, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+def _require_same(job: Linearization, work: RunFolder) -> None:
+    """Note the settings of a run that has learned nothing yet; refuse to go on with others than one learned with."""
+    own = {"teacher": str(job.teacher.folder), "recipe": job.recipe.name}
+    if not work.config.is_file() or not _has_learned(work.path):
+        now = own | job.settings.model_dump(mode="json")
+        write_text(work.config, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
         return
-    before = parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    changed = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in ("checkpoint", "evaluation")
-    ]
+    before = parse_yaml(work.config.read_text(encoding="utf-8"), str(work.config))
+    changed = [(name, before.pop(name, None), value) for name, value in own.items()]
+    changed = [each for each in changed if each[1] != each[2]]
+    if not changed:
+        settings = check(job.recipe.config, before, str(work.config))
+        free = ("checkpoint", "evaluation")
+        changed = [each for each in changed_fields(settings, job.settings) if each[0].partition(".")[0] not in free]
     if changed:
-        raise ValueError(f"OUT: {job.out} was begun with other settings: {changed[0]}: name another folder")
+        name, old, new = changed[0]
+        raise ValueError(
+            f"OUT: {job.out} was begun with other settings: {name} was {old!r} and is {new!r}: name another folder"
+        )
+
+
+def _has_learned(work: Path) -> bool:
+    """Whether something lies there that depends on the settings."""
+    return (work / "keep_attention.json").is_file() or any(work.rglob("*.safetensors"))
 
 
 def _stage_config(job: Linearization, stage: Stage, folder: Path) -> TrainConfig:

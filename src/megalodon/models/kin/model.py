@@ -13,7 +13,7 @@ from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.kin.block import FinalLayerNorm, FinalNorm, KinBlock
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers import Mixer, mixer_class
-from megalodon.models.kin.state import KinDimensions, KinState
+from megalodon.models.kin.state import SIZE_FIELDS, KinDimensions, KinState
 from megalodon.models.kin.token_step import TokenStep, generation_starts
 from megalodon.models.pretrained import StatefulPreTrainedModel
 from megalodon.models.state import State
@@ -89,7 +89,7 @@ class KinModel(KinPreTrainedModel, StatefulModel):
     @property
     def dimensions(self) -> KinDimensions:
         """As any model's; kept while the config says the same, for every token asks and mixers take long to read."""
-        told = [getattr(self.config, name) for name in KinDimensions.told_by]
+        told = [getattr(self.config, name) for name in SIZE_FIELDS]
         if self._sizes is None or self._sizes[0] != told:
             self._sizes = copy.deepcopy(told), KinDimensions.of(self.config)
         return self._sizes[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,13 @@ from torch import Tensor
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers import Memory, mixer_class
 from megalodon.models.state import Dimensions, State
+
+
+SIZE_FIELDS = (
+    *("num_layers", "model_dim", "num_heads", "num_key_value_heads", "head_dim", "rope_base"),
+    *("mixers", "mixer_parameters"),
+)
+"""The fields of a config that say all of `KinDimensions`."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,6 @@ class KinDimensions(Dimensions):
     head_dim: int
     rope_base: float | None
     mixers: list[dict[str, Any]]
-    told_by: ClassVar[tuple[str, ...]] = (
-        *("num_layers", "model_dim", "num_heads", "num_key_value_heads", "head_dim", "rope_base"),
-        *("mixers", "mixer_parameters"),
-    )
-    """The fields of a config that say all of it."""
 
     @classmethod
     def of(cls, config: KinConfig) -> Self:

@@ -1,4 +1,4 @@
-"""Decoding of a Transformer with its cache, and of what recipes make of it: tokens a second and bytes after a long text.
+"""Decoding of a Transformer with its cache, and of what recipes make of it: tokens a second and bytes, after long texts.
 
 Speed needs no trained weights: a Llama of each size is drawn, and so is what it remembers. The teacher is Transformers'
 own model with its `DynamicCache`, and the same read as a kin model; the others are its linearisations, which have read
@@ -96,9 +96,7 @@ def measured(steps: dict[str, Step], count: int, clock: Callable[[], float]) -> 
             begin = clock()
             step(number)
             seconds[name].append(clock() - begin)
-    return {
-        name: {"tokens/s": 1 / statistics.median(each[2:]), "bytes": sizes[name]} for name, each in seconds.items()
-    }
+    return {name: {"tokens/s": 1 / statistics.median(each[2:]), "bytes": sizes[name]} for name, each in seconds.items()}
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

@@ -76,7 +76,7 @@ class Teacher:
         except ValueError as error:
             raise ValueError(f"teacher: {folder}: {error}") from None
         if getattr(config, "quantization_config", None):
-            raise ValueError(f"teacher: {folder}: quantization_config: its weights are rounded; save it as it was before")
+            raise ValueError(f"teacher: {folder}: quantization_config: its weights are rounded; save it as it was")
         self.config = KinConfig(**fields)
         self.length = int(config.max_position_embeddings)
         self._files = _files_of(folder)

@@ -84,40 +84,61 @@ def predicted(job: Linearization) -> list[StageMemory]:
 
 def _of_model(job: Linearization, stage: FineTune) -> tuple[int, int, int]:
     """(teacher, weights, step) of `StageMemory`: of one layer, and what each further kind of layer adds."""
-    alone, added = _of_models(job, stage, [0]), Counter(str(job.config.mixer_of(i)) for i in range(job.config.num_layers))
-    total, kinds = list(alone), {str(job.config.mixer_of(i)): i for i in range(job.config.num_layers)}
-    added[str(job.config.mixer_of(0))] -= 1
-    for kind, count in added.items():
-        if count:
-            both = _of_models(job, stage, [0, kinds[kind]])
-            total = [x + count * (y - z) for x, y, z in zip(total, both, alone, strict=True)]
-    teacher, weights, step = total
+    alone, kinds = _of_models(job, stage, [0]), [str(job.config.mixer_of(i)) for i in range(job.config.num_layers)]
+    teacher, weights, step = alone
+    for kind, count in Counter(kinds[1:]).items():
+        both = _of_models(job, stage, [0, kinds.index(kind, 1)])
+        more = [count * (y - x) for x, y in zip(alone, both, strict=True)]
+        teacher, weights, step = teacher + more[0], weights + more[1], step + more[2]
     return teacher, weights, step
 
 
 def _of_models(job: Linearization, stage: FineTune, layers: list[int]) -> tuple[int, int, int]:
     """(teacher, weights, step) of a step of a model of these layers."""
     data, parts, settings = job.settings.data, stage.section.accumulation_steps, job.settings
-    rows, cpu = data.batch_size // parts, torch.device("cpu")
+    rows, cpu, teacher, size = data.batch_size // parts, torch.device("cpu"), None, 0
+    model = _form(job.config, layers, torch.float32).train()
+    prepare(model, stage)
+    if settings.run.gradient_checkpointing:
+        launch.checkpoint_activations(model)
+    weights = sum(_bytes(p) * (3 if p.requires_grad else 1) for p in model.parameters())
+    if stage.objective is not None:
+        teacher = _form(job.teacher.config, layers, job.dtype).eval()
+        nn.Module.requires_grad_(teacher, False)
+        size = sum(map(_bytes, teacher.parameters()))
     with _without_storage():
-        with _default_dtype(torch.float32):
-            model = KinForCausalLM(_with_layers(job.config, layers)).train()
-            prepare(model, stage)
-        if settings.run.gradient_checkpointing:
-            launch.checkpoint_activations(model)
-        weights = sum(_bytes(p) * (3 if p.requires_grad else 1) for p in model.parameters())
-        teacher, size = None, 0
-        if stage.objective is not None:
-            with _default_dtype(job.dtype):
-                teacher = KinForCausalLM(_with_layers(job.teacher.config, layers)).eval()
-            nn.Module.requires_grad_(teacher, False)
-            size = sum(map(_bytes, teacher.parameters()))
+        for each in (model, teacher):
+            if each is not None:
+                _give_tensors(each)
         labels = torch.zeros(rows, data.sequence_length, dtype=torch.int64)
         with _Counting() as counted, autocast(cpu, settings.run.precision):
             for _ in range(parts):
                 _loss_of(stage, model, teacher, labels).backward()
                 gc.collect()
         return size, weights, counted.most
+
+
+def _form(config: KinConfig, layers: list[int], dtype: torch.dtype) -> KinForCausalLM:
+    """A model of some of the layers, on no device."""
+    fields = {name: getattr(config, name) for name in KinConfig.architecture_fields()}
+    entries = [config.mixer_of(layer) for layer in layers]
+    mixers = [{"name": name, **parameters.model_dump(exclude_defaults=True)} for name, parameters in entries]
+    few = KinConfig(**{**fields, "num_layers": len(layers), "mixers": mixers, "mixer_parameters": None})
+    with torch.device("meta"), _default_dtype(dtype):
+        return KinForCausalLM(few)
+
+
+def _give_tensors(model: nn.Module) -> None:
+    """Tensors as they are made here and now in place of all parameters and buffers, shared ones once."""
+    made: dict[int, Any] = {}
+    for part in model.modules():
+        for owned in (part._parameters, part._buffers):
+            for name, x in owned.items():
+                if x is not None:
+                    if id(x) not in made:
+                        new = torch.empty_like(x, device="cpu")
+                        made[id(x)] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
+                    owned[name] = made[id(x)]
 
 
 def _loss_of(stage: FineTune, model: KinForCausalLM, teacher: KinForCausalLM | None, labels: Tensor) -> Tensor:
@@ -129,14 +150,6 @@ def _loss_of(stage: FineTune, model: KinForCausalLM, teacher: KinForCausalLM | N
         embedded = teacher.model.embed_tokens(labels)
         theirs = teacher(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
     return stage.objective(Batchwise(model(**given, output_hidden_states=True), theirs, labels))
-
-
-def _with_layers(config: KinConfig, layers: list[int]) -> KinConfig:
-    """A model's config with some of its layers."""
-    fields = {name: getattr(config, name) for name in KinConfig.architecture_fields()}
-    entries = [config.mixer_of(layer) for layer in layers]
-    mixers = [{"name": name, **parameters.model_dump(exclude_defaults=True)} for name, parameters in entries]
-    return KinConfig(**{**fields, "num_layers": len(layers), "mixers": mixers, "mixer_parameters": None})
 
 
 def _of_layers(job: Linearization, stage: Transfer, layers: range) -> tuple[int, int, int]:

@@ -162,8 +162,8 @@ def beyond_reach(settings: LinearizeConfig, key: str, reach: int) -> list[str]:
     if length > reach:
         return []
     return [
-        f"data.sequence_length: rows of {length} hold nothing beyond the {reach} tokens that a window shows, so that there "
-        f"is nothing to learn: give longer rows, or less {key}"
+        f"data.sequence_length: rows of {length} hold nothing beyond the {reach} tokens that a window shows, so that "
+        f"there is nothing to learn: give longer rows, or less {key}"
     ]
 
 

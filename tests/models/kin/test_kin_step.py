@@ -1,4 +1,4 @@
-"""The compiled step of single tokens of kin models: the long way's numbers, and the same bits alone and among others."""
+"""The compiled step of single tokens of kin models: the long way's numbers, the same bits alone and among others."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ CASES: dict[str, tuple[list[Any], dict[str, Any]]] = {
         {"share_emb": True, "num_key_value_heads": 1, **TURNED},
     ),
     "hedgehog": (["hedgehog", {"name": "hedgehog", "feature_dim": 3}], {}),
+    "retention": (["retention", {"name": "retention", "decay": "none", "bias": True}], {}),
+    "retention without groups": (["retention"] * 2, {"num_key_value_heads": 4, "rope_base": None}),
     "a hybrid": (["attention", {"name": "window_memory", "chunk_size": 8}], {}),
 }
 

@@ -25,7 +25,7 @@ from megalodon.ops.compiled.rows import (
     whose,
 )
 from megalodon.ops.compiled.step import add, feed_forward, linear, wait
-from megalodon.ops.compiled.tables import CHUNKS, FLOAT32, SHARED, SOFTMAX, SUMS, Call, Weights
+from megalodon.ops.compiled.tables import CHUNKS, FLOAT32, RETENTION, SHARED, SUMS, Call, Weights
 from megalodon.ops.compiled.tables import KinMemory as Memory
 from megalodon.ops.compiled.vectors import exp, f32, f64, float32, i64, loops
 
@@ -77,6 +77,26 @@ def _project(a: Any, w: Any, thread: Any, threads: Any, n: Any, q: Any, k: Any, 
 
 
 @loops
+def _features_of_all(a: Any, w: Any, thread: Any, threads: Any, q: Any, k: Any, all_q: Any, all_k: Any) -> Any:
+    """This thread's columns of retention's features, of all heads of a token together."""
+    Z, U = a[Call.z_dim], a[Call.value_dim]
+    first, last = share_of(Z + U, thread, threads, COLUMNS)
+    linear(a, w, Weights.feature_q, q, Z, Z, min(first, Z), min(last, Z), all_q)
+    linear(a, w, Weights.feature_k, k, U, U, max(first - Z, 0), max(last - Z, 0), all_k)
+
+
+@loops
+def _retained(a: Any, row: Any, u: Any, d: Any, factor: Any, out: Any) -> Any:
+    """A head's features u [d] past relu, turned in place; `factor` times them, out [d]."""
+    x, o = f32(u), f32(out)
+    for i in range(d):
+        x[i] = max(x[i], float32(0))
+    turned_halves(u, a[Call.pairs], a[Call.turns] + 8 * row * a[Call.pairs])
+    for i in range(d):
+        o[i] = x[i] * factor
+
+
+@loops
 def _query(a: Any, w: Any, s: Any, row: Any, u: Any, head: Any, asked: Any) -> Any:
     """A query u [d], in place, and what it asks the sums or the working memory: asked."""
     d, c, mixer = a[Call.z_dim] // a[Call.heads], w[Weights.columns], w[Weights.mixer]
@@ -86,7 +106,7 @@ def _query(a: Any, w: Any, s: Any, row: Any, u: Any, head: Any, asked: Any) -> A
         weighted_values(u, d, matrix, c, FLOAT32, 0, c, asked)
         softmax(asked, c)
     turned_halves(u, a[Call.pairs], a[Call.turns] + 8 * row * a[Call.pairs])
-    if mixer == SHARED or mixer == SUMS:
+    if mixer >= SHARED:
         _features(u, d, matrix, c, asked)
 
 
@@ -130,7 +150,10 @@ def _key(a: Any, w: Any, s: Any, row: Any, u: Any, v: Any, group: Any, offered: 
 
 
 @loops
-def _place(a: Any, w: Any, s: Any, thread: Any, threads: Any, q: Any, k: Any, v: Any, asked: Any, offered: Any) -> Any:
+def _place(
+    a: Any, w: Any, s: Any, thread: Any, threads: Any, q: Any, k: Any, v: Any, asked: Any, offered: Any, all_q: Any,
+    all_k: Any,
+) -> Any:  # fmt: skip
     """This thread's queries and keys."""
     H, Z, U, most = a[Call.heads], a[Call.z_dim], a[Call.value_dim], a[Call.most_features]
     d = Z // H
@@ -138,7 +161,14 @@ def _place(a: Any, w: Any, s: Any, thread: Any, threads: Any, q: Any, k: Any, v:
     first, last = share_of(a[Call.rows] * (H + G), thread, threads, 1)
     for task in range(first, last):
         row, head = task // (H + G), task % (H + G)
-        if head < H:
+        if w[Weights.mixer] == RETENTION:
+            if head < H:
+                ask = asked + 4 * (row * H + head) * most
+                _retained(a, row, all_q + 4 * (row * Z + head * d), d, float32(1), ask)
+            else:
+                offer, factor = offered + 4 * (row * H + head - H) * most, float32(1) / np.sqrt(float32(d))
+                _retained(a, row, all_k + 4 * (row * U + (head - H) * d), d, factor, offer)
+        elif head < H:
             _query(a, w, s, row, q + 4 * (row * Z + head * d), head, asked + 4 * (row * H + head) * most)
         else:
             at = 4 * (row * U + (head - H) * d)
@@ -203,6 +233,22 @@ def _over_sums(s: Any, at: Any, size: Any, d: Any, asked: Any, offered: Any, v: 
 
 
 @loops
+def _over_decayed(s: Any, at: Any, d: Any, decay: Any, asked: Any, offered: Any, v: Any, eps: Any, out: Any) -> Any:
+    """Retention's sums of row and head `at`, decayed, with offered and v [d] added; what they answer, normalised."""
+    before, after = f32(s[Memory.sums_in] + 4 * at * d * d), f32(s[Memory.sums_out] + 4 * at * d * d)
+    ask, offer, y, o = f32(asked), f32(offered), f32(v), f32(out)
+    for j in range(d):
+        o[j] = float32(0)
+    for i in range(d):
+        factor, written, line = ask[i], offer[i], i * d
+        for j in range(d):
+            new = decay * before[line + j] + written * y[j]
+            after[line + j] = new
+            o[j] += factor * new
+    layer_norm(out, d, 0, 0, eps, out)
+
+
+@loops
 def _left(a: Any, s: Any, row: Any, group: Any, key: Any, value: Any) -> Any:
     """The key and the value [d] that leave a full window, as float32."""
     d, kind, size = a[Call.z_dim] // a[Call.heads], a[Call.key_kind], 4 if a[Call.key_kind] == FLOAT32 else 2
@@ -242,9 +288,13 @@ def _mix(
         ask, offer, spare = asked + 4 * task * most, offered + 4 * task * most, left + 8 * task * d
         y, u = f32(o + at), f32(more + at)
         total = float32(0)
-        if mixer != SUMS:
+        if mixer == RETENTION:
+            offer, value = offered + 4 * (row * H + group) * most, v + 4 * (row * U + group * d)
+            decay, eps = f32(w[Weights.decay])[head], f32(w[Weights.sums_eps])[0]
+            _over_decayed(s, task, d, decay, ask, offer, value, eps, o + at)
+        elif mixer != SUMS:
             total = _over_places(a, s, row, q + at, group, found + 4 * task * a[Call.capacity], o + at, more + at)
-        if mixer == SOFTMAX or mixer == CHUNKS:
+        if mixer < SHARED:
             for i in range(d):
                 y[i] = y[i] / total
         if mixer == CHUNKS and s[Memory.matrix] != 0:
@@ -291,7 +341,10 @@ def _block(a: Any, w: Any, s: Any, thread: Any, threads: Any) -> Any:
     wait(a)
     _project(a, w, thread, threads, n, q, k, v)
     wait(a)
-    _place(a, w, s, thread, threads, q, k, v, asked, offered)
+    if w[Weights.mixer] == RETENTION:
+        _features_of_all(a, w, thread, threads, q, k, more, left)
+        wait(a)
+    _place(a, w, s, thread, threads, q, k, v, asked, offered, more, left)
     wait(a)
     _mix(a, w, s, thread, threads, n, q, k, v, asked, offered, found, o, more, left)
     wait(a)

@@ -52,7 +52,7 @@ class _Call(NamedTuple):
     betas: int  # float64 [2]
     reads: int  # whether there is something in the working memory
     two_hop: int  # whether the second residual adds the block's input
-    # the kin's alone; `value_dim` is the width of all keys, `offsets` are tokens read before, `turns` complex [M, pairs]
+    # the kin's alone; `value_dim` is the width of all keys, `offsets` are tokens read, `turns` complex [M, pairs]
     pairs: int  # of a head that turn
     layer_norms: int  # whether norms are layer norms
     parallel: int  # whether both branches read one norm
@@ -120,7 +120,14 @@ class _Weights(NamedTuple):
     map_k: int  # [H, d, c]; of CHUNKS [G, d, c]
     share: int  # [H]: what the window's part is weighed with
     rest: int  # [H]: and that of the sums
-    sums_eps: int  # [1]: added to what divides the sums
+    sums_eps: int  # [1]: added to what divides the sums, or of the norm
+    feature_q: int  # of RETENTION
+    feature_q_scale: int
+    feature_q_bias: int
+    feature_k: int
+    feature_k_scale: int
+    feature_k_bias: int
+    decay: int  # [H]: what the sums are multiplied with
     opening: int  # [H, D]: the gate of the working memory
     opening_bias: int  # [H]
 
@@ -208,9 +215,9 @@ GeckoMemory = _GeckoMemory(*range(len(_GeckoMemory._fields)))
 KinMemory = _KinMemory(*range(len(_KinMemory._fields)))
 """Where each number of a kin block's memory stands."""
 
-SOFTMAX, CHUNKS, SHARED, SUMS = range(4)
+SOFTMAX, CHUNKS, SHARED, SUMS, RETENTION = range(5)
 """How a kin block mixes: softmax over places; over two chunks, with a working memory; over a window, with sums of what
-left it under one normaliser; by sums alone."""
+left it under one normaliser; by sums alone; by sums that decay, [M, H, d, d], and a norm in place of a normaliser."""
 
 
 def scratch_size(rows: int, dim: int, z_dim: int, value_dim: int, ffn_dim: int, heads: int, capacity: int) -> int:

@@ -1,4 +1,4 @@
-"""Decoding of a Transformer with its cache, and of what recipes make of it: tokens a second and bytes, after long texts.
+"""Decoding of a Transformer with its cache, and of what recipes make of it: tokens a second and bytes after long texts.
 
 Speed needs no trained weights: a Llama of each size is drawn, and so is what it remembers. The teacher is Transformers'
 own model with its `DynamicCache`, and the same read as a kin model; the others are its linearisations, which have read

@@ -136,7 +136,7 @@ def _give_tensors(model: nn.Module) -> None:
             for name, x in owned.items():
                 if x is not None:
                     if id(x) not in made:
-                        new = torch.empty_like(x, device="cpu")
+                        new = torch.empty(x.shape, dtype=x.dtype)
                         made[id(x)] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
                     owned[name] = made[id(x)]
 

@@ -380,10 +380,9 @@ def _finetune(job: Linearization, stage: FineTune, folder: Path, number: int) ->
     run = RunFolder(folder)
     if run.model.is_dir():
         return StopRequest()
-    before = _student(job, number - 1)
 
     def make(device: torch.device) -> tuple[CausalLM, Callable[..., Trainer]]:
-        model = load_model(before, device, torch.float32)
+        model = load_model(_student(job, number - 1), device, torch.float32)
         prepare(model, stage)
         if job.settings.run.gradient_checkpointing:
             launch.checkpoint_activations(model)

@@ -212,7 +212,7 @@ def _bypassed(model: StatefulModel) -> Iterator[nn.Module]:
 
 
 def _is_next_token(x: Tensor, state: GeckoState | None) -> bool:
-    """Whether x [B, 1, D] is one token of rows that go on from one place, with as much before them, where kernels run."""
+    """Whether x [B, 1, D] is one token of rows at one place, with as much before them, where kernels run."""
     if x.shape[1] != 1 or state is None or torch.is_autocast_enabled(x.device.type) or x.dtype not in tables.KINDS:
         return False
     if backend_for(x.device, x.dtype)[0] != "numba":

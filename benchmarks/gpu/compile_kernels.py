@@ -4,7 +4,8 @@ Needs Triton, no GPU. The operators are called as ever, at the shapes of the pre
 stands one that knows its architecture and no more, and a launch ends when its kernel is compiled. So each kernel meets
 the arguments, dtypes and block sizes of a real call; what comes out of the operators is whatever memory held.
 
-Writes `results/gpu_kernels.json` and `.md`. Exit status 1 if a kernel spills, takes more shared memory than there is,
+Writes `results/gpu_kernels.json` and `.md`, with digests of the sources, by which a test sees whether they are those of
+today. Exit status 1 if a kernel spills, takes more shared memory than there is,
 or is never launched.
 """
 
@@ -29,6 +30,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 import torch
 import triton
 import typer
+from _kernel_sources import digests
 from _report import RESULTS, markdown_table, write_atomically
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -309,7 +311,7 @@ def main(
         every = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
         wrong += sorted(every - {row["kernel"] for row in rows})
         output.mkdir(parents=True, exist_ok=True)
-        kept = {"triton": triton.__version__, "kernels": rows}
+        kept = {"triton": triton.__version__, "sources": digests(), "kernels": rows}
         write_atomically(output / "gpu_kernels.json", json.dumps(kept, indent=1) + "\n")
         write_atomically(output / "gpu_kernels.md", page(rows))
     typer.echo(page(rows))

@@ -24,7 +24,7 @@ TIMES = ("seconds", "tokens_per_second", "flop_utilisation")
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A small model on a few files of the standard library, 150 steps."""
+    """A small model on a few files of the standard library, 60 steps."""
     library = Path(sysconfig.get_paths()["stdlib"])
     values = {
         "model": {
@@ -44,7 +44,7 @@ def config(tmp_path: Path) -> Path:
             "batch_size": 4,
             "cache_folder": str(tmp_path / "cache"),
         },
-        "run": {"steps": 150, "folder": str(tmp_path / "run")},
+        "run": {"steps": 60, "folder": str(tmp_path / "run")},
         "evaluation": {"every": 50, "max_tokens": 500},
         "checkpoint": {"every": 20},
     }
@@ -111,7 +111,7 @@ def test_terminated_killed_and_continued_equals_left_alone(config, tmp_path, cap
         for folder in (tmp_path / "whole", run)
     ]
     assert without_times[0] == without_times[1]
-    assert [record["step"] for record in without_times[1]] == list(range(151))
+    assert [record["step"] for record in without_times[1]] == list(range(61))
     one, other = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "whole", run))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 

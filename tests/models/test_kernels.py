@@ -23,6 +23,7 @@ def test_logits_and_gradients() -> None:
     check_full(OWN / "full_swiglu_tied.safetensors")
 
 
+@pytest.mark.slow
 def test_stream() -> None:
     check_stream(OWN / "stream_swiglu_tied.safetensors")
 
@@ -65,7 +66,7 @@ def test_packed_documents_and_autocast_agree_with_the_blocked_forms(monkeypatch:
     assert gradient_difference(found, expected) < 6e-2
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_model_is_one_graph(checkpointing: bool) -> None:
     model = tiny_model(num_layers=1).train()
     ids = tokens(1, 9)
@@ -89,7 +90,7 @@ def test_reading_a_prompt_is_one_graph() -> None:
         assert relative(*following) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["triton", "blocked"])
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.slow), "blocked"])
 def test_blocks_are_compiled_once_for_all_packings(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGALODON_BACKEND", backend)
     model, plain = (tiny_model(num_layers=1).train() for _ in range(2))
@@ -114,6 +115,7 @@ def test_blocks_are_compiled_once_for_all_packings(backend: str, monkeypatch: py
         assert len(made) == after_the_first, f"compiled again at step {step}"
 
 
+@pytest.mark.slow
 def test_streams_of_chunks_are_one_graph() -> None:
     model, plain = (tiny_model(num_layers=1).train() for _ in range(2))
     plain.load_state_dict(model.state_dict())

@@ -18,6 +18,12 @@ DEVICES = [
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")]),
 ]
 
+OPCHECKS = [
+    pytest.param(("test_schema", "test_autograd_registration", "test_faketensor"), id="eager"),
+    pytest.param(("test_aot_dispatch_dynamic",), id="compiled", marks=pytest.mark.slow),
+]
+"""What `opcheck` looks at. The second takes ten times as long; a compiled call of each operator is tested beside it."""
+
 
 @pytest.fixture(autouse=True)
 def poisoned_and_fresh():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import DEVICES, largest_error, narrow, poisoned_and_fresh, widen  # noqa: F401
+from kernel_cases import DEVICES, OPCHECKS, largest_error, narrow, poisoned_and_fresh, widen  # noqa: F401
 from operator_cases import cema_inputs, relative, segments
 
 from megalodon.ops import Layout, cema
@@ -128,9 +128,10 @@ def test_strided_input_is_handled(device: str) -> None:
     assert torch.equal(cema(**inputs, backend="triton")[0], expected)
 
 
+@pytest.mark.parametrize("utilities", OPCHECKS)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("packed", [False, True])
-def test_operators_pass_opcheck(device: str, packed: bool) -> None:
+def test_operators_pass_opcheck(device: str, packed: bool, utilities: tuple[str, ...]) -> None:
     from megalodon.ops.cema import triton
     from megalodon.ops.pieces import pieces_of
 
@@ -142,13 +143,13 @@ def test_operators_pass_opcheck(device: str, packed: bool) -> None:
         pieces = pieces_of(Layout(2, 20, device, segment_ids=segments(2, 20, 7)), 16, triton.BLOCK)
         tables = (pieces.runs, pieces.rows, pieces.order, False)
     arguments = (real["x"], real["p"], real["q"], real["gamma"], real["omega"])
-    torch.library.opcheck(triton.cema_op, (*arguments, real["initial_state"], *tables))
+    torch.library.opcheck(triton.cema_op, (*arguments, real["initial_state"], *tables), test_utils=utilities)
     detached = tuple(a.detach() for a in arguments)
     y, last, entering = triton.cema_op(*detached, real["initial_state"].detach(), *tables)
     backward = (torch.randn_like(y), torch.randn_like(last), *detached, entering, *tables)
-    torch.library.opcheck(triton.cema_backward_op, backward)
+    torch.library.opcheck(triton.cema_backward_op, backward, test_utils=utilities)
     one = (real["x"].detach()[:, :1].contiguous(), *detached[1:], real["initial_state"].detach())
-    torch.library.opcheck(triton.cema_step_op, one)
+    torch.library.opcheck(triton.cema_step_op, one, test_utils=utilities)
 
 
 def test_compiles_without_graph_breaks() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import gradients, relative, segments
+from operator_cases import gradcheck, gradients, relative, segments
 
 from megalodon.ops import causal_attention, chunk_attention, rotate, rotations
 from megalodon.ops.chunk_attention import causal
@@ -46,10 +46,10 @@ def test_gradcheck_of_the_causal_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(causal, "STRIP", 3)
     inputs = tuple(tensors(2, 7).values())
     first = torch.tensor([[0, 0, 0, 3, 3, 3, 6], [0, 1, 1, 1, 1, 5, 5]])
-    assert torch.autograd.gradcheck(causal_attention, inputs)
-    assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, 0, first), inputs)
-    assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q[:, 3:], k, v, 3), inputs)
-    assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q[:, 3:], k, v, torch.tensor([1, 3])), inputs)
+    assert gradcheck(causal_attention, inputs)
+    assert gradcheck(lambda q, k, v: causal_attention(q, k, v, 0, first), inputs)
+    assert gradcheck(lambda q, k, v: causal_attention(q[:, 3:], k, v, 3), inputs)
+    assert gradcheck(lambda q, k, v: causal_attention(q[:, 3:], k, v, torch.tensor([1, 3])), inputs)
 
 
 @pytest.mark.parametrize("dropkey", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import DEVICES, largest_error, narrow, poisoned_and_fresh, widen  # noqa: F401
+from kernel_cases import DEVICES, OPCHECKS, largest_error, narrow, poisoned_and_fresh, widen  # noqa: F401
 from operator_cases import relative, segments
 from torch import Tensor
 
@@ -194,8 +194,9 @@ def test_heads_of_several_dtypes_go_through_the_blocked_form(device: str) -> Non
         assert torch.equal(blocked, kernels)
 
 
+@pytest.mark.parametrize("utilities", OPCHECKS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_operators_pass_opcheck(device: str) -> None:
+def test_operators_pass_opcheck(device: str, utilities: tuple[str, ...]) -> None:
     from megalodon.ops.chunk_attention import strips, triton
 
     values = inputs_of(device, torch.float32, 2, 10, 1, 4, 4, cache=3)
@@ -204,16 +205,24 @@ def test_operators_pass_opcheck(device: str) -> None:
         shape = [6, 3, 3] if cached else [6, 0, 0]
         tail = (None, shape, None, None, None, 0.0, False)
         arguments = (values["q"], values["k"], values["v"], *cache, *tail)
-        torch.library.opcheck(triton.attention_op, arguments)
+        torch.library.opcheck(triton.attention_op, arguments, test_utils=utilities)
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
         out, lse = triton.attention_op(*detached)
-        torch.library.opcheck(triton.attention_backward_op, (torch.randn_like(out), out, lse, *detached))
+        torch.library.opcheck(
+            triton.attention_backward_op, (torch.randn_like(out), out, lse, *detached), test_utils=utilities
+        )
     q, k, v = (values[name].detach() for name in ("q", "k", "v"))
     for tail in ((None, [6], [], 0.0, False), (None, [], [0, 10, 10, 0, 10, 10, 2], 0.0, False)):
-        torch.library.opcheck(strips.strip_attention_op, (values["q"], values["k"], values["v"], *tail))
+        torch.library.opcheck(
+            strips.strip_attention_op, (values["q"], values["k"], values["v"], *tail), test_utils=utilities
+        )
         out, lse = strips.strip_attention_op(q, k, v, *tail)
-        torch.library.opcheck(strips.strip_attention_backward_op, (torch.randn_like(out), out, lse, q, k, v, *tail))
-    torch.library.opcheck(triton.decode_op, (q[:, :1].contiguous(), k, v, torch.tensor([1, 9], device=device), 0))
+        torch.library.opcheck(
+            strips.strip_attention_backward_op, (torch.randn_like(out), out, lse, q, k, v, *tail), test_utils=utilities
+        )
+    torch.library.opcheck(
+        triton.decode_op, (q[:, :1].contiguous(), k, v, torch.tensor([1, 9], device=device), 0), test_utils=utilities
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import DEVICES, largest_error, narrow, poisoned_and_fresh, widen  # noqa: F401
+from kernel_cases import DEVICES, OPCHECKS, largest_error, narrow, poisoned_and_fresh, widen  # noqa: F401
 from operator_cases import segments, window_places
 from torch import Tensor
 
@@ -153,18 +153,21 @@ def test_one_token_without_gradients(device: str) -> None:
     assert (out.cpu() - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("utilities", OPCHECKS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_operators_pass_opcheck(device: str) -> None:
+def test_operators_pass_opcheck(device: str, utilities: tuple[str, ...]) -> None:
     from megalodon.ops.sliding_chunk_attention import triton
 
     values = inputs_of(device, torch.float32, 1, 6, 4, 4, 4)
     tensors = (*(values[name] for name in ("q", "q_before", "k", "v")), None, None, None, None)
     rest = (4, [4, 0, 0], [], 0.0, False)
-    torch.library.opcheck(triton.window_op, (*tensors, *rest))
+    torch.library.opcheck(triton.window_op, (*tensors, *rest), test_utils=utilities)
     with torch.no_grad():
         plain = [None if x is None else x.detach() for x in tensors]
         out, lse = triton.window_op(*plain, *rest)
-    torch.library.opcheck(triton.window_backward_op, (torch.randn_like(out), out, lse, *plain, *rest))
+    torch.library.opcheck(
+        triton.window_backward_op, (torch.randn_like(out), out, lse, *plain, *rest), test_utils=utilities
+    )
 
 
 def test_compiles_without_graph_breaks() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import DEVICES, largest_error, narrow, poisoned_and_fresh, widen  # noqa: F401
+from kernel_cases import DEVICES, OPCHECKS, largest_error, narrow, poisoned_and_fresh, widen  # noqa: F401
 from operator_cases import segments
 from torch import Tensor
 
@@ -158,8 +158,9 @@ def test_statistics_after_millions_of_tokens(device: str) -> None:
     assert ((new_var.cpu() - right[3]).abs() < 1e-3 * (right[3] - var).abs().clamp_min(1e-6)).all()
 
 
+@pytest.mark.parametrize("utilities", OPCHECKS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_operators_pass_opcheck(device: str) -> None:
+def test_operators_pass_opcheck(device: str, utilities: tuple[str, ...]) -> None:
     from megalodon.ops.timestep_decay_norm import triton
 
     values = inputs_of(device, torch.float32, 1, 4, 4, 1, True)
@@ -168,12 +169,14 @@ def test_operators_pass_opcheck(device: str) -> None:
     for padding, restart in ((None, None), masks):
         count = torch.tensor([3], device=device)
         tensors = (values["x"], values["weight"], values["bias"], count, *statistics, padding, restart)
-        torch.library.opcheck(triton.timestep_decay_norm_op, (*tensors, 0.9, 0.97, 1e-5))
+        torch.library.opcheck(triton.timestep_decay_norm_op, (*tensors, 0.9, 0.97, 1e-5), test_utils=utilities)
         with torch.no_grad():
             plain = (a.detach() if isinstance(a, Tensor) else a for a in tensors)
             y, *saved, last = triton.timestep_decay_norm_op(*plain, 0.9, 0.97, 1e-5)
         given = (torch.randn_like(y), torch.randn_like(last), values["x"].detach(), values["weight"].detach())
-        torch.library.opcheck(triton.timestep_decay_norm_backward_op, (*given, padding, restart, *saved, 0.9, 0.97))
+        torch.library.opcheck(
+            triton.timestep_decay_norm_backward_op, (*given, padding, restart, *saved, 0.9, 0.97), test_utils=utilities
+        )
 
 
 def test_compiles_without_graph_breaks() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import DEVICES, largest_error, narrow, poisoned_and_fresh, widen  # noqa: F401
+from kernel_cases import DEVICES, OPCHECKS, largest_error, narrow, poisoned_and_fresh, widen  # noqa: F401
 from operator_cases import segments
 from torch import Tensor
 
@@ -142,8 +142,9 @@ def test_statistics_after_millions_of_tokens(device: str) -> None:
     assert ((new_var.cpu() - right_var).abs() < 1e-3 * deviations).all()
 
 
+@pytest.mark.parametrize("utilities", OPCHECKS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_operators_pass_opcheck(device: str) -> None:
+def test_operators_pass_opcheck(device: str, utilities: tuple[str, ...]) -> None:
     from megalodon.ops.pieces import pieces_of
     from megalodon.ops.timestep_norm import triton
 
@@ -154,11 +155,13 @@ def test_operators_pass_opcheck(device: str) -> None:
     for tables in ((None, None, False), (pieces.runs, pieces.rows, pieces.chained)):
         count = torch.tensor([3, 0], device=device)
         arguments = (values["x"], values["weight"], values["bias"], count, *statistics, 1, *priors, None, *tables, 1e-5)
-        torch.library.opcheck(triton.timestep_norm_op, arguments)
+        torch.library.opcheck(triton.timestep_norm_op, arguments, test_utils=utilities)
         with torch.no_grad():
             y, *saved = triton.timestep_norm_op(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
         backward = (torch.randn_like(y), torch.randn_like(saved[-1]), values["x"].detach(), values["weight"].detach())
-        torch.library.opcheck(triton.timestep_norm_backward_op, (*backward, None, *saved, 1, *tables))
+        torch.library.opcheck(
+            triton.timestep_norm_backward_op, (*backward, None, *saved, 1, *tables), test_utils=utilities
+        )
 
 
 def test_compiles_without_graph_breaks() -> None:

@@ -112,19 +112,24 @@ NARROW = Case(
 @pytest.mark.parametrize(
     ("sizes", "case"),
     [
-        (MeshSizes(), WIDE),
         (MeshSizes(), replace(WIDE, precision="bfloat16")),
-        (MeshSizes(), NARROW),
-        (MeshSizes(shard=2), NARROW),
-        (MeshSizes(shard=2), replace(WIDE, precision="bfloat16")),
-        (MeshSizes(replicate=2), replace(NARROW, parts=2)),
-        (MeshSizes(tensor=2), WIDE),
         (MeshSizes(tensor=2), replace(NARROW, precision="bfloat16", checkpointing=True)),
-        (MeshSizes(chunk=2), replace(NARROW, checkpointing=True)),
         (MeshSizes(pipeline=2), replace(NARROW, parts=2)),
-        (MeshSizes(tensor=2, chunk=2), WIDE),
         (MeshSizes(shard=2, chunk=2), NARROW),
-        (MeshSizes(pipeline=2, shard=2), replace(NARROW, parts=2)),
+        *(
+            pytest.param(sizes, case, marks=pytest.mark.slow)
+            for sizes, case in (
+                (MeshSizes(), WIDE),
+                (MeshSizes(), NARROW),
+                (MeshSizes(shard=2), NARROW),
+                (MeshSizes(shard=2), replace(WIDE, precision="bfloat16")),
+                (MeshSizes(replicate=2), replace(NARROW, parts=2)),
+                (MeshSizes(tensor=2), WIDE),
+                (MeshSizes(chunk=2), replace(NARROW, checkpointing=True)),
+                (MeshSizes(tensor=2, chunk=2), WIDE),
+                (MeshSizes(pipeline=2, shard=2), replace(NARROW, parts=2)),
+            )
+        ),
     ],
     ids=str,
 )

@@ -138,25 +138,25 @@ def test_a_right_megabyte_takes_little_memory_too(body: bytes) -> None:
         (WRONG["stop"], "stop", "valid"),
         (WRONG["biases"], "logit_bias", "30,000 members"),
         (WRONG["unknown keys inside"], "save_context.0", "not permitted"),
-        (WRONG["white space"], None, "white space"),
-        (WRONG["long numbers"], None, "numbers"),
-        (WRONG["a long name"], None, "name has more"),
-        (WRONG["no end"], None, "no end"),
+        (WRONG["white space"], "body", "white space"),
+        (WRONG["long numbers"], "body", "numbers"),
+        (WRONG["a long name"], "body", "name has more"),
+        (WRONG["no end"], "body", "no end"),
         (WRONG["a long expression"], "guided_regex", "bytes, the most"),
         (WRONG["numbers in a schema"], "guided_json", "4,096 numbers"),
-        (b'{"model": "x", "seed": ' + b"9" * 4301 + b"}", None, "digits"),
-        (b'{"model": "x", "prompt": [' + b"1," * PIECE + b"9" * 4301 + b"]}", None, "digits"),
+        (b'{"model": "x", "seed": ' + b"9" * 4301 + b"}", "body", "digits"),
+        (b'{"model": "x", "prompt": [' + b"1," * PIECE + b"9" * 4301 + b"]}", "body", "digits"),
         (b'{"model": "x", "prompt": "a", "x": ' + b"[" * 70 + b"]" * 70 + b"}", "x", "nested deeper"),
         (b'{"model": "x", "prompt": [1, true]}', "prompt", "element 1 is true"),
         (b'{"model": "x", "prompt": ["a", 1]}', "prompt", "valid string"),
         (b'{"model": "x", "prompt": "a\\u0000b"}', "prompt", "NUL"),
         (b'{"model": "x", "prompt": "\\ud800"}', "prompt", "surrogate"),
-        (b"[]", None, "JSON object"),
-        (b'{"model": "x"} 5', None, "not JSON"),
-        (b"\xff\xfe{\0}\0", None, "not JSON"),
+        (b"[]", "body", "JSON object"),
+        (b'{"model": "x"} 5', "body", "not JSON"),
+        (b"\xff\xfe{\0}\0", "body", "not JSON"),
     ],
 )
-def test_errors_name_the_field(body: bytes, param: str | None, message: str) -> None:
+def test_errors_name_the_field(body: bytes, param: str, message: str) -> None:
     with pytest.raises(ApiError, match=message) as refused:
         check(body, CompletionRequest)
     assert refused.value.param == param

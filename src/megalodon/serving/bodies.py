@@ -43,7 +43,7 @@ async def read(http: Request, model: type[Body], optional: bool = False) -> Body
         message = (
             f"the body is {kind[:80] or 'of no stated type'}: send JSON, with the header Content-Type: application/json"
         )
-        raise ApiError(400, message, "invalid_media_type")
+        raise ApiError(400, message, "invalid_media_type", "Content-Type")
     body = await receive(http)
     small, large = _limiters()
     return await to_thread.run_sync(check, body, model, limiter=large if len(body) > LARGE else small)

@@ -140,7 +140,7 @@ def router(service: Service, store: ContextStore, room: Room) -> APIRouter:
         owner = http.state.owner
         if bodies.media_type(http) == "multipart/form-data":
             message = "the body is a form: send the file as it is, as curl --data-binary @FILE does"
-            raise ApiError(400, message, "invalid_media_type")
+            raise ApiError(400, message, "invalid_media_type", "Content-Type")
         with ExitStack() as held:
             held.enter_context(service.admitted(owner))
             place = held.enter_context(await to_thread.run_sync(room.reserve, owner, name))

@@ -92,7 +92,7 @@ class ApiError(HTTPException):
 
 def body_timeout(seconds: float) -> ApiError:
     """The error for a body that has stopped arriving."""
-    return ApiError(408, f"no more of the body arrived for {seconds:g} seconds", "body_timeout")
+    return ApiError(408, f"no more of the body arrived for {seconds:g} seconds", "body_timeout", "body")
 
 
 def from_failure(failed: Failed) -> ApiError:
@@ -112,13 +112,13 @@ def from_exception(error: Exception) -> ApiError | None:
         case NameTakenError():
             return ApiError(409, str(error), "name_taken", "name")
         case ChangedError():
-            return ApiError(409, str(error), "context_changed")
+            return ApiError(409, str(error), "context_changed", "context")
         case QueueFullError():
             return ApiError(503, f"the server is overloaded: {error}", "overloaded", retry_after=2)
         case StoppingError():
             return ApiError(503, "the server is stopping", "stopping", retry_after=5)
         case ValueError():
-            return ApiError(400, str(error), "invalid_value")
+            return ApiError(400, str(error), "invalid_value", "body")
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return ApiError(507, "the server's disk is full: delete contexts, or ask the operator", "disk_full")
         case OSError() if is_read_only(error):
@@ -139,9 +139,9 @@ def invalid_value(errors: Sequence[Any]) -> ApiError:
     """The error for what Pydantic found: of several (a value may fit none of some types) the most specific one."""
     error = max(errors, key=lambda error: len(error["loc"]))
     parts = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
-    param = ".".join(part for part in parts if FIELD.fullmatch(part) and part not in UNION_MEMBERS) or None
+    param = ".".join(part for part in parts if FIELD.fullmatch(part) and part not in UNION_MEMBERS) or "body"
     said = str(error["msg"]).removeprefix("Value error, ")
-    return ApiError(400, f"{param or 'body'}: {said}", "invalid_value", param)
+    return ApiError(400, f"{param}: {said}", "invalid_value", param)
 
 
 def install(app: FastAPI) -> None:

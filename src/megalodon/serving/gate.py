@@ -91,7 +91,9 @@ class Gate:
 
     def _too_large(self, limit: int) -> ApiError:
         self._metrics.refused.labels("body").inc()
-        return ApiError(413, f"the body is larger than {limit:,} bytes, the most that is accepted", "body_too_large")
+        return ApiError(
+            413, f"the body is larger than {limit:,} bytes, the most that is accepted", "body_too_large", "body"
+        )
 
     def _bounded(self, receive: Receive, limit: int) -> Receive:
         seconds, received, complete = self._settings.body_seconds, 0, False
@@ -123,7 +125,9 @@ class Gate:
             own = False
         if not own:
             message = f"requests from pages of {origin[:80]} are not accepted"
-            raise ApiError(403, f"{message}: the operator can allow them with --allowed-origin", "cross_origin")
+            raise ApiError(
+                403, f"{message}: the operator can allow them with --allowed-origin", "cross_origin", "Origin"
+            )
 
 
 def check_host(scope: Scope, allowed: Collection[str], keyed: bool) -> None:
@@ -142,7 +146,7 @@ def check_host(scope: Scope, allowed: Collection[str], keyed: bool) -> None:
         good = keyed or not is_loopback(address) or is_loopback(host)
     if not good:
         message = f"the host {host[:80]!r} is not served here: the operator can allow it with --allowed-host"
-        raise ApiError(403, message, "host_not_allowed")
+        raise ApiError(403, message, "host_not_allowed", "Host")
 
 
 def _name_of(host: str) -> str:

@@ -78,12 +78,12 @@ def parse(body: Raw) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _not_json(str(error)[:200]) from None
     if not isinstance(value, dict):
-        raise ApiError(400, "body: a JSON object is expected", "invalid_value")
+        raise ApiError(400, "body: a JSON object is expected", "invalid_value", "body")
     return value
 
 
 def _not_json(why: str) -> ApiError:
-    return ApiError(400, f"the body is not JSON: {why}", "invalid_json")
+    return ApiError(400, f"the body is not JSON: {why}", "invalid_json", "body")
 
 
 class _Decoder(json.JSONDecoder):
@@ -130,11 +130,11 @@ class _Marks:
         if self.whole and values.sum() <= MOST_VALUES:
             return
         tops = np.flatnonzero((self.kinds == _COLON) & (depth == 1))
-        field = None
+        field = "body"
         if len(tops):
             counts = np.add.reduceat(values, tops)
-            field = self._field(body, depth, int(tops[counts.argmax()]))
-        message = f"{field or 'body'}: more than {MOST_VALUES:,} values, the most that are accepted"
+            field = self._field(body, depth, int(tops[counts.argmax()])) or field
+        message = f"{field}: more than {MOST_VALUES:,} values, the most that are accepted"
         raise ApiError(400, message, "too_many_values", field)
 
     def _field(self, body: Raw, depth: np.ndarray, mark: int) -> str | None:
@@ -195,7 +195,7 @@ def _reduced(body: Raw, start: int, marks: _Marks, nonce: str, taken: list[Any])
     left = len(body) - start - sum(end - begin for begin, end, _ in spans)
     if left > MOST_LEFT:
         message = f"body: more than {MOST_LEFT:,} bytes of names, numbers, short strings and white space"
-        raise ApiError(400, message, "too_many_values")
+        raise ApiError(400, message, "too_many_values", "body")
     pieces, done, room = [], start, MOST_VALUES
     for begin, end, is_text in spans:
         what = _text(body, begin + 1, end) if is_text else _numbers(body, begin + 1, end, room)
@@ -227,7 +227,7 @@ def _spans(marks: _Marks) -> Iterator[tuple[int, int, bool]]:
     is_name = np.append(kinds[2:], np.zeros(2, np.uint8))[opening] == _COLON
     sizes = places[opening + 1] - places[opening]
     if sizes[is_name].max(initial=0) > PIECE:
-        raise ApiError(400, f"body: a field's name has more than {PIECE:,} bytes", "invalid_value")
+        raise ApiError(400, f"body: a field's name has more than {PIECE:,} bytes", "invalid_value", "body")
     if len(quotes) % 2:
         raise ValueError("a string has no end")
     opening = opening[(sizes > SHORT) & ~is_name]

@@ -36,7 +36,7 @@ class Form:
         said["content-type"] = content_type
         boundary = said.get_param("boundary")
         if not isinstance(boundary, str) or not 1 <= len(boundary) <= 70:
-            raise ApiError(400, "the form's media type names no boundary", "invalid_form")
+            raise ApiError(400, "the form's media type names no boundary", "invalid_form", "Content-Type")
         self.fields: dict[str, str] = {}
         self._parts, self._found_file = parts, False
         self._name, self._is_file = "", False
@@ -70,9 +70,9 @@ class Form:
                     yield self._out.popleft()
             self._parser.finalize()
         except MultipartParseError as error:
-            raise ApiError(400, f"the form cannot be read: {str(error)[:200]}", "invalid_form") from None
+            raise ApiError(400, f"the form cannot be read: {str(error)[:200]}", "invalid_form", "body") from None
         if not self._ended:
-            raise ApiError(400, "the form ends before its last boundary", "invalid_form")
+            raise ApiError(400, "the form ends before its last boundary", "invalid_form", "body")
         if not self._found_file:
             raise ApiError(400, "file: the form holds no file", "invalid_form", "file")
 

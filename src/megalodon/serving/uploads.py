@@ -63,6 +63,11 @@ class Upload:
     body: Body
     form: Form | None = None
 
+    @property
+    def field(self) -> str:
+        """Where the text stands, as errors name it."""
+        return "text" if self.text is not None else "body" if self.form is None else "file"
+
     def fields(self) -> NewContext:
         """What the JSON body, or the form so far, says of the context.
 
@@ -124,7 +129,7 @@ class Uploads:
             service.call(owner, feed, None, start, keep=True, seconds=seconds) as call,
         ):
             if text is None:
-                passing = asyncio.create_task(self._pass_on(body, feed, call))
+                passing = asyncio.create_task(self._pass_on(upload, feed, call))
             try:
                 async for event in call.events():
                     if isinstance(event, Progress):
@@ -135,6 +140,8 @@ class Uploads:
             except ApiError as error:
                 if passing is not None and passing.done() and (cause := passing.exception()) is not None:
                     raise cause from None  # the engine only saw a text that was given up
+                if error.param is None and error.status in (400, 413):  # what the engine says of a text
+                    error.param = upload.field
                 raise error
             finally:
                 feed.abandon()
@@ -142,12 +149,12 @@ class Uploads:
                     passing.cancel()
         raise AssertionError("a call ends with Done or an error")
 
-    async def _pass_on(self, body: Body, feed: TokenFeed, call: Call) -> None:
+    async def _pass_on(self, upload: Upload, feed: TokenFeed, call: Call) -> None:
         """Tokenize the body into the feed, as fast as the engine takes it; end the call if that fails."""
         tokenizer = self._service.engine.tokenizer
 
         def work() -> None:
-            for ids in tokenizer.encode_stream(_text(body)):
+            for ids in tokenizer.encode_stream(_text(upload.body)):
                 if not feed.put(ids):
                     return
             feed.close()
@@ -157,7 +164,7 @@ class Uploads:
         except ClientDisconnect:
             raise ApiError(499, "the client has gone", "cancelled") from None
         except ValueError as error:
-            raise ApiError(400, str(error), "invalid_text") from None
+            raise ApiError(400, str(error), "invalid_text", upload.field) from None
         finally:
             if not feed.closed:
                 call.request.cancel()

@@ -108,9 +108,9 @@ def plan(teacher: Path, out: Path, recipe: Recipe, settings: LinearizeConfig) ->
     except ValueError as error:
         raise ValueError(f"tokenizer: {error}") from None
     if settings.tokenizer is not None and has_tokenizer(there):
-        told = same_tokens(tokenizer, load_tokenizer(there))
-        if told is not None:
-            raise ValueError(f"tokenizer: {settings.tokenizer} is another than the teacher's: {told}. Leave it out")
+        apart = same_tokens(tokenizer, load_tokenizer(there))
+        if apart is not None:
+            raise ValueError(f"tokenizer: {settings.tokenizer} is another than the teacher's: {apart}. Leave it out")
     if settings.data.sequence_length > source.length:
         raise ValueError(
             f"data.sequence_length: {settings.data.sequence_length} is more than the teacher was trained to read "

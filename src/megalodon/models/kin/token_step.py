@@ -20,7 +20,7 @@ from megalodon.models.kin.mixers.feature_maps import HeadwiseMap
 from megalodon.models.kin.mixers.projected import Projected
 from megalodon.models.kin.mixers.rotary import Rotary
 from megalodon.models.kin.state import KinDimensions, KinState
-from megalodon.models.kin.ways import WAYS, Opened, Way
+from megalodon.models.kin.ways import WAYS, Opened, Way, way_of
 from megalodon.models.layers.few_rows import can_fuse
 from megalodon.models.layers.step_tables import StepTables
 from megalodon.models.layers.watch import Prepared, is_forwarded_as_written
@@ -39,7 +39,7 @@ class TokenStep:
         """Of what `_step_of` has looked at."""
         config, blocks = model.config, list(_blocks(model))
         self.sizes = cast(KinDimensions, model.dimensions)
-        self.ways = [WAYS[type(block.mixer)](block.mixer) for block in blocks]
+        self.ways = [way_of(block.mixer) for block in blocks]
         heads, size = config.num_heads, config.head_size
         self._rotary = Rotary.of(config)
         self._frequencies = _frequencies(self._rotary)
@@ -156,10 +156,10 @@ def _layers_of(block: KinBlock) -> Iterator[tuple[str, nn.Module]]:
     """The block's large linear layers, by their names in `Weights`."""
     mixer, inner = cast(Projected, block.mixer), block.feed_forward
     yield from (("query", mixer.q_proj), ("key", mixer.k_proj), ("v", mixer.v_proj), ("o", mixer.o_proj))
-    yield from WAYS[type(mixer)](mixer).layers().items()
+    yield from way_of(mixer).layers().items()
     if isinstance(inner, SwiGLU):  # what passes silu is `up` to the kernel
         yield from (("up", inner.gate_proj), ("gate", inner.up_proj), ("down", inner.down_proj))
-    elif inner is not None:
+    elif isinstance(inner, GELU):
         yield from (("up", inner.up_proj), ("down", inner.down_proj))
 
 

@@ -260,3 +260,8 @@ WAYS: dict[type[Projected], type[Way]] = {
     Retention: _Retained,
 }
 """By the mixer's class."""
+
+
+def way_of(mixer: Any) -> Way:
+    """That of a mixer whose class is in `WAYS`."""
+    return WAYS[type(mixer)](mixer)

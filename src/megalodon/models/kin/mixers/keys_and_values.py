@@ -61,7 +61,7 @@ class KeysAndValues(Memory):
 
     def with_place(self, offset: int, dtype: torch.dtype) -> KeysAndValues:
         """What `after` returns for one token of rows that all hold `offset`, before the token is written."""
-        room = self._room(*(x[:, :1].to(dtype) for x in self), offset)
+        room = self._room(self.keys[:, :1].to(dtype), self.values[:, :1].to(dtype), offset)
         room.filled = offset + 1
         return KeysAndValues(room.keys[:, : offset + 1], room.values[:, : offset + 1], room)
 

@@ -104,7 +104,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     base, lines = rows["teacher, in Transformers"]["tokens/s"], []
     for name, found in rows.items():
         times = found["tokens/s"] / base
-        lines.append([name, f"{found['tokens/s']:.0f}", f"{times:.1f}", f"{found['bytes'] / 1e6:.2f}"])
+        lines.append([name, f"{found['tokens/s']:.3g}", f"{times:.1f}", f"{found['bytes'] / 1e6:.2f}"])
     return markdown_table(["model ", "tokens/s", "times the teacher's", "remembered, MB"], lines)
 
 

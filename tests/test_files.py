@@ -37,7 +37,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_two_threads_write_one_file_at_once(tmp_path):
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=600)
 
     def write(text: str) -> None:
         def fill(path: Path) -> None:

@@ -149,6 +149,7 @@ def test_peers(tmp_path: Path) -> None:
     assert notes["the authors'"] == f"{tmp_path} has no megalodon/models/mega.py"
 
 
+@pytest.mark.slow
 def test_no_step_begins_when_the_minutes_are_over(tmp_path: Path) -> None:
     done = run("everything.py", "--rehearse", "--minutes", "0", "--output", str(tmp_path))
     assert done.returncode == 0 and done.stdout.count("| not begun | 0 |") == 8

@@ -111,7 +111,7 @@ def test_it_runs_in_a_pipe(model: Path) -> None:
         "--temperature",
         "0",
     ]
-    result = subprocess.run(command, input=STORY.encode(), capture_output=True, check=False, timeout=120)
+    result = subprocess.run(command, input=STORY.encode(), capture_output=True, check=False, timeout=600)
     assert result.returncode == 0, result.stderr.decode()
     assert b"prompt: " in result.stderr and b"generated: " in result.stderr
 

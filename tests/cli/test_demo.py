@@ -47,6 +47,7 @@ def test_the_demo_learns_tokens_trains_measures_and_writes(arguments: list[str],
     assert again.split("bits per byte of")[1] == out.split("bits per byte of")[1], "and the model is the same"
 
 
+@pytest.mark.slow
 def test_the_demo_takes_a_tokenizer_that_it_is_given(arguments: list[str], tmp_path: Path):
     out = run([*arguments, "tokenizer=bytes"])
     assert "learned" not in out and not (tmp_path / "run-tokenizer").exists()

@@ -99,6 +99,57 @@ def test_a_damaged_compressed_file_is_one_line(tmp_path, compression, damage, na
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
+def test_what_follows_a_compressed_stream_is_not_passed_over(tmp_path, compression):
+    """As where one of several parts in a file is damaged: the library would read the text up to there."""
+    whole, path = COMPRESS[compression](b"one\n" * 9), tmp_path / f"a.txt{compression}"
+    for damage in (b"garbage", whole[: len(whole) // 2], b"\1" + whole):
+        path.write_bytes(whole + damage)
+        with pytest.raises(ValueError, match=rf"{path.name}: not a whole {compression} file"):
+            texts(source=str(path))
+    if compression != ".zst":  # some tapes and archives fill their last block with zeros
+        path.write_bytes(whole + b"\0" * 512)
+        assert texts(source=str(path)) == ["one\n" * 9]
+
+
+def test_what_is_no_regular_file_is_left_out_or_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("A")
+    os.mkfifo(tmp_path / "pipe.txt")  # reading it would wait for a writer for ever
+    corpus = Corpus({"source": str(tmp_path)})
+    assert [file.path.name for file in corpus.files] == ["a.txt"]
+    assert "pipe.txt (no file, but a pipe or the like)" in corpus.found.told()
+    for name in (str(tmp_path / "pipe.txt"), os.devnull):
+        with pytest.raises(ValueError, match="is a pipe or a device: it is read more than once, so give a file"):
+            Corpus({"source": name})
+
+
+def test_two_fields_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text,text\none,two\n")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["one"]), pyarrow.array(["two"])], ["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "c.arrow"), table.schema) as sink:
+        sink.write_table(table)
+    for name in ("a.csv", "b.parquet", "c.arrow"):
+        with pytest.raises(ValueError, match=rf"{name}: 2 fields are called 'text': rename"):
+            texts(source=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_damage_inside_a_table_is_one_line_with_its_name(tmp_path, kind):
+    table, path = pyarrow.table({"text": ["abc" * 50] * 100}), tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path, use_dictionary=False)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])
+    else:
+        with pyarrow.ipc.new_stream(str(path), table.schema) as sink:
+            sink.write_table(table)
+        path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(ValueError, match=rf"a\.{kind}: not a readable \w+ file \(") as caught:
+        texts(source=str(path))
+    assert "\n" not in str(caught.value)
+
+
 def test_several_compressed_parts_in_one_file_are_read_whole(tmp_path):
     for suffix, compress in list(COMPRESS.items())[1:]:
         path = tmp_path / f"a.txt{suffix}"
@@ -130,6 +181,10 @@ def test_json_as_an_array_or_as_objects(tmp_path, content, monkeypatch):
         ('[{"text": "a"} {"text": "b"}]', "no comma after row 0"),
         ('[{"text": "a"}, {"te', "in row 1"),
         ('[{"text": "a"}, 7]', "holds int, not a JSON object"),
+        ('[{"text": "a"}] [{"text": "b"}]', r"something follows the array of 1 rows, '\['"),
+        ('[{"text": "a"}] x', "something follows the array of 1 rows, 'x'"),
+        ('[{"text": "a", "n": ' + "9" * 5000 + "}]", "in row 0"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "in row 0"),
         ('{"data": [{"text": "a"}]}', r"no field 'text': set field to one of data"),
     ],
 )

@@ -88,6 +88,10 @@ def test_expired_contexts_are_gone_and_swept(store: ContextStore) -> None:
         store.get("a", record.id)
     store.sweep()
     assert len(contents(store)) == 2 and [one.name for one in store.owned("a")] == ["later"]
+    dying = store.create("a", snapshot_of(20), None, time.time() + 0.05)
+    time.sleep(0.06)
+    with pytest.raises(ChangedError, match="expired"):
+        store.extend("a", dying.id, snapshot_of(50), dying)
 
 
 def test_what_a_crash_leaves_is_swept(store: ContextStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,17 @@ def test_objects_have_the_properties_that_are_named(tokenizer: Tokenizer) -> Non
         assert closed(left) == left
 
 
+def test_what_is_required_may_be_there_without_being_described() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a", "b"]}
+    assert closed(schema)["properties"] == {"a": {"type": "boolean"}, "b": {}}
+    grammar = Grammars(ByteTokenizer()).json_schema({"type": "object", "properties": {"p": schema}, "required": ["p"]})
+    follower = grammar.follow()
+    for byte in b'{"p":{"a":true,"b":[1,"x"]}}':
+        assert follower.restrict(torch.zeros(256)).isfinite()[byte]
+        follower.take(byte)
+    assert follower.complete
+
+
 def test_any_object_begins_as_one() -> None:
     first = Grammars(ByteTokenizer()).json_object().follow().restrict(torch.zeros(256))
     assert first.isfinite().nonzero()[:, 0].tolist() == [ord("{")]
@@ -104,7 +115,8 @@ def test_any_object_begins_as_one() -> None:
         ("json_schema", {"type": "objekt"}, "objekt"),
         ("json_schema", {"not": {}}, "not"),
         ("json_schema", {"$ref": "http://example.org/x"}, "example.org"),
-        ("regex", "a(", "regex"),
+        ("regex", "a(", "unclosed group"),
+        ("choice", ["a\0"], "NUL"),
         ("regex", "x" * (MOST_EXPRESSION + 1), "the most that is accepted"),
         ("lark", "#" * (MOST_EXPRESSION + 1), "the most that is accepted"),
         ("choice", ["x" * MOST_CHOICES], "the most that is accepted"),

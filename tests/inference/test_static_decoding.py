@@ -49,7 +49,7 @@ def test_equals_the_model(backend: str, device: str, monkeypatch: pytest.MonkeyP
         assert state_difference(decoder.state[row], state[row]) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["blocked", "triton"])
+@pytest.mark.parametrize("backend", ["blocked", pytest.param("triton", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_compiled_layers_are_one_graph_and_few_places_are_enough(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton") if backend == "triton" else None

@@ -39,6 +39,7 @@ def test_stream_of_the_other_vectors(shared: Path) -> None:
     check_stream(shared / "golden" / "stream_base.safetensors")
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_nothing() -> None:
     model = tiny_model(num_layers=1).train()
     ids = tokens(1, 11)

@@ -257,8 +257,28 @@ def test_the_state_has_both_of_transformers_names(
     assert not [words for words in said if "past_key_values" in words], "Transformers has nothing to complain of"
 
 
+def test_strings_stop_a_generation(model: MegalodonForCausalLM) -> None:
+    """`generate` needs the tokenizer for them, and passes it on to the model as well."""
+    from megalodon.data.byte_transformers import byte_tokenizer_for_transformers
+
+    tokenizer, ids = byte_tokenizer_for_transformers(), tokens(1, 5)
+    given = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    whole = model.generate(ids, **given)
+    string = tokenizer.decode(whole[0, 9:11])
+    for beams in (1, 2):
+        options = {**given, "num_beams": beams}
+        out = model.generate(ids, stop_strings=[string], tokenizer=tokenizer, **options)
+        assert string in tokenizer.decode(out[0]) or torch.equal(out, model.generate(ids, **options))
+        assert out.shape[1] <= 11 or beams > 1
+
+
+def test_a_prompt_without_tokens_is_refused(model: MegalodonForCausalLM) -> None:
+    with pytest.raises(ValueError, match="input_ids has no token: give a prompt"):
+        model.generate(tokens(1, 0), max_new_tokens=2)
+
+
 def test_streamer_receives_the_generated_text(model: MegalodonForCausalLM) -> None:
-    streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=30)  # type: ignore[arg-type]
+    streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=600)  # type: ignore[arg-type]
     prompt = tokens(1, 6)
     arguments = {"streamer": streamer, "max_new_tokens": 12, "do_sample": False}
     thread = Thread(target=model.generate, args=(prompt,), kwargs=arguments)

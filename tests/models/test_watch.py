@@ -170,6 +170,25 @@ def test_generation_from_a_state_and_one_token_starts_from_the_weights_as_they_a
     assert relative(first(), expected) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model: model.double(),
+        lambda model: model.load_state_dict({name: 1.2 * x for name, x in model.state_dict().items()}),
+    ],
+    ids=["double", "load"],
+)
+def test_weights_may_be_swapped_after_decoding(convert: Change, model: MegalodonForCausalLM) -> None:
+    """PyTorch exchanges two tensors only where nothing but the module holds them."""
+    assert generated_error(model, tokens(2, 1)) < 1e-4
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        convert(model)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert generated_error(model, tokens(2, 1)) < 1e-4
+
+
 @pytest.mark.parametrize("length", [1, 9])
 def test_adapters_that_are_merged_and_unmerged(length: int, model: MegalodonForCausalLM) -> None:
     targets = ["v_proj", "o_proj", "down_proj", "lm_head"]

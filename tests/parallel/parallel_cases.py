@@ -128,7 +128,7 @@ def own_parts(mesh: Mesh, case: Case, batch, states) -> list[Rows]:
 
 
 def build(sizes: MeshSizes, case: Case) -> tuple[Mesh, ParallelModel]:
-    mesh = Mesh(sizes, "cpu", timeout=120)
+    mesh = Mesh(sizes, "cpu", timeout=600)
     return mesh, ParallelModel(case.model(), mesh, torch.device("cpu"), case.precision, case.virtual_stages)
 
 

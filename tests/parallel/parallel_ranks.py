@@ -37,7 +37,7 @@ def serve(rank: int, connection: Connection) -> None:
                 init_method=f"file://{meeting}",
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=120),
+                timeout=timedelta(seconds=600),
             )
             try:
                 dist.barrier()  # a rank with nothing to say to the others would be gone before they have met it

@@ -27,7 +27,7 @@ def check(ranks, sizes: MeshSizes, case: Case) -> None:
     assert_equal_training(case, expected(case), answers, TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed", "streamed"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "packed", "streamed"])
 @pytest.mark.parametrize("sizes", TWO, ids=name)
 @pytest.mark.parametrize("architecture", ["megalodon", "gecko"])
 def test_two_processes(ranks, architecture, sizes, kind):
@@ -43,7 +43,7 @@ DEEP = (("num_layers", 4), ("num_heads", 4), ("chunk_size", 16))
 TIED = (("share_emb", True),)
 
 
-@pytest.mark.parametrize("kind", ["packed", "streamed"])
+@pytest.mark.parametrize("kind", [pytest.param("packed", marks=pytest.mark.slow), "streamed"])
 @pytest.mark.parametrize("sizes", [*PAIRS, *FOURS], ids=name)
 def test_four_processes(ranks, sizes, kind):
     check(ranks, sizes, Case(kind, changes=DEEP))

@@ -63,7 +63,7 @@ def values(tmp_path: Path) -> dict:
         "run": {"steps": 8, "folder": str(tmp_path / "run"), "accumulation_steps": 2},
         "evaluation": {"every": 5, "max_tokens": 400},
         "checkpoint": {"every": 3},
-        "mesh": {"timeout_seconds": 20},
+        "mesh": {"timeout_seconds": 300},
     }
 
 

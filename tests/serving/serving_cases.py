@@ -25,14 +25,14 @@ class Server:
 
     def http(self, key: str | None = None) -> httpx.Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=600)
 
     def openai(self, key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=600)
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    """Whether the condition comes true in time."""
+def eventually(condition: Callable[[], bool], seconds: float = 600) -> bool:
+    """Whether the condition comes true; the limit is for what hangs."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():

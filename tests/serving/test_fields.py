@@ -11,11 +11,13 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel
 from serving_cases import Server
 
 from megalodon.inference.sampling import LEAST
 from megalodon.serving.fields import policy_of, table, written_into
-from megalodon.serving.schemas import ChatRequest, CompletionRequest
+from megalodon.serving.response_schemas import ResponsesRequest
+from megalodon.serving.schemas import ChatRequest, CompletionRequest, EmbeddingsRequest
 
 BODY = {"model": "tiny", "prompt": "It is a truth", "max_tokens": 12, "seed": 5, "logprobs": 2}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "seed": 5}
@@ -212,3 +214,43 @@ def test_all_errors_are_openai_objects(client: httpx.Client) -> None:
             answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
             assert answer.status_code == 400, (path, body, answer.text)
             assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_every_field_of_the_official_client_has_a_policy(client: httpx.Client) -> None:
+    from openai.types import completion_create_params, embedding_create_params
+    from openai.types.chat import completion_create_params as chat_create_params
+    from openai.types.responses import response_create_params
+
+    bases = {
+        CompletionRequest: completion_create_params.CompletionCreateParamsBase,
+        ChatRequest: chat_create_params.CompletionCreateParamsBase,
+        ResponsesRequest: response_create_params.ResponseCreateParamsBase,
+        EmbeddingsRequest: embedding_create_params.EmbeddingCreateParams,
+    }
+    for model, official in bases.items():
+        assert set(official.__annotations__) <= set(model.model_fields)
+    for field in ("moderation", "web_search_options", "audio", "background", "conversation", "context_management"):
+        for path, body in (("/v1/chat/completions", CHAT), ("/v1/responses", {"model": "tiny", "input": "x"})):
+            if (
+                (field in ResponsesRequest.model_fields)
+                if path.endswith("responses")
+                else field in ChatRequest.model_fields
+            ):
+                refused(client, field, {**body, field: {"x": 1}}, path)
+
+
+def test_what_the_official_client_parsed_is_taken_back(server: Server) -> None:
+    class Mood(BaseModel):
+        calm: bool
+
+    client, asked = server.openai(), [{"role": "user", "content": "Calm?"}]
+    answer = client.chat.completions.parse(model="tiny", messages=asked, response_format=Mood, max_tokens=30)
+    said = answer.choices[0].message
+    assert isinstance(said.parsed, Mood)
+    for message in (said, said.to_dict()):
+        messages = [*asked, message, *asked]
+        assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=2).choices
+    parsed = client.responses.parse(model="tiny", input="Calm?", text_format=Mood, max_output_tokens=30)
+    assert isinstance(parsed.output_parsed, Mood)
+    for item in (parsed.output[0], parsed.output[0].model_dump()):
+        assert client.responses.create(model="tiny", input=[*asked, item, *asked], max_output_tokens=2).output

@@ -32,6 +32,11 @@ def client(guarded: Server) -> Iterator[httpx.Client]:
     assert guarded.engine.counters.failures == failures, "refused before it got into the engine"
 
 
+def raw(server: Server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=600)
+
+
 def refused(answer: httpx.Response, status: int = 400) -> None:
     assert answer.status_code == status, (answer.status_code, answer.text[:300])
     error = answer.json()["error"]
@@ -132,8 +137,7 @@ def test_content_types(client: httpx.Client, kind: str) -> None:
     ids=lambda value: repr(value[:40]) if isinstance(value, bytes) else str(value),
 )
 def test_lies_about_the_body(guarded: Server, client: httpx.Client, head: bytes, body: bytes, status: int) -> None:
-    host, port = guarded.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with raw(guarded) as connection:
         connection.sendall(POST + head + b"\r\n\r\n" + body)
         assert connection.recv(1000).startswith(f"HTTP/1.1 {status} ".encode())
 
@@ -159,3 +163,66 @@ def test_context_files_cut_at_every_tenth(client: httpx.Client) -> None:
     for damaged in (*cut, *(head + whole[8:] for head in heads), len(foreign).to_bytes(8, "little") + foreign):
         refused(client.post("/v1/contexts/import", content=damaged))
     assert client.get("/v1/contexts").json() == before
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        b"GET /\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n",
+        POST + b"Content-Length: abc\r\n\r\n{}",
+        POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_what_is_no_http_has_an_error_object_too(guarded: Server, client: httpx.Client, sent: bytes) -> None:
+    with raw(guarded) as connection:
+        connection.sendall(sent)
+        head, body = b"".join(iter(lambda: connection.recv(1000), b"")).split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"application/json" in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
+def test_a_body_that_breaks_off_after_its_answer(
+    guarded: Server, client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    with raw(guarded) as connection:
+        connection.sendall(POST.replace(b"localhost", b"evil.example") + b"Transfer-Encoding: chunked\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}}"):
+            answer += connection.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 403 ")
+        connection.sendall(b"zz\r\n")
+        assert connection.recv(1000) == b"", "the connection ends; there is nothing to say twice"
+    assert "Traceback" not in caplog.text and "Fatal error" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *(
+            '"max_tokens": true',
+            '"temperature": true',
+            '"top_p": true',
+            '"seed": false',
+            '"n": true',
+            '"logprobs": true',
+        ),
+        *('"stop_token_ids": [true]', '"logit_bias": {"5": true}', '"save_context": {"expires_in": true}'),
+        *('"frequency_penalty": false', '"repeat_penalty": true', '"min_tokens": false'),
+    ],
+)
+def test_true_is_no_number(client: httpx.Client, field: str) -> None:
+    answer = client.post("/v1/completions", content=f'{{"model": "tiny", "prompt": "a", {field}}}', headers=JSON)
+    refused(answer)
+    assert answer.json()["error"]["param"].startswith(field[1:].partition('"')[0])
+
+
+def test_head_is_answered_as_get_without_a_body(client: httpx.Client) -> None:
+    client.post("/v1/contexts", json={"text": "text", "name": "headed"})
+    for path in ("/", "/health", "/v1/models", "/v1/contexts", "/v1/contexts/headed/export"):
+        head, got = client.head(path), client.get(path)
+        assert head.status_code == got.status_code == 200 and head.content == b""
+        assert head.headers["content-type"] == got.headers["content-type"]
+    assert client.head("/v1/completions").status_code == 405

@@ -52,10 +52,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     line = next(line for line in process.stdout if " at http://" in line)
-    with httpx.Client(base_url=line.split(" at ")[1].split("/ ")[0], timeout=120) as client:
+    with httpx.Client(base_url=line.split(" at ")[1].split("/ ")[0], timeout=600) as client:
         yield client
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(600) == 0
 
 
 def complete(client: httpx.Client, **body: object) -> httpx.Response:

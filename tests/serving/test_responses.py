@@ -51,6 +51,8 @@ def test_going_on_from_a_response(server: Server) -> None:
     again = client.responses.create(input="Who am I?", previous_response_id=first.id, **ASK)
     assert again.output_text == second.output_text and again.id != second.id, "a response can be gone on from twice"
     assert client.responses.retrieve(first.id).output_text == first.output_text
+    with pytest.raises(openai.BadRequestError, match="given whole"):
+        client.responses.retrieve(first.id, stream=True)
     client.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(first.id)

@@ -127,7 +127,8 @@ def test_a_taken_name_is_refused_before_the_text_is_read(server: Server, client:
         client.post("/v1/contexts/taken/fork", json={"name": "taken"}),
         client.post("/v1/completions", json={"model": "tiny", "prompt": long, "save_context": {"name": "taken"}}),
     ):
-        assert error_of(answer, 409)["param"] == "name"
+        saved = answer.url.path == "/v1/completions"
+        assert error_of(answer, 409)["param"] == ("save_context.name" if saved else "name")
     assert server.engine.counters.read_tokens == read
 
 
@@ -137,7 +138,7 @@ def test_a_name_is_taken_while_its_text_arrives(client: httpx.Client) -> None:
     def parts() -> Iterator[bytes]:
         yield b"beginning "
         begun.set()
-        go_on.wait(30)
+        go_on.wait(600)
         yield b"end"
 
     def upload() -> None:
@@ -146,7 +147,7 @@ def test_a_name_is_taken_while_its_text_arrives(client: httpx.Client) -> None:
     found: list[int] = []
     thread = threading.Thread(target=upload)
     thread.start()
-    begun.wait(30)
+    begun.wait(600)
     time.sleep(0.3)
     refused = client.post("/v1/contexts?name=arriving", content=b"x", headers=TEXT_PLAIN)
     go_on.set()
@@ -160,7 +161,7 @@ def test_quotas_hold_under_concurrent_uploads(serve: Callable[..., Server]) -> N
 
     def parts() -> Iterator[bytes]:
         yield b"beginning "
-        start.wait(30)
+        start.wait(600)
         yield b"end"
 
     statuses: list[int] = []
@@ -189,7 +190,7 @@ def test_a_change_of_expiry_does_not_cost_a_running_extension(client: httpx.Clie
     def parts() -> Iterator[bytes]:
         yield b"upon "
         begun.set()
-        go_on.wait(30)
+        go_on.wait(600)
         yield b"a time"
 
     found: list[httpx.Response] = []
@@ -197,7 +198,7 @@ def test_a_change_of_expiry_does_not_cost_a_running_extension(client: httpx.Clie
         target=lambda: found.append(client.post("/v1/contexts/extended/extend", content=parts(), headers=TEXT_PLAIN))
     )
     thread.start()
-    begun.wait(30)
+    begun.wait(600)
     time.sleep(0.3)
     changed = client.patch("/v1/contexts/extended", json={"expires_in": 500, "name": "renamed meanwhile"})
     assert changed.status_code == 200
@@ -281,3 +282,48 @@ def test_encoded_bodies_and_forms_for_context_files_are_refused_by_name(server: 
         for method in (client.get, client.delete):
             error = method("/v1/responses/resp_none").json()["error"]
             assert error["code"] == "response_not_found" and error["param"] == "response_id"
+
+
+def test_texts_that_are_not_utf_8_by_what_is_said_of_them_are_refused_by_name(client: httpx.Client) -> None:
+    latin = "Ã©".encode("latin-1")  # which is valid UTF-8, and means something else there
+    before = client.get("/v1/contexts", params={"limit": 1000}).json()
+    for charset in ("iso-8859-1", "utf-16le", '"windows-1252"', "klingon", ""):
+        answer = client.post("/v1/contexts", content=latin, headers={"Content-Type": f"text/plain; charset={charset}"})
+        assert error_of(answer, 400)["param"] == "Content-Type"
+        part = ("a.txt", latin, f"text/plain; charset={charset}")
+        assert error_of(client.post("/v1/contexts", files={"file": part}), 400)["param"] == "file"
+    for encoding in ("base64", "Quoted-Printable"):
+        part = ("a.txt", b"aGVsbG8=", "text/plain", {"Content-Transfer-Encoding": encoding})
+        assert encoding.lower() in error_of(client.post("/v1/contexts", files={"file": part}), 400)["message"]
+    mixed = client.post("/v1/contexts", content=b"--x--", headers={"Content-Type": "multipart/mixed; boundary=x"})
+    assert "multipart/mixed" in error_of(mixed, 400)["message"]
+    for mark in ("utf-32-le", "utf-32-be"):
+        answer = client.post("/v1/contexts", content="\ufeffx".encode(mark), headers=TEXT_PLAIN)
+        assert "UTF-32" in error_of(answer, 400)["message"]
+    unnamed = b"--x\r\nContent-Type: text/plain\r\n\r\nabc\r\n--x--\r\n"
+    answer = client.post("/v1/contexts", content=unnamed, headers={"Content-Type": "multipart/form-data; boundary=x"})
+    assert error_of(answer, 400)["param"] == "body"
+    assert client.get("/v1/contexts", params={"limit": 1000}).json() == before
+    for charset in ("UTF-8", '"utf8"', "us-ascii"):
+        kind = f"text/plain; charset={charset}"
+        made = client.post("/v1/contexts", files={"file": ("a.txt", b"abc", kind)})
+        assert made.status_code == client.post("/v1/contexts", content=b"x", headers={"Content-Type": kind}).status_code
+        assert made.status_code == 201 and made.json()["tokens"] == 3
+    for kind in ("text/json", "model/gltf+json"):
+        assert (
+            client.post("/v1/contexts", content=b'{"text": "ab"}', headers={"Content-Type": kind}).json()["tokens"] == 2
+        )
+    second = client.post("/v1/contexts", content=b"\xef\xbb\xbf" * 2 + b"x", headers=TEXT_PLAIN)
+    assert second.json()["tokens"] == 4, "only the first is a mark"
+
+
+def test_a_name_that_looks_like_an_id_is_no_name(client: httpx.Client) -> None:
+    name, body = "ctx_" + "0" * 24, {"model": "tiny", "prompt": "x"}
+    client.post("/v1/contexts", json={"text": "x", "name": "to rename"})
+    for answer, param in (
+        (client.post("/v1/contexts", params={"name": name}, content=b"x", headers=TEXT_PLAIN), "name"),
+        (client.post("/v1/contexts", json={"text": "x", "name": name}), "name"),
+        (client.patch("/v1/contexts/to rename", json={"name": name}), "name"),
+        (client.post("/v1/completions", json={**body, "save_context": {"name": name}}), "save_context.name"),
+    ):
+        assert error_of(answer, 400)["param"] == param

@@ -107,7 +107,7 @@ def elsewhere(values, tmp_path, name, **run):
     ("changes", "instants"),
     [
         ({"mode": "streamed"}, [2, 8, 13, 22, 31, 33, 36, 38, 43, 47, 52, 59, 66, 73]),
-        ({"mode": "packed", "isolate": False}, [30, 47]),
+        pytest.param({"mode": "packed", "isolate": False}, [30, 47], marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_many_instants(tiny, tmp_path, changes, instants):

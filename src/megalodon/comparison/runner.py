@@ -105,7 +105,7 @@ def check_texts(config: CompareConfig, say: Callable[[str], None]) -> None:
     others = {"training": texts.training.sets, "held-out": list(texts.held_out.values())}
     for name, sets in others.items():
         for documents in sets:
-            without_shared(documents, tests, "refuse", memory, say, f"test.corpus, beside the {name} text")
+            without_shared(documents, tests, tokenizer, "refuse", memory, say, f"test.corpus, beside the {name} text")
     say(f"test: {len(tests)} documents with {tests.num_tokens:,} tokens, in neither the training nor the held-out text")
 
 

@@ -39,7 +39,7 @@ from megalodon.data.tokenized import SIZE_DTYPE, ContentDigest, DocumentNames, T
 from megalodon.data.tokenizer import Tokenizer
 from megalodon.files import disk_errors, is_full
 
-FORMAT = 3
+FORMAT = 4
 ENVIRONMENT = "MEGALODON_CACHE"
 GROUP_CHARACTERS = 1 << 18
 
@@ -181,13 +181,14 @@ class _Writer:
         self.num_tokens = self.num_bytes = self.max_token_id = 0
         self.has_sizes = not tokenizer.sizes_by_id
 
-    def write(self, ids: np.ndarray, sizes: np.ndarray | None) -> None:
+    def write(self, ids: np.ndarray, sizes: np.ndarray | None, text: str = "") -> None:
+        """Ids of the present document, bytes of text for each, and their text."""
         if not len(ids):
             return
         self.max_token_id = max(self.max_token_id, int(ids.max()))
         written = ids.astype(self.dtype)
         self.tokens.write(written.tobytes())
-        self.digest.add(written)
+        self.digest.add(written, text)
         self.has_sizes &= sizes is not None
         if self.has_sizes and sizes is not None:
             self.sizes.write(sizes.astype(SIZE_DTYPE).tobytes())
@@ -264,7 +265,7 @@ def _write_documents(
     for group in _groups(corpus, counter, writer.tokenizer):
         encoded = writer.tokenizer.encode_pieces([part.text for part in group], [part.continues for part in group])
         for piece, part in zip(encoded, group, strict=True):
-            writer.write(piece.ids, piece.sizes)
+            writer.write(piece.ids, piece.sizes, part.text)
             if part.ends is not None:
                 writer.end_document(part.ends, part.num_bytes)
         read += sum(len(part.text.encode()) for part in group)

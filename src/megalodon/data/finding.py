@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import stat
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -53,6 +54,10 @@ class Found:
         """Take files, but for those that are here under another name already."""
         for path in paths:
             status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(
+                    f"source {str(path)!r} is a pipe or a device: it is read more than once, so give a file"
+                )
             # Some network file systems number no files; there the path without links is what tells them apart.
             identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
             if identity not in self._seen:
@@ -194,7 +199,7 @@ def _choose(folder: Path, kind: str) -> tuple[list[Path], list[tuple[str, str]]]
             continue
         if not path.exists():
             raise FileNotFoundError(f"{path}: a link to nothing, {os.readlink(path)}: mend or remove it")  # noqa: PTH115
-        reason = _reason(path, kind)
+        reason = _reason(path, kind) if path.is_file() else "no file, but a pipe or the like"
         if reason is None:
             chosen.append(path)
         else:

@@ -14,10 +14,10 @@ import lzma
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias, cast
+from typing import Any, BinaryIO, Literal, TypeAlias, cast
 
 Kind: TypeAlias = Literal["text", "jsonl", "json", "csv", "parquet", "arrow"]
 
@@ -90,13 +90,48 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
 def _decompressed(path: Path, compression: str) -> BinaryIO:
     if compression == ".gz":
         return cast(BinaryIO, gzip.open(path))
-    if compression == ".bz2":
-        return cast(BinaryIO, bz2.open(path))
-    if compression == ".xz":
-        return cast(BinaryIO, lzma.open(path))
+    if compression in DECOMPRESSORS:
+        return io.BufferedReader(_Streams(path, DECOMPRESSORS[compression]))
     import pyarrow  # the standard library knows Zstandard from Python 3.14 on
 
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+
+
+class _Streams(io.RawIOBase):
+    """Compressed streams one after another, and zeros behind them. What else follows is damage, where the standard
+    library would take it for the end."""
+
+    def __init__(self, path: Path, make: Callable[[], Any]) -> None:
+        super().__init__()
+        self._file, self._make = path.open("rb"), make
+        self._decompressor = make()
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        """At the end 0. Raises OSError, EOFError or LZMAError where the bytes are no whole streams."""
+        while True:
+            given = b""
+            if self._decompressor.eof:
+                given = self._decompressor.unused_data.lstrip(b"\0")
+                while not given:
+                    if not (block := self._file.read(io.DEFAULT_BUFFER_SIZE)):
+                        return 0
+                    given = block.lstrip(b"\0")
+                self._decompressor = self._make()
+            elif self._decompressor.needs_input and not (given := self._file.read(io.DEFAULT_BUFFER_SIZE)):
+                raise EOFError("it ends before its last stream does")
+            if data := self._decompressor.decompress(given, len(buffer)):
+                buffer[: len(data)] = data
+                return len(data)
+
+
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def _lines(stream: Iterable[bytes], path: Path) -> Iterator[Row]:
 def _parsed(line: bytes, origin: str) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # besides bad JSON and bad UTF-8, numbers too long for Python
         return ValueError(f"{origin}: not a JSON object on one line ({error})")
 
 
@@ -130,15 +130,19 @@ def _values(stream: BinaryIO, path: Path) -> Iterator[Any]:
                 value, end = scan(reader.text, reader.at)
                 if end < len(reader.text) or not reader.more():
                     break
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 if not reader.more():
-                    reason = getattr(error, "msg", type(error).__name__)
+                    reason = getattr(error, "msg", str(error) or type(error).__name__)
                     raise ValueError(f"{path}: not JSON: {reason} in row {count}") from None
         reader.at = end
         count += 1
         yield value
-    if in_array and mark != "]":
-        raise ValueError(f"{path}: not JSON: the array is not closed, so the file is cut short")
+    if in_array:
+        if mark != "]":
+            raise ValueError(f"{path}: not JSON: the array is not closed, so the file is cut short")
+        reader.at += 1
+        if reader.peek():
+            raise ValueError(f"{path}: not JSON: something follows the array of {count} rows, {reader.peek()!r} first")
 
 
 class _Text:
@@ -186,6 +190,7 @@ def csv_rows(path: Path, field: str) -> Iterator[Row]:
             return
         if field not in names:
             raise ValueError(f"{path}: no field {field!r}: set field to one of {listed(names)}")
+        _refuse_two(field, names, path)
         while True:
             line = reader.line_num + 1
             try:
@@ -225,16 +230,19 @@ def parquet_rows(path: Path, field: str) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
                 yield from _batch_rows(batch, path, number)
                 number += batch.num_rows
-    except pyarrow.ArrowException as error:  # among them ArrowInvalid, which is a ValueError without the path
-        raise ValueError(f"{path}: not a readable Parquet file ({_reason(error)})") from None
+    except (pyarrow.ArrowException, OSError) as error:  # among them ArrowInvalid, a ValueError without the path
+        raise _damaged(error, path, "Parquet") from None
 
 
 def count_arrow_rows(path: Path) -> int:
     """Rows of an Arrow file, without reading their values."""
     import pyarrow
 
-    with pyarrow.memory_map(str(path)) as stream:
-        return sum(batch.num_rows for batch in _arrow_batches(stream)[1])
+    try:
+        with pyarrow.memory_map(str(path)) as stream:
+            return sum(batch.num_rows for batch in _arrow_batches(stream)[1])
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(error, path, "Arrow") from None
 
 
 def arrow_rows(path: Path, field: str) -> Iterator[Row]:
@@ -252,8 +260,8 @@ def arrow_rows(path: Path, field: str) -> Iterator[Row]:
                     batch = whole.slice(start, ROWS_AT_ONCE).select([name])
                     yield from _batch_rows(batch, path, number)
                     number += batch.num_rows
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a readable Arrow file ({_reason(error)})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(error, path, "Arrow") from None
 
 
 def _arrow_batches(stream: Any) -> tuple[Any, Iterable[Any]]:
@@ -274,6 +282,7 @@ def _column(schema: Any, field: str, path: Path) -> str:
     import pyarrow
 
     if field in schema.names:
+        _refuse_two(field, schema.names, path)
         return field
     owner: Any = schema
     for part in field.split("."):
@@ -284,6 +293,11 @@ def _column(schema: Any, field: str, path: Path) -> str:
         if not pyarrow.types.is_struct(owner):
             owner = pyarrow.struct([])
     return field
+
+
+def _refuse_two(field: str, names: Sequence[str], path: Path) -> None:
+    if names.count(field) > 1:
+        raise ValueError(f"{path}: {names.count(field)} fields are called {field!r}: rename those that are not meant")
 
 
 def _schema_names(schema: Iterable[Any], prefix: str = "") -> list[str]:
@@ -304,8 +318,12 @@ def _batch_rows(batch: Any, path: Path, first: int) -> Iterator[Row]:
         yield f"{path}:{number}", row
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _damaged(error: Exception, path: Path, what: str) -> Exception:
+    """What Arrow says of a file that it cannot read; what the system says, as of a missing file, stays as it is."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{path}: not a readable {what} file ({reason})")
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {

@@ -157,7 +157,7 @@ def prepare_documents(
         tokens = tokenize_and_tell(found, tokenizer, cache_folder, progress, say)
         kept = DocumentSet.of(tokenize_and_tell(apart, tokenizer, cache_folder, progress, say))
         memory = cache_root(cache_folder) / "shared"
-        training = without_shared(DocumentSet.of(tokens), kept, held_out.shared, memory, say)
+        training = without_shared(DocumentSet.of(tokens), kept, tokenizer, held_out.shared, memory, say)
     check_sizes(training, kept, sequence_length)
     return training, kept
 
@@ -198,6 +198,7 @@ def refuse_shared_files(training: Corpus, held_out: Corpus) -> None:
 def without_shared(
     training: DocumentSet,
     held_out: DocumentSet,
+    tokenizer: Tokenizer,
     rule: Literal["refuse", "remove"],
     memory: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -205,11 +206,12 @@ def without_shared(
 ) -> DocumentSet:
     """The training documents, where none has a text of the held-out ones; with `remove`, those that do not.
 
-    `what` names the held-out ones in an error.
+    Line ends, other white space, byte order marks, formats and the order of documents make no other text. `tokenizer`
+    is that of both; `what` names the held-out ones in an error.
 
     Raises ValueError, with `refuse`, naming the first such document.
     """
-    shared = find_shared(training, held_out, memory)
+    shared = find_shared(training, held_out, tokenizer, memory, every=rule == "remove")
     if not shared:
         return training
     if rule == "remove":

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megalodon.data.letters import letters_of
 from megalodon.data.tokenizer import Tokenizer
 
 SIZE_DTYPE = np.dtype("<u4")
@@ -46,10 +47,11 @@ class TokenizedCorpus:
 
     `tokens` [T] (unsigned, usually memory-mapped), `offsets` [n+1] int64: document i is
     tokens[offsets[i]:offsets[i+1]], its end-of-document id included; `document_bytes` [n] int64: size of each text in
-    UTF-8; `document_hashes` [n] uint64 of each document's ids; `sizes` [T] uint32: bytes of text that each token stands
-    for, where ids alone do not tell; `token_lengths` [vocab_size] int64: bytes per id, or None where there is no such
-    table; `fingerprint`: of the documents' ids and borders and of the tokenizer, wherever and in whatever files they
-    were found. `bad_rows` and `separators` say what was met on the way: rows left out, words that may be separators.
+    UTF-8; `document_hashes` [n] uint64 of each document's letters (letters.py); `sizes` [T] uint32: bytes of text that
+    each token stands for, where ids alone do not tell; `token_lengths` [vocab_size] int64: bytes per id, or None where
+    there is no such table; `fingerprint`: of the documents' ids and borders and of the tokenizer, wherever and in
+    whatever files they were found. `bad_rows` and `separators` say what was met on the way: rows left out, words that
+    may be separators.
     """
 
     tokens: np.ndarray
@@ -108,8 +110,8 @@ class TokenizedCorpus:
         if not tokenizer.sizes_by_id and len(known) == len(pieces):
             sizes = np.concatenate([np.append(part, np.zeros(len(end), np.int64)) for part in known]).astype(SIZE_DTYPE)
         digest, borders = ContentDigest(tokenizer), np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        for first, stop in itertools.pairwise(borders):
-            digest.add(tokens[first:stop])
+        for (_, text), (first, stop) in zip(documents, itertools.pairwise(borders), strict=True):
+            digest.add(tokens[first:stop], text)
             digest.end_document()
         return cls(
             tokens=tokens,
@@ -129,18 +131,17 @@ class TokenizedCorpus:
 
 
 class ContentDigest:
-    """The fingerprint of documents, and a hash of each, as their ids come."""
+    """The fingerprint of documents by their ids, and a hash of the letters of each, as they come."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._all = hashlib.sha256(tokenizer.fingerprint.encode())
         self._one = hashlib.blake2b(digest_size=8)
         self._hashes = bytearray()
 
-    def add(self, ids: np.ndarray) -> None:
-        """More ids of the present document, in the dtype of the corpus."""
-        written = ids.tobytes()
-        self._all.update(written)
-        self._one.update(written)
+    def add(self, ids: np.ndarray, text: str = "") -> None:
+        """More ids of the present document, in the dtype of the corpus, and the text that they stand for."""
+        self._all.update(ids.tobytes())
+        self._one.update(letters_of(text.encode()))
 
     def end_document(self) -> None:
         """The next ids are those of another document."""

@@ -190,7 +190,7 @@ class ContextStore:
         """Replace what a context holds; its name and expiry stay what they are by now.
 
         Raises:
-            ChangedError: if it no longer holds what `since` did, which the snapshot was made from.
+            ChangedError: if it no longer holds what `since` did, which the snapshot was made from, or has expired.
         """
         return self._publish(replace(since, changed=time.time(), data=_data_name(since.id)), snapshot, since)
 
@@ -274,6 +274,8 @@ class ContextStore:
                     now = self._record(record.owner, record.id)
                     if now is None or now.data != since.data:
                         raise ChangedError(f"context {record.id} was changed or deleted meanwhile: read it again")
+                    if now.expires is not None and now.expires <= time.time():
+                        raise ChangedError(f"context {record.id} has expired meanwhile: read it again")
                     record = replace(record, name=now.name, expires=now.expires)
                 self._write_record(record)
         except BaseException:

@@ -112,6 +112,8 @@ class Grammars:
 
     def choice(self, choices: Sequence[str]) -> Grammar:
         """One of several strings. Errors as `json_schema`."""
+        if any("\0" in choice for choice in choices):
+            raise ValueError("a choice holds a NUL character, which cannot be part of a text")
         library, written = _library(), " | ".join(json.dumps(choice) for choice in choices)
         return self._grammar(library.LLMatcher.grammar_from_lark(f"start: {_checked(written, MOST_CHOICES)}"))
 
@@ -156,7 +158,8 @@ def closed(schema: Any) -> Any:
     """A schema whose objects have the properties that it names and no others, where it does not say what others may be.
 
     What such a schema allows, the one that was given allows too; and a weak model does not go on inventing properties.
-    Schemas that several others complete (`allOf`, `$ref` with siblings) stay as they are.
+    A property that is only required may be anything. Schemas that others complete (`allOf`, `$ref` with siblings), or
+    that may ask for more properties than they name, stay as they are.
     """
     if not isinstance(schema, dict):
         return schema
@@ -175,9 +178,13 @@ def closed(schema: Any) -> Any:
         "anyOf",
         "oneOf",
         "$ref",
+        *("$dynamicRef", "not", "if", "dependencies", "dependentRequired", "dependentSchemas"),
+        *("minProperties", "propertyNames"),
     }
-    if "properties" in made and not completed & made.keys():
-        made["additionalProperties"] = False
+    named, required = made.get("properties"), made.get("required", [])
+    if isinstance(named, dict) and isinstance(required, list) and not completed & made.keys():
+        unnamed: dict[str, Any] = {name: {} for name in required if isinstance(name, str) and name not in named}
+        made |= {"properties": {**named, **unnamed}, "additionalProperties": False}
     return made
 
 
@@ -221,4 +228,8 @@ def _expressions(schema: Any) -> Iterator[str]:
 def _first_line(message: str) -> str:
     if message.startswith("panic"):  # an assertion of the library
         return "it is too complex"
-    return (message.strip().splitlines() or ["it is not usable"])[0][:300]
+    first, *more = message.strip().splitlines() or ["it is not usable"]
+    if first.endswith(":"):  # what is wrong with an expression comes below a drawing of where
+        found = (line.strip().removeprefix("error: ") for line in more if line.strip().startswith("error: "))
+        first += " " + next(found, "")
+    return first.strip()[:300]

@@ -22,6 +22,7 @@ from megalodon.models.config import Config
 from megalodon.models.generation import StateGenerationMixin
 from megalodon.models.keywords import refuse_unknown
 from megalodon.models.layers.head import apply_head
+from megalodon.models.layers.watch import is_forwarded_as_written
 from megalodon.models.loss import mean_of, summed_loss
 from megalodon.models.output import LanguageModelOutput, ModelOutput, the_state
 from megalodon.models.padding import RealTokens
@@ -59,6 +60,7 @@ class StatefulModel(StatefulPreTrainedModel):
         self.final_norm = self.make_final_norm()
         self.embedding_scale = math.sqrt(config.model_dim) if getattr(config, "scale_emb", False) else 1.0
         self.gradient_checkpointing = False
+        self._sizes: list[tuple[dict[str, Any], Dimensions]] = []
         self.post_init()
 
     def make_block(self, layer: int) -> nn.Module:
@@ -142,6 +144,38 @@ class StatefulModel(StatefulPreTrainedModel):
             ValueError: the arguments do not fit each other or the model; the message names the argument.
             UnknownKeyword: there is no such argument.
         """
+        found = self.read(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            segment_ids,
+            output_hidden_states,
+            cache,
+            position_ids,
+            seq_idx,
+            kwargs,
+        )
+        output = ModelOutput(*found)
+        return output if return_dict is not False else output.to_tuple()
+
+    def read(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: State | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        segment_ids: Tensor | None,
+        output_hidden_states: bool | None,
+        cache: State | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Any, tuple[Tensor, ...] | None]:
+        """What `forward` does, without Transformers' output around it: (last_hidden_state, the state or None, hidden
+        states or None)."""
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -181,9 +215,7 @@ class StatefulModel(StatefulPreTrainedModel):
             x, state = self._run(x, state, use_cache, segment_ids, lengths, bos, hidden)
             if rows is not None:
                 x, hidden = rows.unpack(x, length), hidden and [rows.unpack(h, length) for h in hidden]
-        kept: Any = state if use_cache else None
-        output = ModelOutput(x, kept, None if hidden is None else tuple(hidden))
-        return output if return_dict is not False else output.to_tuple()
+        return x, state if use_cache else None, None if hidden is None else tuple(hidden)
 
     def _run(
         self,
@@ -246,8 +278,14 @@ class StatefulModel(StatefulPreTrainedModel):
 
     @property
     def dimensions(self) -> Dimensions:
-        """The sizes that a state must share with this model."""
-        return self.state_class.dimensions_class.of(self.config)
+        """The sizes that a state must share with this model, made anew when its config has changed."""
+        make = self.state_class.dimensions_class.of
+        if torch.compiler.is_compiling():
+            return make(self.config)
+        fields = vars(self.config)
+        if not self._sizes or self._sizes[0][0] != fields:
+            self._sizes[:] = [(dict(fields), make(self.config))]
+        return self._sizes[0][1]
 
     def empty_state(self, batch: int) -> State:
         """The state of rows that have read nothing; the network is not run, whatever its layers have become."""
@@ -316,7 +354,7 @@ class StatefulModel(StatefulPreTrainedModel):
                 raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be [B, L]")
             looks = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
             if looks and input_ids.numel():  # on a GPU the look would wait for the device, in a compiled graph break it
-                low, high = (int(end) for end in input_ids.aminmax())
+                low, high = _ends(input_ids)
                 rows = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)  # an adapter has no number
                 if low < 0 or high >= rows:
                     raise ValueError(
@@ -332,6 +370,8 @@ class StatefulModel(StatefulPreTrainedModel):
         batch, length = x.shape[:2]
         autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         refuse_float16(x.dtype, autocast)
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            raise ValueError(f"attention_mask is a {type(attention_mask).__name__}: it must be a tensor [B, L]")
         if attention_mask is not None and (
             attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length
         ):
@@ -351,6 +391,15 @@ class StatefulModel(StatefulPreTrainedModel):
             raise ValueError(f"past_key_values has {state.batch_size} rows: input_ids has {batch}")
         if state.device != x.device:
             raise ValueError(f"past_key_values is on {state.device}: the model is on {x.device} (use .to)")
+
+
+def _ends(ids: Tensor) -> tuple[int, int]:
+    """The least and the greatest; a single id is had quicker without an operator."""
+    if ids.numel() == 1:
+        only = int(ids)
+        return only, only
+    low, high = ids.aminmax()
+    return int(low), int(high)
 
 
 class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
@@ -376,6 +425,13 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
     def note(self) -> str | None:
         """One line for the user before training, of what this model does otherwise than others; None: nothing."""
         return None
+
+    def _may_read(self) -> bool:
+        """Whether the network's `read` does all that calling it would, which decoding has no time for."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # hooks of backward passes are not looked for
+            return False
+        written = is_forwarded_as_written(self.model, (self.model_class,))
+        return written and type(self.model).forward is StatefulModel.forward
 
     def read_weights(self, folder: Path) -> tuple[list[str], list[str]]:
         """Take the weights of a folder of `save_pretrained`: (those that are missing, those that are not known)."""
@@ -414,7 +470,8 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         """Predict the next token at every position. Arguments that `StatefulModel.forward` has mean the same.
 
         Args:
-            labels: int64 [B, L]; token ids as they stand in the text: shifted here; -100 is ignored.
+            labels: int64 [B, L]; token ids as they stand in the text: shifted here; -100 is ignored, and so is a token
+                that starts a document after another, which nothing before it could tell.
             logits_to_keep: give logits for the last so many positions (0: all), or for these positions.
             return_logits: False with labels or shift_labels: logits are None and the loss is computed in slices.
             num_items_in_batch: what the summed loss is divided by. None: the number of targets.
@@ -427,24 +484,42 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         """
         state = the_state(past_key_values, cache, kwargs)
         shift_labels = kwargs.pop("shift_labels", None)
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            state,
-            inputs_embeds,
-            use_cache,
-            segment_ids,
-            output_hidden_states,
-            return_dict=True,
-            position_ids=position_ids,
-            seq_idx=seq_idx,
-            **kwargs,
-        )
-        x = outputs.last_hidden_state
+        if self._may_read():
+            x, after, hidden_states = self.model.read(
+                input_ids,
+                attention_mask,
+                state,
+                inputs_embeds,
+                use_cache,
+                segment_ids,
+                output_hidden_states,
+                None,
+                position_ids,
+                seq_idx,
+                dict(kwargs),  # it takes what tells documents out of them
+            )
+        else:
+            outputs = self.model(
+                input_ids,
+                attention_mask,
+                state,
+                inputs_embeds,
+                use_cache,
+                segment_ids,
+                output_hidden_states,
+                return_dict=True,
+                position_ids=position_ids,
+                seq_idx=seq_idx,
+                **kwargs,
+            )
+            x, after, hidden_states = outputs.last_hidden_state, outputs.past_key_values, outputs.hidden_states
+        given = labels if shift_labels is None else shift_labels
+        if given is not None and given.shape != x.shape[:2]:
+            raise ValueError(f"labels have shape {tuple(given.shape)}: they must be {tuple(x.shape[:2])}")
         if labels is not None and shift_labels is None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if shift_labels is not None and shift_labels.shape != x.shape[:2]:
-            raise ValueError(f"labels have shape {tuple(shift_labels.shape)}: they must be {tuple(x.shape[:2])}")
+            told = {"segment_ids": segment_ids, "position_ids": position_ids, "seq_idx": seq_idx, **kwargs}
+            seen = None if state is None else state.position
+            shift_labels = documents.targets_of(labels, told, attention_mask, seen)
         loss = logits = None
         if return_logits or shift_labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -463,7 +538,7 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         else:
             total = summed_loss(self.lm_head, x, shift_labels.to(x.device))
             loss = mean_of(total, shift_labels, num_items_in_batch)
-        output = LanguageModelOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        output = LanguageModelOutput(loss, logits, after, hidden_states)
         return output if return_dict is not False else output.to_tuple()
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 NAMES = (
     "segment_ids",
@@ -74,6 +75,26 @@ def documents_of(
     if given.keys() == {"segment_ids"}:  # the caller checks its shape, and the layout reads it
         return Documents(given["segment_ids"], None)
     return _read(batch, length, device, given, attention_mask, seen)
+
+
+def targets_of(
+    labels: Tensor, given: Mapping[str, Any], attention_mask: Tensor | None = None, seen: Tensor | None = None
+) -> Tensor:
+    """What each token is to predict, int64 [B, L], from labels as they stand in the text: the next token's label.
+
+    -100 where there is none: at the end of a row, and of a document, for nothing in it tells how another begins.
+
+    Args:
+        labels: int64 [B, L].
+        given, attention_mask, seen: as those of `documents_of`.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    batch, length = labels.shape
+    ids = documents_of(batch, length, labels.device, given, attention_mask, seen).segment_ids
+    if ids is None:
+        return targets
+    ids = torch.as_tensor(ids, device=labels.device)
+    return targets.masked_fill(F.pad(ids[:, 1:] != ids[:, :-1], (0, 1)), -100)
 
 
 def as_positions(

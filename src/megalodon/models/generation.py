@@ -20,6 +20,10 @@ _NO_PAGES = (
 )
 
 
+FOR_STOPPING = ("tokenizer", "assistant_tokenizer")
+"""What `generate` is given for `stop_strings` and its like, and passes on to every forward pass as well."""
+
+
 def _no_cache(asked: Any) -> str:
     hint = f"; {_NO_PAGES}" if asked == "paged" else ""
     return f"cache_implementation={asked!r}: the memory is the model's state; leave cache_implementation out{hint}"
@@ -122,6 +126,10 @@ class StateGenerationMixin(GenerationMixin):
             ValueError: a state is given, but not the whole text that it has read the beginning of.
         """
         state = the_state(past_key_values, cache, kwargs)
+        for name in FOR_STOPPING:
+            kwargs.pop(name, None)
+        if is_first_iteration and not (input_ids if inputs_embeds is None else inputs_embeds).shape[1]:
+            raise ValueError("input_ids has no token: give a prompt, or no input_ids, which begins with bos_token_id")
         if is_first_iteration and next_sequence_length is not None and state is not None:
             columns = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             next_sequence_length = columns - _columns_read(state, attention_mask)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from transformers import initialization as init
 
 from megalodon.models.config import Config
 from megalodon.models.folder import write_card
+from megalodon.models.layers.watch import let_go
 
 
 class StatefulPreTrainedModel(PreTrainedModel):
@@ -42,6 +44,16 @@ class StatefulPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_card(save_directory, self.config, type(self).__name__)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to` and its relatives do with every weight. PyTorch may swap tensors, if nobody else holds them."""
+        let_go(self)
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere; here too PyTorch may swap tensors."""
+        let_go(self)
+        return super().load_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

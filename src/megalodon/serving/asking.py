@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from anyio import to_thread
 
-from megalodon.inference.context_store import ContextRecord, ContextStore
+from megalodon.inference.context_store import ContextRecord, ContextStore, NameTakenError
 from megalodon.inference.guidance import Grammar, Grammars
 from megalodon.inference.request import Generation
 from megalodon.inference.snapshot import Snapshot
@@ -18,7 +18,7 @@ from megalodon.serving import prompts as on_their_way
 from megalodon.serving.calls import Service
 from megalodon.serving.errors import ApiError
 from megalodon.serving.generating import Job
-from megalodon.serving.room import Room
+from megalodon.serving.room import Reservation, Room
 from megalodon.serving.schemas import Generating, SaveContext, StreamOptions
 from megalodon.serving.texts import Prompt
 
@@ -84,8 +84,7 @@ class Asking:
         with ExitStack() as held:
             place = None
             if save is not None and not save.replace:
-                reserving = lambda: self.room.reserve(owner, save.name)  # noqa: E731
-                place = held.enter_context(await to_thread.run_sync(reserving))
+                place = held.enter_context(await to_thread.run_sync(self._reserved, owner, save.name))
             job = Job(owner, asked.prompts, generation, choices, start, save, place)
             held.pop_all()
         job.keep_seconds = (
@@ -109,6 +108,12 @@ class Asking:
             return self._generation(body, asked, None)
         async with self._forming:
             return await to_thread.run_sync(self._generation, body, asked, form)
+
+    def _reserved(self, owner: str, name: str | None) -> Reservation:
+        try:
+            return self.room.reserve(owner, name)
+        except NameTakenError as error:
+            raise ApiError(409, f"save_context.name: {error}", "name_taken", "save_context.name") from None
 
     def _check_save(self, body: Generating, asked: Asked, save: SaveContext | None) -> None:
         if save is None:

@@ -50,9 +50,10 @@ class ApiKeys:
         if not self.required:
             return PUBLIC
         scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
+        key = key.strip(" \t")
+        if scheme.lower() != "bearer" or not key:
             raise ApiError(401, "no API key: send the header Authorization: Bearer KEY", "missing_api_key")
-        digest = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
+        digest = hashlib.sha256(key.encode("latin-1", "replace")).digest()  # headers are bytes, read as Latin-1
         matches = [hmac.compare_digest(digest, known) for known in (*self._fixed, *self._from_file)]
         if not any(matches):
             raise ApiError(401, "this API key is not known", "invalid_api_key")

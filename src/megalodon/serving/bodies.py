@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+from collections.abc import Mapping
+from email.message import Message
 from functools import cache
 from typing import Any, TypeVar
 
@@ -20,14 +23,32 @@ LARGE = 1 << 17
 """Bodies of more bytes are checked one after another, so that together they hold up others no more than one does."""
 
 
-def media_type(http: Request) -> str:
+def media_type(headers: Mapping[str, str]) -> str:
     """The media type of a body, in small letters and without parameters."""
-    return http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def check_charset(content_type: str, param: str) -> None:
+    """Refuse a text that its media type says is not UTF-8: its bytes could be taken for other characters.
+
+    Raises:
+        ApiError: 400, at fault is `param`.
+    """
+    said = Message()
+    said["content-type"] = content_type
+    charset = said.get_param("charset", "utf-8")
+    try:
+        good = codecs.lookup(str(charset).strip()).name in ("utf-8", "utf-8-sig", "ascii")
+    except (LookupError, ValueError):
+        good = False
+    if not good:
+        message = f"the text is {str(charset)[:40]} by its media type: send UTF-8, as iconv makes it"
+        raise ApiError(400, message, "unsupported_charset", param)
 
 
 def is_json(kind: str) -> bool:
     """Whether a media type is JSON."""
-    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+    return kind in ("application/json", "text/json") or kind.endswith("+json")
 
 
 async def read(http: Request, model: type[Body], optional: bool = False) -> Body:
@@ -36,7 +57,7 @@ async def read(http: Request, model: type[Body], optional: bool = False) -> Body
     Raises:
         ApiError: 400 if it is not, with one error that names the field; 499 if the client goes while it arrives.
     """
-    kind = media_type(http)
+    kind = media_type(http.headers)
     if optional and not kind and not await receive(http):
         return model.model_validate({})
     if not is_json(kind):

@@ -83,7 +83,8 @@ def only_known(http: Request) -> None:
     known = {field.alias for field in http.scope["route"].dependant.query_params}
     for key in http.query_params:
         if key not in known:
-            raise ApiError(400, f"{key[:80]}: there is no such query key here", "unknown_field", key)
+            message = f"{key[:80] or 'query'}: there is no such query key here"
+            raise ApiError(400, message, "unknown_field", key or "query")
         if len(http.query_params.getlist(key)) > 1:
             raise ApiError(400, f"{key}: the query has it twice", "invalid_value", key)
 
@@ -138,7 +139,7 @@ def router(service: Service, store: ContextStore, room: Room) -> APIRouter:
     ) -> dict[str, Any]:
         """Make a context of an exported file."""
         owner = http.state.owner
-        if bodies.media_type(http) == "multipart/form-data":
+        if bodies.media_type(http.headers) == "multipart/form-data":
             message = "the body is a form: send the file as it is, as curl --data-binary @FILE does"
             raise ApiError(400, message, "invalid_media_type", "Content-Type")
         with ExitStack() as held:

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megalodon.serving.auth import ApiKeys
+from megalodon.serving.bodies import is_json, media_type
 from megalodon.serving.errors import ApiError, answer_for, body_timeout
 from megalodon.serving.metrics import Metrics
 from megalodon.serving.settings import Settings
@@ -40,6 +41,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # whatever sends the answer leaves its body out
+            scope = {**scope, "method": "GET"}
         begun = False
 
         async def counted(message: Message) -> None:
@@ -84,9 +87,7 @@ class Gate:
         await self._app(scope, self._bounded(receive, limit), send)
 
     def _limit(self, scope: Scope, headers: Headers) -> int:
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
-        upload = scope["path"].startswith("/v1/contexts") and not json
+        upload = scope["path"].startswith("/v1/contexts") and not is_json(media_type(headers))
         return self._settings.max_upload if upload else self._settings.max_body
 
     def _too_large(self, limit: int) -> ApiError:

@@ -10,6 +10,7 @@ from email.message import Message
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser
 
+from megalodon.serving.bodies import check_charset
 from megalodon.serving.errors import ApiError
 
 FIELD_BYTES = 4096
@@ -95,6 +96,9 @@ class Form:
         name = said.get_param("name", header="content-disposition")
         self._name = name if isinstance(name, str) else ""
         named = said.get_param("filename", header="content-disposition") is not None
+        if not self._name and not named:
+            raise ApiError(400, "a part of the form has no name", "invalid_form", "body")
+        self._check_encoding()
         self._is_file = named or self._name in FILES
         if self._is_file and self._found_file:
             raise ApiError(
@@ -104,6 +108,15 @@ class Form:
             problem = "is there twice" if self._name in self.fields else "is not known here"
             raise ApiError(400, f"{self._name[:80]}: the form's field {problem}", "unknown_field", self._name)
         self._found_file = self._found_file or self._is_file
+
+    def _check_encoding(self) -> None:
+        """Refuse a part whose bytes are not its text in UTF-8."""
+        param = self._name or "file"
+        encoding = self._headers.get(b"content-transfer-encoding", b"binary").decode("latin-1").strip().lower()
+        if encoding not in ("binary", "8bit", "7bit"):
+            message = f"{param[:80]}: the form's part is encoded as {encoding[:40]}: send it as it is"
+            raise ApiError(400, message, "unsupported_encoding", param)
+        check_charset(self._headers.get(b"content-type", b"").decode("latin-1"), param)
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         if self._is_file:

@@ -1,12 +1,15 @@
 """Uvicorn's HTTP/1.1 with a limit to what a turn of the event loop parses: a body of many one-byte chunks, which takes
-seconds to parse, must not hold up the others for as long."""
+seconds to parse, must not hold up the others for as long. What is no HTTP is answered with an error object too."""
 
 from __future__ import annotations
 
 from collections import deque
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from megalodon.serving.errors import ApiError
 
 SLICE = 2048
 """Bytes that are parsed at a time."""
@@ -33,6 +36,16 @@ class PacedProtocol(H11Protocol):
         """The client has gone."""
         self._slices.clear()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What arrived is no HTTP: say so, unless an answer has begun, and end the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = ApiError(400, "this is no HTTP/1.1 request that can be read", "invalid_http").response()
+            headers = [*answer.raw_headers, (b"connection", b"close")]
+            begun = h11.Response(status_code=400, headers=headers)
+            for event in (begun, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _go_on(self) -> None:
         if not self._slices:

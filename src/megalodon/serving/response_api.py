@@ -72,6 +72,10 @@ def router(asking: Asking, template: ChatTemplate) -> APIRouter:
     @routes.get("/{response_id}", response_model=None)
     async def one(response_id: str, http: Request) -> Response:
         """A response that was kept."""
+        for key in ("stream", "starting_after"):
+            if http.query_params.get(key, "false").lower() != "false":
+                message = f"{key}: a response that is kept is given whole"
+                raise ApiError(400, message, "invalid_value", key)
         record = await to_thread.run_sync(_kept, store, http.state.owner, response_id)
         return Response(record.note, media_type="application/json")
 

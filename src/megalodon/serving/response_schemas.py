@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, mode
 from megalodon.serving.errors import ApiError
 from megalodon.serving.fields import ignored, refused
 from megalodon.serving.schemas import MOST_MESSAGES, Flag, Generating, JsonSchema, Key, Message, Part, Strict, Value
-from megalodon.serving.texts import Text, Written, at_most, short
+from megalodon.serving.texts import NUMBER, Text, Written, at_most, short
 
 
 class InputMessage(Message):
@@ -125,14 +125,14 @@ class ResponsesRequest(Generating):
     instructions: Annotated[Text, BeforeValidator(short)] | None = Field(
         None, description="a system message before the input"
     )
-    max_output_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = Field(
+    max_output_tokens: Annotated[int, NUMBER, Field(ge=1, le=2**31)] | None = Field(
         None, description="`--default-tokens` if not given"
     )
     previous_response_id: str | None = Field(None, max_length=80, description="go on after this one, kept as a context")
     store: Flag = Field(True, description="keep the response as a context, to go on from")
     metadata: Annotated[dict[Key, Value], at_most(16)] | None = Field(None, description="up to 16 strings, given back")
     text: ResponseText | None = Field(None, description="`format`: `text`, `json_object` or `json_schema`")
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="with `include`")
+    top_logprobs: Annotated[int, NUMBER, Field(ge=0, le=20)] | None = Field(None, description="with `include`")
     include: list[str] | None = Field(
         None, max_length=16, description="`message.output_text.logprobs`; nothing else is there"
     )
@@ -143,7 +143,11 @@ class ResponsesRequest(Generating):
     save_context: refused("use `store`", False) = False  # type: ignore[valid-type]
     background: refused("answers are given at once", False) = None  # type: ignore[valid-type]
     conversation: refused("use `previous_response_id`") = None  # type: ignore[valid-type]
+    background_options: refused("answers are given at once") = None  # type: ignore[valid-type]
     prompt: refused("prompts are not kept here") = None  # type: ignore[valid-type]
+    context_management: refused("nothing is cut off or summed up", []) = None  # type: ignore[valid-type]
+    image: refused("this model sees and makes no pictures") = None  # type: ignore[valid-type]
+    access_programs: refused("there are none", []) = None  # type: ignore[valid-type]
     max_tool_calls: Any = ignored("there are no tool calls")
 
     @model_validator(mode="after")

@@ -7,21 +7,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from megalodon.inference.context_store import NAME
+from megalodon.inference.context_store import ID, NAME
 from megalodon.inference.sampling import LEAST, Sampling
 from megalodon.serving.errors import ApiError
 from megalodon.serving.fields import ignored, refused
-from megalodon.serving.texts import MOST_PROMPTS, PLAIN, Object, Prompts, Text, TokenIds, Written, at_most
+from megalodon.serving.texts import MOST_PROMPTS, NUMBER, PLAIN, Object, Prompts, Text, TokenIds, Written, at_most
 
 MOST_MESSAGES = 4096
-Name = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _no_id(name: str) -> str:
+    if ID.fullmatch(name):
+        raise ValueError("it looks like the id of a context, which no name may")
+    return name
+
+
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$"), AfterValidator(_no_id)]
+TokenId = Annotated[int, NUMBER, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Seconds = Annotated[float, Field(gt=0, le=10 * 366 * 24 * 3600)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Count = Annotated[int, Field(ge=0, le=2**31)]
+Seconds = Annotated[float, NUMBER, Field(gt=0, le=10 * 366 * 24 * 3600)]
+Penalty = Annotated[float, NUMBER, Field(ge=-2, le=2)]
+Count = Annotated[int, NUMBER, Field(ge=0, le=2**31)]
 Model = Annotated[str, Field(max_length=256, description="the name of the model that is served")]
 Flag = bool | None
 Key = Annotated[str, StringConstraints(max_length=64)]
@@ -106,7 +114,7 @@ class Generating(Strict):
     """Fields that completions and chat share."""
 
     model: Model
-    n: Annotated[int, Field(ge=1, le=128)] | None = Field(1, description="answers to each prompt; null is 1")
+    n: Annotated[int, NUMBER, Field(ge=1, le=128)] | None = Field(1, description="answers to each prompt; null is 1")
     stream: Flag = Field(False, description="server-sent events")
     stream_options: StreamOptions | None = Field(None, description="`include_usage`, `continuous_usage_stats`")
     stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = Field(
@@ -115,25 +123,25 @@ class Generating(Strict):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True), PLAIN] | None = Field(
         None, description="tokens that end the answer and are no part of it"
     )
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
+    seed: Annotated[int, NUMBER, Field(ge=-(2**63), lt=2**63)] | None = Field(
         None, description="the same seed gives the same answer; any 64-bit number"
     )
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
+    temperature: Annotated[float, NUMBER, Field(ge=0, le=100)] | None = Field(
         None, description=f"0, and what is below {LEAST:g}, takes the likeliest token; null is 1"
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="null is 1, off")
-    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = Field(None, description="0, -1 and null are off")
-    min_p: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="0 and null are off")
-    repetition_penalty: Annotated[float, Field(ge=LEAST, le=100)] | None = Field(
+    top_p: Annotated[float, NUMBER, Field(gt=0, le=1)] | None = Field(None, description="null is 1, off")
+    top_k: Annotated[int, NUMBER, Field(ge=-1, le=2**31)] | None = Field(None, description="0, -1 and null are off")
+    min_p: Annotated[float, NUMBER, Field(ge=0, lt=1)] | None = Field(None, description="0 and null are off")
+    repetition_penalty: Annotated[float, NUMBER, Field(ge=LEAST, le=100)] | None = Field(
         None, description="over the last 256 tokens, prompt included; 1 is off"
     )
-    repeat_penalty: Annotated[float, Field(ge=LEAST, le=100)] | None = Field(
+    repeat_penalty: Annotated[float, NUMBER, Field(ge=LEAST, le=100)] | None = Field(
         None, description="llama.cpp's name for `repetition_penalty`"
     )
     frequency_penalty: Penalty | None = Field(None, description="over the tokens of the answer")
     presence_penalty: Penalty | None = Field(None, description="over the tokens of the answer")
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(MOST_BIASES)] | None = Field(
-        None, description=f"token id to what is added to its logit, -100 to 100, up to {MOST_BIASES:,} tokens"
+    logit_bias: Annotated[dict[str, Annotated[float, NUMBER, Field(ge=-100, le=100)]], at_most(MOST_BIASES)] | None = (
+        Field(None, description=f"token id to what is added to its logit, -100 to 100, up to {MOST_BIASES:,} tokens")
     )
     ignore_end: Flag = Field(False, description="go on after the end of a document")
     ignore_eos: Flag = Field(False, description="vLLM's and llama.cpp's name for `ignore_end`")
@@ -161,6 +169,7 @@ class Generating(Strict):
     request_id: Any = ignored("answers have ids of their own")
     prompt_cache_key: Any = ignored("known beginnings are always found")
     prompt_cache_retention: Any = ignored("known beginnings are always found")
+    prompt_cache_options: Any = ignored("known beginnings are always found")
     cache_prompt: Any = ignored("known beginnings are always found, and change no bit")
     cache_salt: Any = ignored("known beginnings belong to their key")
     prediction: Any = ignored("a guess that makes other servers quicker")
@@ -195,6 +204,7 @@ class Generating(Strict):
     prompt_logprobs: refused("use `echo` with `logprobs` of /v1/completions") = None  # type: ignore[valid-type]
     allowed_token_ids: refused("use `logit_bias` or a grammar") = None  # type: ignore[valid-type]
     bad_words: refused("use `logit_bias`", []) = None  # type: ignore[valid-type]
+    moderation: refused("nothing is moderated here") = None  # type: ignore[valid-type]
     typical_p: refused("this sampler does not exist here", 1) = None  # type: ignore[valid-type]
     tfs_z: refused("this sampler does not exist here", 1) = None  # type: ignore[valid-type]
     mirostat: refused("this sampler does not exist here", 0) = None  # type: ignore[valid-type]
@@ -246,9 +256,11 @@ class CompletionRequest(Generating):
         "", validate_default=True, description=f"a text, token ids, or up to {MOST_PROMPTS:,} of either"
     )
     max_tokens: Count | None = Field(16, description="0 generates nothing, for `echo` with `logprobs`")
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="and so many likeliest tokens")
+    logprobs: Annotated[int, NUMBER, Field(ge=0, le=20)] | None = Field(
+        None, description="and so many likeliest tokens"
+    )
     echo: Flag = Field(False, description="the prompt before the answer; with `logprobs`, its tokens' too")
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="only as many as `n`")
+    best_of: Annotated[int, NUMBER, Field(ge=1, le=128)] | None = Field(None, description="only as many as `n`")
     suffix: refused("the model only goes on", "") = None  # type: ignore[valid-type]
     add_special_tokens: refused("prompts are encoded as they are", False) = None  # type: ignore[valid-type]
 
@@ -274,7 +286,9 @@ class Part(Strict):
     refusal: Text | None = None
     annotations: Any = ignored("nothing for the model")
     logprobs: Any = ignored("nothing for the model")
+    parsed: Any = ignored("what openai-python made of the text")
     cache_control: Any = ignored("known beginnings are always found")
+    prompt_cache_breakpoint: Any = ignored("known beginnings are always found")
 
     @model_validator(mode="after")
     def _whole(self) -> Part:
@@ -303,6 +317,8 @@ class Message(Strict):
     thinking_blocks: Any = ignored("not shown to the model again")
     id: Any = ignored("messages are told apart by their place")
     index: Any = ignored("of the choice that it was")
+    parsed: Any = ignored("what openai-python made of the content")
+    cache_control: Any = ignored("known beginnings are always found")
     provider_specific_fields: Any = ignored("LiteLLM's own")
 
     @model_validator(mode="after")
@@ -350,7 +366,7 @@ class ChatRequest(Generating, _Templated):
     max_tokens: Count | None = Field(None, description="OpenAI's older name for `max_completion_tokens`")
     max_completion_tokens: Count | None = Field(None, description="`--default-tokens` if not given")
     logprobs: Flag = Field(None, description="of the answer's tokens")
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="needs `logprobs`")
+    top_logprobs: Annotated[int, NUMBER, Field(ge=0, le=20)] | None = Field(None, description="needs `logprobs`")
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description="only text")
 
     audio: refused("this model says nothing aloud") = None  # type: ignore[valid-type]
@@ -375,7 +391,7 @@ class EmbeddingsRequest(Strict):
     model: Model
     input: Prompts = Field(description=f"a text, token ids, or up to {MOST_PROMPTS:,} of either")
     encoding_format: Literal["float", "base64"] | None = Field("float", description="base64 of float32 little-endian")
-    dimensions: Annotated[int, Field(ge=1)] | None = Field(None, description="only the model's own number")
+    dimensions: Annotated[int, NUMBER, Field(ge=1)] | None = Field(None, description="only the model's own number")
     user: Any = ignored("keys tell users apart")
     add_special_tokens: refused("texts are encoded as they are", False) = None  # type: ignore[valid-type]
     truncate_prompt_tokens: refused("texts are read whole") = None  # type: ignore[valid-type]

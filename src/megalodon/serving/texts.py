@@ -143,6 +143,14 @@ def short(value: Any) -> Any:
     return value
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "Input should be a number, not true or false")
+    return value
+
+
+NUMBER = BeforeValidator(_number)
+"""Of a field that holds a number: `true` is none, although Pydantic takes it for 1."""
 PLAIN = BeforeValidator(plain)
 """Of a field that libraries read, or that is written again: they know no `LongText`."""
 Object: TypeAlias = Annotated[dict[str, Any], PLAIN]

@@ -18,12 +18,12 @@ from megalodon.inference.feed import TokenFeed
 from megalodon.inference.request import Done, Progress
 from megalodon.inference.snapshot import Snapshot
 from megalodon.serving import bodies, prompts
-from megalodon.serving.calls import UPLOADS, Call, Service
+from megalodon.serving.calls import UPLOADS, Call, Service, disconnected
 from megalodon.serving.errors import ApiError, invalid_value
 from megalodon.serving.multipart import Form
 from megalodon.serving.schemas import ContextText, NewContext
 
-MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """Byte order marks of what is not taken. That of UTF-8 is no part of a text."""
 
 
@@ -95,12 +95,16 @@ class Uploads:
         Raises:
             ApiError: if the body is not what its media type says.
         """
-        kind = bodies.media_type(http)
+        kind, said = bodies.media_type(http.headers), http.headers.get("content-type", "")
         if bodies.is_json(kind):
             return Upload(await bodies.read(http, ContextText), Body(_nothing()))
-        if kind != "multipart/form-data":
+        if not kind.startswith("multipart/"):
+            bodies.check_charset(said, "Content-Type")
             return Upload(None, Body(http.stream()))
-        form = Form(http.headers["content-type"], http.stream())
+        if kind != "multipart/form-data":
+            message = f"the body is {kind[:80]}: send the text as it is, or a form as multipart/form-data"
+            raise ApiError(400, message, "invalid_media_type", "Content-Type")
+        form = Form(said, http.stream())
         file = form.file()
         try:
             first = await anext(file, b"")
@@ -130,6 +134,7 @@ class Uploads:
         ):
             if text is None:
                 passing = asyncio.create_task(self._pass_on(upload, feed, call))
+            leaving = asyncio.create_task(_end_if_gone(http, passing if text is None else None, call))
             try:
                 async for event in call.events():
                     if isinstance(event, Progress):
@@ -145,6 +150,7 @@ class Uploads:
                 raise error
             finally:
                 feed.abandon()
+                leaving.cancel()
                 if passing is not None:
                     passing.cancel()
         raise AssertionError("a call ends with Done or an error")
@@ -170,6 +176,14 @@ class Uploads:
                 call.request.cancel()
 
 
+async def _end_if_gone(http: Request, receiving: asyncio.Task[None] | None, call: Call) -> None:
+    """End the call when the client goes: while the body arrives, `receiving` sees it; afterwards, this does."""
+    if receiving is not None:
+        await asyncio.wait({receiving})
+    await disconnected(http)
+    call.request.cancel()
+
+
 async def save_body(http: Request, path: Path) -> None:
     """Write a body to a file as it arrives."""
     try:
@@ -183,16 +197,14 @@ async def save_body(http: Request, path: Path) -> None:
 def _text(body: Body) -> Iterator[str]:
     """The body's text without a byte order mark."""
     first = body.read()
-    while 0 < len(first) < 3 and (more := body.read()):
+    while 0 < len(first) < 4 and (more := body.read()):
         first += more
     for mark, name in MARKS.items():
         if first.startswith(mark):
             raise ValueError(
-                f"the body is {name} by its byte order mark: send UTF-8, as iconv -f utf-16 -t utf-8 makes it"
+                f"the body is {name} by its byte order mark: send UTF-8, as iconv -f {name.lower()} -t utf-8 makes it"
             )
-    begun = _Begun(first, body)
-    for place, piece in enumerate(read_text(cast(BinaryIO, begun), "the body")):
-        yield piece.removeprefix("\ufeff") if place == 0 else piece
+    yield from read_text(cast(BinaryIO, _Begun(first, body)), "the body")
 
 
 class _Begun:

@@ -76,7 +76,7 @@ def prepare(config: TrainConfig, tokenizer: Tokenizer, display: Display) -> Text
         for other in sources.keys() - {name}:
             what = f"data.mixture.{name}.held_out, beside data.mixture.{other}"
             rule = sources[name].held_out.shared
-            training[other] = without_shared(training[other], kept, rule, memory, display.say, what)
+            training[other] = without_shared(training[other], kept, tokenizer, rule, memory, display.say, what)
     texts = Texts(Mixture.weighted(training, {name: source.weight for name, source in sources.items()}), held_out)
     for name, kept in held_out.items():
         own, label = training[name], f"text {name}:" if name else "text:"

@@ -61,6 +61,27 @@ def test_every_token_sees_all_of_its_document(name: str) -> None:
         assert torch.equal(gradient[0].abs().sum(-1) > 1e-12, ids[0] == ids[0, token])
 
 
+class _Hidden(torch.nn.Module):
+    def __init__(self, model: KinModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", TWO_WAY)
+def test_encoders_are_exported_at_any_length(name: str, strict: bool) -> None:
+    model, anywhere = _Hidden(encoder(name)), ({1: torch.export.Dim("length", min=2, max=1 << 20)},)
+    some = torch.randint(0, 97, (2, 21))
+    program = torch.export.export(model, (some,), dynamic_shapes=anywhere, strict=strict).module()
+    for length in (2, 40, 300):
+        x = torch.randint(0, 97, (2, length))
+        assert relative(program(x), model(x)) < 1e-12
+
+
 @pytest.mark.parametrize("name", TWO_WAY)
 @settings(max_examples=5)
 @given(documents=st.lists(st.integers(1, 30), min_size=1, max_size=4), left=st.booleans())

@@ -23,12 +23,13 @@ class OpenChunk:
     Args:
         keys, values: [B, places, H, d] and [B, places, H, e].
         filled: places in use by the fullest row. None: all.
+        may_append: whether this holder has the right to.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, filled: int | None = None) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, filled: int | None = None, may_append: bool = True) -> None:
         self.keys, self.values = keys, values
         self.filled = keys.shape[1] if filled is None else filled
-        self._right = [None]
+        self._right = [None] * may_append
 
     @staticmethod
     def append(chunk: OpenChunk | None, k: Tensor, v: Tensor, layout: Layout) -> OpenChunk:
@@ -63,8 +64,12 @@ class OpenChunk:
         """What `with_token` returns, before the token is written; k and v only say how many rows and which dtypes."""
         chunk, needed = self, offset + 1
         if offset == 0 or not self._taken(needed, k, v):
-            chunk = self._grown(offset, _capacity(needed, chunk_size), k, v)
+            chunk = self.copied(offset, chunk_size, k, v)
         return OpenChunk(chunk.keys, chunk.values, needed)
+
+    def copied(self, used: int, chunk_size: int, k: Tensor, v: Tensor) -> OpenChunk:
+        """The first `used` places in buffers of their own, in the dtypes of k and v, with room for another token."""
+        return self._grown(used, _capacity(used + 1, chunk_size), k, v)
 
     @staticmethod
     def after(chunk: OpenChunk | None, k: Tensor, v: Tensor, layout: Layout) -> OpenChunk:
@@ -128,9 +133,9 @@ class OpenChunk:
         return iter((self.keys, self.values))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> OpenChunk:
-        """A chunk of its own, with copies of what `function` makes of the keys and values in use."""
-        keys, values = (function(buffer[:, : self.filled]).clone() for buffer in self)
-        return OpenChunk(keys, values)
+        """A chunk of its own, with copies of what `function` makes of the keys and values in use, and some room."""
+        keys, values = (_roomy(function(buffer[:, : self.filled])) for buffer in self)
+        return OpenChunk(keys, values, self.filled)
 
     def detach(self) -> OpenChunk:
         """The same chunk without its history; the buffers stay shared, and the right to append."""
@@ -200,3 +205,10 @@ class OpenChunk:
 def _capacity(needed: int, chunk_size: int | None) -> int:
     """Places of a new buffer: an eighth more to grow in, at most a chunk. `nbytes` does not count them: so few."""
     return min(chunk_size or needed, needed + needed // 8 + 1)
+
+
+def _roomy(x: Tensor) -> Tensor:
+    """A copy of keys or values [B, n, H, ...] with room behind them: who copies a state is about to go on."""
+    if x.shape[1] == 0 or (torch.is_grad_enabled() and x.requires_grad):
+        return x.clone()
+    return torch.cat([x, x.new_zeros(len(x), x.shape[1] // 8 + 1, *x.shape[2:])], dim=1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from megalodon.models.documents import NAMES, documents_of
+from megalodon.models.documents import NAMES, documents_of, targets_of
 from megalodon.models.keywords import refuse_unknown
 from megalodon.models.loss import mean_of
 from megalodon.models.output import LanguageModelOutput, ModelOutput, the_state
@@ -151,13 +151,15 @@ class PeerForCausalLM(nn.Module):
         """
         state = the_state(past_key_values, cache, kwargs)
         shift_labels = kwargs.pop("shift_labels", None)
-        if labels is not None and shift_labels is None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if shift_labels is not None and shift_labels.shape != input_ids.shape:
-            raise ValueError(f"labels have shape {tuple(shift_labels.shape)}: they must be {tuple(input_ids.shape)}")
+        given = labels if shift_labels is None else shift_labels
+        if given is not None and given.shape != input_ids.shape:
+            raise ValueError(f"labels have shape {tuple(given.shape)}: they must be {tuple(input_ids.shape)}")
         keep = not self.training if use_cache is None else use_cache
         told = {"segment_ids": segment_ids, **{name: kwargs.pop(name) for name in NAMES if name in kwargs}}
         refuse_unknown(type(self).forward, kwargs)
+        if labels is not None and shift_labels is None:
+            seen = None if state is None else state.position
+            shift_labels = targets_of(labels, told, attention_mask, seen)
         runs, after = self.run(input_ids, told, attention_mask, state, keep)
         loss = logits = None
         if shift_labels is not None:

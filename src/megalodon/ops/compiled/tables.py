@@ -375,3 +375,70 @@ class _DecayNorm(NamedTuple):
 
 DecayNorm = _DecayNorm(*range(len(_DecayNorm._fields)))
 """Where each number of a decaying norm stands."""
+
+
+class _RootMeanSquare(NamedTuple):
+    """The norm of each row of a matrix by its root mean square, times a scale."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    rows: int
+    dim: int
+    x: int  # [rows, D]
+    weight: int  # [D]; the scale
+    eps: int  # float64 [1]
+    y: int  # [rows, D]; the gradient of x in the backward pass
+    factors: int  # [rows]: 1 / root mean square
+    dy: int  # [rows, D]
+    sums: int  # [parts, D]: what each part of `PART` rows adds to the gradient of the scale
+
+
+RootMeanSquare = _RootMeanSquare(*range(len(_RootMeanSquare._fields)))
+"""Where each number of such a norm stands."""
+
+
+class _Queries(NamedTuple):
+    """Queries and keys made of one normalised z, scaled, shifted and rotated."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    rows: int
+    heads: int
+    head_dim: int
+    z: int  # [rows, H, d]
+    scale: int  # [2, H, d]: of queries, of keys
+    bias: int
+    turns: int  # complex [places, d / 2]
+    places: int  # row i is turned by number `i % places`
+    eps: int  # float64 [1]
+    q: int  # [rows, H, d]; gradients in the backward pass
+    k: int
+    dz: int  # [rows, H, d]
+    sums: int  # [parts, 5, H, d]: what each part of `PART` rows adds to the gradients of scale [2, H, d] and bias
+    # [2, H, d], and space to work in
+
+
+Queries = _Queries(*range(len(_Queries._fields)))
+"""Where each number of queries and keys stands."""
+
+
+class _CausalSoftmax(NamedTuple):
+    """The softmax of scores whose later keys are hidden."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    matrices: int
+    queries: int
+    keys: int
+    seen: int  # keys that the first query of each matrix sees; each next one sees one more
+    scores: int  # [matrices, queries, keys]; changed in place
+
+
+CausalSoftmax = _CausalSoftmax(*range(len(_CausalSoftmax._fields)))
+"""Where each number of such a softmax stands."""
+
+PART = 64
+"""Rows whose share of a weight's gradient is summed by one thread: sums do not depend on the number of threads."""

@@ -156,7 +156,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_state: Tensor):
-        sequences, before = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: under gradient checkpointing a second look is an error
+        sequences, before = saved[:5], saved[5:]
         found: list[list[Tensor]] = []
         for i, span in reversed(list(enumerate(_spans(sequences)))):
             length, tables = _length(span), _Span.of(span)

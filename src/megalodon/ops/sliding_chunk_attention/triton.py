@@ -178,7 +178,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, d_out: Tensor | None, _: Tensor | None):
-    tensors, tables = ctx.saved_tensors[:10], list(ctx.saved_tensors[10:])
+    saved = ctx.saved_tensors  # once: under gradient checkpointing a second look is an error
+    tensors, tables = saved[:10], list(saved[10:])
     rest = (*(None,) * 4, [None] * len(tables), None, None)
     if d_out is None:
         return *(None,) * 6, *rest

@@ -149,10 +149,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor | None, *others: Tensor | None):
-    x, d_last = ctx.saved_tensors[0], others[-1]
-    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+    saved, d_last = ctx.saved_tensors, others[-1]  # once: under gradient checkpointing a second look is an error
+    dy = torch.zeros_like(saved[0]) if dy is None else dy.contiguous()
     dx, d_affine, d_initial = torch.ops.megalodon.timestep_decay_norm_backward(
-        dy, None if d_last is None else d_last.contiguous(), *ctx.saved_tensors, ctx.beta1, ctx.beta2
+        dy, None if d_last is None else d_last.contiguous(), *saved, ctx.beta1, ctx.beta2
     )
     d_weight, d_bias = (None if t is None else d_affine[i].to(t) for i, t in enumerate(ctx.dtypes))
     return dx, d_weight, d_bias, None, d_initial[..., 0], d_initial[..., 1], *(None,) * 5

@@ -145,7 +145,8 @@ class Hax(Mamba):
         stored = k if score is None else torch.cat([k, score[..., None].detach().to(k.dtype)], dim=-1)
         context, past = context_of(memory.past, stored[:, :, None], x[:, :, None], layout)
         attended = self._attend(q, context)
-        if score is not None and torch.is_grad_enabled():
+        if score is not None and (self.training or torch.is_grad_enabled()):
+            # it draws in training whether gradients are kept or, under checkpointing, made again later;
             # outside training the scores learn nothing, but their gradient is 0, not missing
             loss = self.selection_loss(score, k.detach(), q.detach(), layout) if self.training else 0 * score.sum()
             attended = _WithLoss.apply(attended, loss, self.given.selection_loss)

@@ -1,9 +1,11 @@
-"""Memory of attention transfer with one block at a time, beside all of them and beside training one block alone.
+"""Memory of attention transfer with one block at a time, beside all of them and beside training one block alone; and
+of the stage that trains the whole model.
 
-Draws a Llama of each depth, runs two steps of a recipe in a process of its own, and samples the process's anonymous
-memory, which mapped weights are no part of. What a process holds before its first step is taken off.
+Draws a Llama of each depth, runs two steps of a recipe's stage in a process of its own, and samples the process's
+anonymous memory, which mapped weights are no part of. What a process holds before the stage's model is made is taken
+off. Beside it stands what `megalodon linearize --dry-run` predicts.
 
-    python benchmarks/linearize_memory.py --width 512 --layers 4 16
+    python benchmarks/linearize_memory.py --width 1024 --layers 1 6
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from megalodon.linearize.memory import predicted
 WORKER = """
 import sys, threading, time
 from pathlib import Path
-import torch, matplotlib.pyplot, torch.utils.tensorboard
+import torch, matplotlib.pyplot, peft, torch.utils.tensorboard
 from megalodon.linearize import linearize, plan, read_config, recipe_of, run
+from megalodon.linearize.finetune import FineTuner
 from megalodon.linearize.transfer import TransferTrainer
 
 def anonymous():
@@ -44,21 +47,21 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.002)
 run.measure_peak_flops = lambda device, dtype: 1e9
-inside = TransferTrainer.train
+teacher, out, stage, recipe, *keys = sys.argv[1:]
+trainer, maker = {"transfer": (TransferTrainer, "pupils"), "finetune": (FineTuner, "load_model")}[stage]
+inside = trainer.train
 def train(self, stop):
     inside(self, stop)
     raise Stop
-TransferTrainer.train = train
-made = run.pupils
-def pupils(*arguments):
+trainer.train = train
+make = getattr(run, maker)
+def made(*arguments):
     global base
     base = anonymous()
     thread.start()
-    return made(*arguments)
-run.pupils = pupils
+    return make(*arguments)
+setattr(run, maker, made)
 thread = threading.Thread(target=watch, daemon=True)
-teacher, out, *keys = sys.argv[1:]
-recipe, *keys = keys
 recipe = recipe_of(recipe)
 try:
     linearize(plan(Path(teacher), Path(out), recipe, read_config(recipe.config, None, keys)))
@@ -68,10 +71,10 @@ print(peak - base)
 """
 
 
-def peak_of(teacher: Path, out: Path, recipe: str, keys: list[str]) -> int:
-    """Bytes above what the process held before the first group of blocks was read."""
+def peak_of(teacher: Path, out: Path, stage: str, recipe: str, keys: list[str]) -> int:
+    """Bytes above what the process held before what trains in the stage was made."""
     done = subprocess.run(
-        [sys.executable, "-c", WORKER, str(teacher), str(out), recipe, *keys],
+        [sys.executable, "-c", WORKER, str(teacher), str(out), stage, recipe, *keys],
         capture_output=True,
         text=True,
         check=True,
@@ -83,8 +86,8 @@ def peak_of(teacher: Path, out: Path, recipe: str, keys: list[str]) -> int:
 def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", nargs="+", type=int, default=[4, 16])
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--layers", nargs="+", type=int, default=[1, 6])
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--recipe", default="lolcats")
@@ -106,29 +109,30 @@ def main() -> None:
             LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.vocab_size, **sizes)).save_pretrained(teacher)
             tokenizer.save(teacher)
             activations = options.rows * options.length * options.width * 4
-            for held in ("1", "null"):
+            for stage, held in (("transfer", "1"), ("transfer", "null"), ("finetune", "null")):
                 keys = [
                     f"data.corpus.source={place / 'text.txt'}",
                     f"data.cache_folder={place / 'cache'}",
                     f"data.sequence_length={options.length}",
                     f"data.batch_size={options.rows}",
-                    f"transfer.tokens={2 * options.rows * options.length}",
+                    *(f"{name}.tokens={2 * options.rows * options.length}" for name in ("transfer", "finetune")),
                     f"memory.layers_at_once={held}",
                     "evaluation.every=null",
                 ]
-                out, recipe = place / f"out-{layers}-{held}", recipe_of(options.recipe)
-                said = predicted(plan(teacher, out, recipe, read_config(recipe.config, None, keys)))[0]
-                peak, foretold = peak_of(teacher, out, options.recipe, keys), said.weights + said.step
-                found.append({"layers": layers, "layers_at_once": held, "peak": peak, "predicted": foretold})
-                rows.append(
-                    [str(layers), held, *(f"{x / 1e6:.0f}" for x in (peak, foretold)), f"{activations / 1e6:.1f}"]
-                )
+                out, recipe = place / f"out-{layers}-{stage}-{held}", recipe_of(options.recipe)
+                job = plan(teacher, out, recipe, read_config(recipe.config, None, keys))
+                said = next(each for each in predicted(job) if each.stage == stage)
+                peak, foretold = peak_of(teacher, out, stage, options.recipe, keys), said.weights + said.step
+                found.append({"stage": stage, "layers": layers, "layers_at_once": held, "peak": peak})
+                found[-1] |= {"predicted": foretold, "activations": activations}
+                sizes = [f"{x / 1e6:.0f}" for x in (peak, foretold)]
+                rows.append([stage, str(layers), held, *sizes, f"{activations / 1e6:.1f}"])
                 print(rows[-1], flush=True)
-    header = ["layers", "layers_at_once", "peak, MB", "predicted, MB", "one batch of activations, MB"]
+    header = ["stage ", "layers", "layers_at_once", "peak, MB", "predicted, MB", "one batch of activations, MB"]
     settings = {key: value for key, value in vars(options).items() if key != "results"}
     result = new_run("linearize_memory", describe_machine(), settings)
     result["rows"] = found
-    page = document("Memory of attention transfer", result, [markdown_table(header, rows)], False)
+    page = document("Memory of linearisation", result, [markdown_table(header, rows)], False)
     save(result, page, options.results, "linearize-memory")
     print(markdown_table(header, rows))
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from megalodon.cli import main
@@ -201,6 +203,9 @@ def test_killed_at_any_instant(teacher: Path, given: list[str], tmp_path: Path) 
         ("lolcats", ["keep_attention=[0,1,2]"], "all layers would stay"),
         ("lolcats", ["memory.activations=disk"], "give memory.layers_at_once"),
         ("lolcats", ["finetune.accumulation_steps=3"], "finetune.accumulation_steps: 3 must divide"),
+        ("lolcats", ["window=32"], "rows of 32 hold nothing beyond the 32 tokens .* less window"),
+        ("gecko", ["chunk_size=16"], "rows of 32 hold nothing beyond the 32 tokens .* less chunk_size"),
+        ("hedgehog", ["lora.targets=[q_proj, qproj]"], "lora.targets: no linear layer is called qproj: a block has"),
     ],
 )
 def test_bad_input_is_named(
@@ -214,6 +219,11 @@ def test_bad_input_is_named(
 def test_folders_that_do_not_fit(teacher: Path, given: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lies in the teacher's folder"):
         run(teacher, teacher / "out", "lolcats", given)
+    inside = shutil.copytree(teacher, tmp_path / "whole" / "linearize")
+    with pytest.raises(ValueError, match="lies in the teacher's folder"):
+        run(inside, tmp_path / "whole", "lolcats", given)
+    with pytest.raises(ValueError, match="holds something else"):
+        run(teacher, tmp_path / "whole", "hedgehog", given)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds something else"):
@@ -224,11 +234,32 @@ def test_folders_that_do_not_fit(teacher: Path, given: list[str], tmp_path: Path
         run(teacher, out, "supra", [*given, "finetune.tokens=64", "decay=none"])
 
 
+def test_settings_may_change_until_something_is_learned(teacher: Path, given: list[str], tmp_path: Path) -> None:
+    """A wrong path does not lock a folder; what weights do not depend on changes whenever."""
+    keys = [*given, "finetune.tokens=64"]
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        run(teacher, tmp_path / "out", "supra", [*keys, f"data.corpus.source={tmp_path / 'nowhere'}"])
+    out = run(teacher, tmp_path / "out", "supra", keys)
+    assert run(teacher, out, "supra", [*keys, "run.log_every=2", "checkpoint.every=3"]) == out
+    with pytest.raises(ValueError, match=r"data\.batch_size was 2 and is 4"):
+        run(teacher, out, "supra", [*keys, "data.batch_size=4"])
+    with pytest.raises(ValueError, match="recipe was 'supra' and is 'hedgehog'"):
+        run(teacher, out, "hedgehog", given)
+
+
+def test_another_tokenizer_is_refused(teacher: Path, given: list[str], tmp_path: Path) -> None:
+    """One whose ids fit, and mean something else to the teacher."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 0, "two": 1, "[UNK]": 2}, "[UNK]"))
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(ValueError, match=r"tokenizer: .*words\.json is another than the teacher's: id 0 is"):
+        run(teacher, tmp_path / "out", "supra", [*given, f"tokenizer={tmp_path / 'words.json'}"])
+
+
 def test_the_command(teacher: Path, given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
     for arguments in (
-        ["linearize", str(teacher), out, "--recipe", "lolcats", *given, *STEPS, "--dry-run"],
-        ["linearize", str(teacher), out, "--recipe", "lolcats", *given, *STEPS],
+        ["linearize", str(teacher), out, "--recipe", "hedgehog", *given, *STEPS, "--dry-run"],
+        ["linearize", str(teacher), out, "--recipe", "hedgehog", *given, *STEPS],
         ["evaluate", "perplexity", out, str(tmp_path / "text.txt"), "--max-tokens", "500"],
         ["generate", out, "3 times 3 is", "--max-tokens", "3"],
     ):

@@ -9,11 +9,14 @@ import torch
 
 from megalodon.cli import main
 from megalodon.linearize import plan, read_config, recipe_of
+from megalodon.linearize.finetune import prepare
 from megalodon.linearize.memory import _Counting, predicted
-from megalodon.linearize.recipe import Transfer
+from megalodon.linearize.recipe import Batchwise, FineTune, Transfer
 from megalodon.linearize.run import Linearization
 from megalodon.linearize.transfer import pupils
+from megalodon.models.kin import KinForCausalLM
 from megalodon.ops.layout import layout_of
+from megalodon.training.launch import checkpoint_activations
 
 RECIPES = {"gecko": ["chunk_size=8"], "hedgehog": [], "lizard": ["window=8"], "lolcats": ["window=8"], "mohawk": []}
 
@@ -33,7 +36,7 @@ def test_a_step_holds_what_was_predicted(
     job = job_of(recipe, teacher, tmp_path, [*RECIPES[recipe], "memory.layers_at_once=1"])
     device, dtype = torch.device("cpu"), torch.float32
     stages = [stage for stage in job.stages if isinstance(stage, Transfer)]
-    for stage, said in zip(stages, predicted(job), strict=True):
+    for stage, said in zip(stages, predicted(job)[: len(stages)], strict=True):
         learning = pupils(job.recipe, stage, job.config, job.teacher, range(1), {}, job.replaced, 0, device, dtype)
         moving = sum(p.nbytes for p in learning.parameters() if p.requires_grad)
         x, layout = torch.randn(2, 64, job.config.model_dim), layout_of(2, 64, device)
@@ -42,6 +45,42 @@ def test_a_step_holds_what_was_predicted(
         assert said.stage == stage.name and said.blocks == 1
         assert said.step == pytest.approx(counted.most, rel=0.05)
         assert 3 * moving <= said.weights <= 3 * moving + said.teacher
+
+
+@pytest.mark.parametrize(
+    ("recipe", "keys"),
+    [
+        ("gecko", ["chunk_size=8"]),
+        ("supra", []),
+        ("distill", ["keep_attention=[1]"]),
+        ("lolcats", ["window=8", "run.gradient_checkpointing=true"]),
+    ],
+)
+def test_a_step_of_the_whole_model_holds_what_was_predicted(
+    recipe: str, keys: list[str], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same count, of real tensors in a real step; one layer and what the others add foretell all three."""
+    monkeypatch.setenv("MEGALODON_BACKEND", "blocked")
+    job = job_of(recipe, teacher, tmp_path, keys)
+    stage, said = job.stages[-1], predicted(job)[-1]
+    assert isinstance(stage, FineTune) and (said.stage, said.blocks) == ("finetune", None)
+    model, theirs = KinForCausalLM(job.config).train(), job.teacher.model()
+    prepare(model, stage)
+    if job.settings.run.gradient_checkpointing:
+        checkpoint_activations(model)
+    ids = torch.randint(0, 256, (2, 64))
+    with _Counting() as counted:
+        if stage.objective is None:
+            loss = model(ids, shift_labels=ids, num_items_in_batch=128, return_logits=False, use_cache=False).loss
+        else:
+            with torch.no_grad():
+                wanted = theirs(ids, use_cache=False, output_hidden_states=True)
+            loss = stage.objective(Batchwise(model(ids, use_cache=False, output_hidden_states=True), wanted, ids))
+        loss.backward()
+    assert said.step == pytest.approx(counted.most, rel=0.1)
+    moving = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert said.weights == sum(p.nbytes for p in model.parameters()) + 2 * moving
+    assert said.teacher == (0 if stage.objective is None else sum(p.nbytes for p in theirs.parameters()))
 
 
 def test_more_at_once_takes_more(teacher: Path, tmp_path: Path) -> None:
@@ -58,12 +97,12 @@ def test_more_at_once_takes_more(teacher: Path, tmp_path: Path) -> None:
 def test_the_command_says_it(
     teacher: Path, given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for recipe, told in (("mohawk", ["# memory of matrix", "# memory of hidden"]), ("supra", [])):
+    for recipe, told in (("mohawk", ["matrix", "hidden", "finetune"]), ("supra", ["finetune"])):
         with pytest.raises(SystemExit) as caught:
             main(["linearize", str(teacher), str(tmp_path / "out"), "--recipe", recipe, *given, "--dry-run"])
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# memory")]
         assert caught.value.code == 0 and len(lines) == len(told)
-        assert all(
-            line.startswith(start) and "3 blocks in memory" in line for line, start in zip(lines, told, strict=True)
-        )
+        for line, stage in zip(lines, told, strict=True):
+            what = "the whole model" if stage == "finetune" else "3 blocks"
+            assert line.startswith(f"# memory of {stage}, {what} in memory")
     assert not (tmp_path / "out").exists()

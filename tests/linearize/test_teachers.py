@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,42 @@ def test_what_cannot_be_kept_is_named(model_type: str, options: dict, told: str,
     AutoConfig.for_model(model_type, **options).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=told):
         Teacher(tmp_path)
+
+
+def saved(folder: Path, **options: object) -> Path:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**SIZES, **options}))
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
+def test_damaged_folders_are_named(tmp_path: Path) -> None:
+    """Before any work, whatever is wrong."""
+    folder = saved(tmp_path / "shard")
+    first = sorted(folder.glob("model-*.safetensors"))[1]
+    first.rename(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=f"lacks {first.name}, which holds"):
+        Teacher(folder)
+    (tmp_path / "gone").rename(first)
+    first.write_bytes(first.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{first.name} is damaged"):
+        Teacher(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="it has no weight_map"):
+        Teacher(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"')
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        Teacher(folder)
+    folder = saved(tmp_path / "shape")
+    config = json.loads((folder / "config.json").read_text())
+    for changed, told in (
+        ({"intermediate_size": 96}, r"feed_forward\.\S+ of layer 0 has shape \(.*\): its config says"),
+        ({"num_hidden_layers": 3}, r"the weights in .* lack model\.layers\.2"),
+        ({"vocab_size": 101}, r"embed_tokens\.weight has shape \(97, 64\): its config says \(101, 64\)"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantization_config: its"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=told):
+            Teacher(folder)
 
 
 def test_without_weights(tmp_path: Path) -> None:

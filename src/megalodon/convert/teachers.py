@@ -56,13 +56,14 @@ class Teacher:
     def __init__(self, folder: Path) -> None:
         """
         Raises:
-            FileNotFoundError: there is no model in the folder.
-            ValueError: its type or an option of it is not known here; the message names it.
+            FileNotFoundError: there is no model in the folder, or a file of it is missing.
+            ValueError: its type or an option of it is not known here, or its weights are not what the config says; the
+                message names it.
         """
         self.folder = folder
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"teacher: {folder} holds no config.json: give the folder of a Transformers model")
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        model_type = _mapping(folder / "config.json").get("model_type")
         if model_type not in KINDS:
             raise ValueError(
                 f"teacher: {folder} holds a model of type {model_type!r}: it must be one of {', '.join(sorted(KINDS))}"
@@ -74,11 +75,21 @@ class Teacher:
             fields = self.kind.fields(config) | rotary_fields(config)
         except ValueError as error:
             raise ValueError(f"teacher: {folder}: {error}") from None
+        if getattr(config, "quantization_config", None):
+            raise ValueError(f"teacher: {folder}: quantization_config: its weights are rounded; save it as it was")
         self.config = KinConfig(**fields)
         self.length = int(config.max_position_embeddings)
         self._files = _files_of(folder)
         self._open: dict[str, Any] = {}
         self.dtype = self.tensor("model.embed_tokens.weight").dtype
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"teacher: {folder} holds weights in {self.dtype}: save it in bfloat16 or float32")
+        self._check_shapes()
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Of a model that takes over its weights: theirs, but where memories would have too little range, float32."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
 
     def with_attention(self, name: str, parameters: Mapping[str, Any]) -> Teacher:
         """This model, its weights as they are, with another attention in the layers that see everything.
@@ -109,50 +120,81 @@ class Teacher:
         Raises:
             ValueError: the files lack it.
         """
+        return self._file_with(name).get_tensor(name)
+
+    def _file_with(self, name: str) -> Any:
         if name not in self._files:
             raise ValueError(f"teacher: the weights in {self.folder} lack {name}")
         file = self._files[name]
         if file not in self._open:
+            if not (self.folder / file).is_file():
+                raise FileNotFoundError(f"teacher: {self.folder} lacks {file}, which holds {name}")
             try:
                 self._open[file] = safe_open(self.folder / file, framework="pt")
             except SafetensorError as error:
                 raise ValueError(f"teacher: {self.folder / file} is damaged: {error}") from None
-        return self._open[file].get_tensor(name)
+        return self._open[file]
+
+    def _check_shapes(self) -> None:
+        """Refuse weights that are missing or not as the config says, before any is read."""
+        own = self.config
+        wanted: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (own.vocab_size, own.model_dim),
+            f"{self.kind.final_norm}.weight": (own.model_dim,),
+        }
+        if not own.share_emb:
+            wanted["lm_head.weight"] = (own.vocab_size, own.model_dim)
+        for name, shape in wanted.items():
+            self._require_shape(name, self._shape(name), shape)
+        for layer in range(own.num_layers):
+            for name, form in self._form(layer).items():
+                theirs, rows = self._named(layer, name)
+                found = self._shape(theirs)
+                if rows:
+                    begin, end = self._rows(rows, found[0])
+                    found = (min(end, found[0]) - begin, *found[1:])
+                self._require_shape(f"{name} of layer {layer}", found, tuple(form.shape))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file_with(name).get_slice(name).get_shape())
+
+    @staticmethod
+    def _require_shape(what: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if found != wanted:
+            raise ValueError(f"teacher: {what} has shape {found}: its config says {wanted}")
+
+    def _form(self, layer: int) -> dict[str, Tensor]:
+        with torch.device("meta"):
+            return dict(KinBlock(self.config, layer).state_dict())
 
     def block_tensors(self, layer: int) -> dict[str, Tensor]:
         """The parameters of a block, by their names in a `KinBlock`."""
-        with torch.device("meta"):
-            form = KinBlock(self.config, layer)
-        found = {name: self._of_block(layer, name) for name in form.state_dict()}
-        for name, wanted in form.state_dict().items():
-            if found[name].shape != wanted.shape:
-                raise ValueError(
-                    f"teacher: {name} of layer {layer} has shape {tuple(found[name].shape)}: its config says "
-                    f"{tuple(wanted.shape)}"
-                )
+        found = {}
+        for name in self._form(layer):
+            theirs, rows = self._named(layer, name)
+            whole = self.tensor(theirs)
+            found[name] = whole[slice(*self._rows(rows, len(whole)))] if rows else whole
         return found
 
-    def _of_block(self, layer: int, name: str) -> Tensor:
+    def _named(self, layer: int, name: str) -> tuple[str, str]:
+        """What it calls a parameter of a block, and the part of its rows that is ours."""
         for ours, theirs in self.kind.names:
             if name.startswith(f"{ours}."):
                 module, _, rows = theirs.partition("@")
-                whole = self.tensor(f"model.layers.{layer}.{module}{name.removeprefix(ours)}")
-                return self._part(whole, rows) if rows else whole
+                return f"model.layers.{layer}.{module}{name.removeprefix(ours)}", rows
         raise AssertionError(name)
 
-    def _part(self, whole: Tensor, rows: str) -> Tensor:
-        """Of a matrix that holds several: queries, keys and values, or gate and up."""
+    def _rows(self, part: str, count: int) -> tuple[int, int]:
+        """Of a matrix of `count` rows that holds several: queries, keys and values, or gate and up."""
         own = self.config
         heads, groups = own.num_heads * own.head_size, own.key_value_heads * own.head_size
-        hidden = len(whole) // 2
-        begin, end = {
+        return {
             "q": (0, heads),
             "k": (heads, heads + groups),
             "v": (heads + groups, heads + 2 * groups),
-            "gate": (0, hidden),
-            "up": (hidden, 2 * hidden),
-        }[rows]
-        return whole[begin:end]
+            "gate": (0, count // 2),
+            "up": (count // 2, count),
+        }[part]
 
     def other_tensors(self) -> dict[str, Tensor]:
         """What belongs to no block, by the names of a `KinForCausalLM`; a tied output matrix is not there."""
@@ -215,11 +257,24 @@ def rotary_fields(config: Any) -> dict[str, Any]:
     }
 
 
+def _mapping(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"teacher: {file} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"teacher: {file} is damaged: it holds no mapping")
+    return found
+
+
 def _files_of(folder: Path) -> dict[str, str]:
     """Parameter name -> the file that holds it."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = _mapping(index).get("weight_map")
+        if not isinstance(files, dict):
+            raise ValueError(f"teacher: {index} is damaged: it has no weight_map")
+        return files
     whole = folder / "model.safetensors"
     if not whole.is_file():
         raise FileNotFoundError(

@@ -28,7 +28,7 @@ def assemble(
     seed: int,
 ) -> None:
     """Fill an empty folder with the model. `trained`: what moved in the stages before, by `LAYER.NAME` of mixers."""
-    cpu, files, size = torch.device("cpu"), {}, 0
+    cpu, files, size, dtype = torch.device("cpu"), {}, 0, teacher.kept_dtype
     count = config.num_layers + 1
 
     def write(number: int, tensors: Mapping[str, Tensor]) -> None:
@@ -39,20 +39,20 @@ def assemble(
         size += sum(x.numel() * x.element_size() for x in tensors.values())
 
     for layer in range(config.num_layers):
-        block = teacher.block(layer, cpu, teacher.dtype)
+        block = teacher.block(layer, cpu, dtype)
         tensors = dict(block.state_dict())
         if layer in replaced:
             tensors = {name: x for name, x in tensors.items() if not name.startswith("mixer.")}
             mixer = started(recipe, config, layer, block, seed)
             own = dict(mixer.state_dict())
             own |= {name.removeprefix(f"{layer}."): x for name, x in trained.items() if name.startswith(f"{layer}.")}
-            tensors |= {f"mixer.{name}": x.to(teacher.dtype) for name, x in own.items()}
+            tensors |= {f"mixer.{name}": x.to(dtype) for name, x in own.items()}
         write(layer + 1, {f"model.layers.{layer}.{name}": x for name, x in tensors.items()})
-    write(count, teacher.other_tensors())
+    write(count, {name: x.to(dtype) for name, x in teacher.other_tensors().items()})
     save_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
     with disk_errors(folder):
         config.architectures = ["KinForCausalLM"]
-        config.dtype = str(teacher.dtype).removeprefix("torch.")
+        config.dtype = str(dtype).removeprefix("torch.")
         config.save_pretrained(folder)
         tokenizer.save(folder)
     generation = teacher.folder / "generation_config.json"

@@ -1,4 +1,4 @@
-"""How much memory attention transfer will take, before any of it is taken: a step of it on tensors without storage.
+"""How much memory the stages will take, before any of it is taken: a step of each on tensors without storage.
 
 Every tensor that the step makes is counted while something holds it, so the figure follows the code, whatever the
 recipe. Not counted are the libraries themselves, what kernels use inside, and what an allocator keeps for later.
@@ -9,57 +9,65 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megalodon.linearize.activations import through
-from megalodon.linearize.recipe import Lesson, Transfer, moving
+from megalodon.linearize.finetune import prepare
+from megalodon.linearize.recipe import Batchwise, FineTune, Lesson, Transfer, moving
 from megalodon.linearize.transfer import Pupils
+from megalodon.models.kin import KinConfig, KinForCausalLM
 from megalodon.models.kin.block import KinBlock
 from megalodon.models.kin.mixers import Mixer
 from megalodon.models.kin.mixers.projected import Projected
 from megalodon.models.kin.model import new_mixer
 from megalodon.ops.backend import ENVIRONMENT_VARIABLE
 from megalodon.ops.layout import layout_of
+from megalodon.training import launch
 from megalodon.training.step import autocast
 
 if TYPE_CHECKING:
     from megalodon.linearize.run import Linearization
 
 
-class TransferMemory(NamedTuple):
-    """What a stage of attention transfer holds at its fullest, in bytes.
+class StageMemory(NamedTuple):
+    """What a stage holds at its fullest, in bytes.
 
     Attributes:
-        stage: its name. blocks: how many are in memory.
-        teacher: weights of these blocks and the embedding; on a CPU they are mapped from files.
-        weights: what is new in the mixers or moves, and the optimiser's two numbers for each that moves.
+        stage: its name. blocks: how many are in memory; None: the whole model.
+        teacher: its weights that are there, of these blocks and the embedding, or of all where predictions are
+            compared; on a CPU they are mapped from files.
+        weights: what is new or moves and the optimiser's two numbers for each that moves; of a whole model, all of it.
         step: the most that is there besides in a step: activations and gradients.
     """
 
     stage: str
-    blocks: int
+    blocks: int | None
     teacher: int
     weights: int
     step: int
 
     def __str__(self) -> str:
-        blocks = "one block" if self.blocks == 1 else f"{self.blocks} blocks"
-        return (
-            f"{self.stage}, {blocks} in memory: {_size(self.weights + self.step)} (new and moving weights "
-            f"{_size(self.weights)}, a step {_size(self.step)}), and the teacher's weights there, {_size(self.teacher)}"
+        count = "the whole model" if self.blocks is None else f"{self.blocks} blocks"
+        what = "one block" if self.blocks == 1 else count
+        kind = "weights and what moves them" if self.blocks is None else "new and moving weights"
+        told = (
+            f"{self.stage}, {what} in memory: {_size(self.weights + self.step)} ({kind} {_size(self.weights)}, "
+            f"a step {_size(self.step)})"
         )
+        return f"{told}, and the teacher's weights there, {_size(self.teacher)}" if self.teacher else told
 
 
-def predicted(job: Linearization) -> list[TransferMemory]:
-    """What each stage that learns layer by layer will take; stages that train the whole model are not in it."""
+def predicted(job: Linearization) -> list[StageMemory]:
+    """What each stage will take."""
     found = []
     for stage in job.stages:
         if isinstance(stage, Transfer):
@@ -67,13 +75,85 @@ def predicted(job: Linearization) -> list[TransferMemory]:
             few = [_of_layers(job, stage, layers[:count]) for count in range(1, min(len(layers), 2) + 1)]
             more, each = len(layers) - len(few), [last - first for first, last in zip(few[0], few[-1], strict=True)]
             found.append(
-                TransferMemory(stage.name, len(layers), *(x + more * y for x, y in zip(few[-1], each, strict=True)))
+                StageMemory(stage.name, len(layers), *(x + more * y for x, y in zip(few[-1], each, strict=True)))
             )
+        else:
+            found.append(StageMemory(stage.name, None, *_of_model(job, stage)))
     return found
 
 
+def _of_model(job: Linearization, stage: FineTune) -> tuple[int, int, int]:
+    """(teacher, weights, step) of `StageMemory`: of one layer, and what each further kind of layer adds."""
+    alone, kinds = _of_models(job, stage, [0]), [str(job.config.mixer_of(i)) for i in range(job.config.num_layers)]
+    teacher, weights, step = alone
+    for kind, count in Counter(kinds[1:]).items():
+        both = _of_models(job, stage, [0, kinds.index(kind, 1)])
+        more = [count * (y - x) for x, y in zip(alone, both, strict=True)]
+        teacher, weights, step = teacher + more[0], weights + more[1], step + more[2]
+    return teacher, weights, step
+
+
+def _of_models(job: Linearization, stage: FineTune, layers: list[int]) -> tuple[int, int, int]:
+    """(teacher, weights, step) of a step of a model of these layers."""
+    data, parts, settings = job.settings.data, stage.section.accumulation_steps, job.settings
+    rows, cpu, teacher, size = data.batch_size // parts, torch.device("cpu"), None, 0
+    model = _form(job.config, layers, torch.float32).train()
+    prepare(model, stage)
+    if settings.run.gradient_checkpointing:
+        launch.checkpoint_activations(model)
+    weights = sum(_bytes(p) * (3 if p.requires_grad else 1) for p in model.parameters())
+    if stage.objective is not None:
+        teacher = _form(job.teacher.config, layers, job.dtype).eval()
+        nn.Module.requires_grad_(teacher, False)
+        size = sum(map(_bytes, teacher.parameters()))
+    with _without_storage():
+        for each in (model, teacher):
+            if each is not None:
+                _give_tensors(each)
+        labels = torch.zeros(rows, data.sequence_length, dtype=torch.int64)
+        with _Counting() as counted, autocast(cpu, settings.run.precision):
+            for _ in range(parts):
+                _loss_of(stage, model, teacher, labels).backward()
+                gc.collect()
+        return size, weights, counted.most
+
+
+def _form(config: KinConfig, layers: list[int], dtype: torch.dtype) -> KinForCausalLM:
+    """A model of some of the layers, on no device."""
+    fields = {name: getattr(config, name) for name in KinConfig.architecture_fields()}
+    entries = [config.mixer_of(layer) for layer in layers]
+    mixers = [{"name": name, **parameters.model_dump(exclude_defaults=True)} for name, parameters in entries]
+    few = KinConfig(**{**fields, "num_layers": len(layers), "mixers": mixers, "mixer_parameters": None})
+    with torch.device("meta"), _default_dtype(dtype):
+        return KinForCausalLM(few)
+
+
+def _give_tensors(model: nn.Module) -> None:
+    """Tensors as they are made here and now in place of all parameters and buffers, shared ones once."""
+    made: dict[int, Any] = {}
+    for part in model.modules():
+        for owned in (part._parameters, part._buffers):
+            for name, x in owned.items():
+                if x is not None:
+                    if id(x) not in made:
+                        new = torch.empty(x.shape, dtype=x.dtype)
+                        made[id(x)] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
+                    owned[name] = made[id(x)]
+
+
+def _loss_of(stage: FineTune, model: KinForCausalLM, teacher: KinForCausalLM | None, labels: Tensor) -> Tensor:
+    """As the stage's trainer computes it, but that embeddings are given: what token ids are is looked at."""
+    given = {"inputs_embeds": model.model.embed_tokens(labels), "use_cache": False}
+    if stage.objective is None or teacher is None:
+        return model(**given, shift_labels=labels, num_items_in_batch=labels.numel(), return_logits=False).loss
+    with torch.no_grad():
+        embedded = teacher.model.embed_tokens(labels)
+        theirs = teacher(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
+    return stage.objective(Batchwise(model(**given, output_hidden_states=True), theirs, labels))
+
+
 def _of_layers(job: Linearization, stage: Transfer, layers: range) -> tuple[int, int, int]:
-    """(teacher, weights, step) of `TransferMemory`, of a step of these layers."""
+    """(teacher, weights, step) of `StageMemory`, of a step of these layers."""
     data, sizes, parts = job.settings.data, job.teacher.config, stage.section.accumulation_steps
     cpu = torch.device("cpu")
     whole, of_part = (
@@ -153,6 +233,12 @@ def _without_storage() -> Iterator[None]:
             os.environ[ENVIRONMENT_VARIABLE] = asked
 
 
+def _is_without_values(args: Any) -> bool:
+    """Whether something is chosen by a mask that has no storage."""
+    chosen = args[1][0]
+    return isinstance(chosen, FakeTensor) and chosen.dtype == torch.bool
+
+
 class _Counting(TorchDispatchMode):
     """Counts the bytes of storages that operations make, while they live.
 
@@ -166,7 +252,10 @@ class _Counting(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.index.Tensor and _is_without_values(args):
+            out = args[0].flatten(0, args[1][0].ndim - 1).clone()  # which are chosen nobody can say: all
+        else:
+            out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage())

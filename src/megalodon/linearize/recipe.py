@@ -156,6 +156,17 @@ def teacher_fields(teacher: KinConfig) -> dict[str, Any]:
     return {name: getattr(teacher, name) for name in KinConfig.architecture_fields() if name not in left}
 
 
+def beyond_reach(settings: LinearizeConfig, key: str, reach: int) -> list[str]:
+    """What speaks against rows of which no token sees more than its window of `reach`, which `key` sets."""
+    length = settings.data.sequence_length
+    if length > reach:
+        return []
+    return [
+        f"data.sequence_length: rows of {length} hold nothing beyond the {reach} tokens that a window shows, so that "
+        f"there is nothing to learn: give longer rows, or less {key}"
+    ]
+
+
 def moving(names: list[str], pattern: str) -> list[str]:
     """The names that a pattern matches.
 

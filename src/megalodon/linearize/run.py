@@ -14,29 +14,31 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalodon.convert.teachers import Teacher
-from megalodon.data import Batch, Tokenizer, check_vocabulary, load_tokenizer
+from megalodon.data import Batch, Tokenizer, check_vocabulary, load_tokenizer, same_tokens
 from megalodon.files import load_tensors, remove_partial, write_file, write_folder, write_text
 from megalodon.inference import choose_device, load_model
 from megalodon.inference.loading import has_tokenizer
 from megalodon.linearize.activations import OnDisk, Recomputed
 from megalodon.linearize.assembly import assemble
-from megalodon.linearize.config import LinearizeConfig
+from megalodon.linearize.config import LinearizeConfig, check
 from megalodon.linearize.finetune import FineTuner, prepare
 from megalodon.linearize.recipe import FineTune, Recipe, Stage, Transfer
 from megalodon.linearize.selection import kept_by_cost
 from megalodon.linearize.transfer import Pupils, TransferTrainer, pupils
 from megalodon.models import CausalLM
 from megalodon.models.kin import KinConfig
+from megalodon.models.kin.block import KinBlock
 from megalodon.training import corpora, launch
-from megalodon.training.config import RunConfig, TrainConfig, train_config
+from megalodon.training.config import RunConfig, TrainConfig, changed_fields, train_config
 from megalodon.training.config_file import config_text, parse_yaml
 from megalodon.training.interrupt import StopRequest
 from megalodon.training.model_section import model_section, resolved_section
@@ -93,9 +95,9 @@ def plan(teacher: Path, out: Path, recipe: Recipe, settings: LinearizeConfig) ->
             something else; the message names what.
     """
     there, here = teacher.expanduser().resolve(), out.expanduser().resolve()
-    if there == here or there in here.parents:
+    if there == here or there in here.parents or here / WORK in (there, *there.parents):
         raise ValueError(f"OUT: {out} lies in the teacher's folder, which is never written to: name another folder")
-    if out.exists() and not (out / WORK).is_dir() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and _is_ours(out)):
         raise ValueError(f"OUT: {out} is there already and holds something else: name another folder")
     source = Teacher(there)
     if settings.tokenizer is None and not has_tokenizer(there):
@@ -105,6 +107,10 @@ def plan(teacher: Path, out: Path, recipe: Recipe, settings: LinearizeConfig) ->
         check_vocabulary(tokenizer, source.config.vocab_size)
     except ValueError as error:
         raise ValueError(f"tokenizer: {error}") from None
+    if settings.tokenizer is not None and has_tokenizer(there):
+        apart = same_tokens(tokenizer, load_tokenizer(there))
+        if apart is not None:
+            raise ValueError(f"tokenizer: {settings.tokenizer} is another than the teacher's: {apart}. Leave it out")
     if settings.data.sequence_length > source.length:
         raise ValueError(
             f"data.sequence_length: {settings.data.sequence_length} is more than the teacher was trained to read "
@@ -116,7 +122,35 @@ def plan(teacher: Path, out: Path, recipe: Recipe, settings: LinearizeConfig) ->
         raise ValueError(f"--recipe {recipe.name}: {'; '.join(told)}")
     config = recipe.student_config(settings, source.config, kept)
     replaced = [layer for layer in range(source.config.num_layers) if layer not in kept]
-    return Linearization(recipe, settings, source, tokenizer, config, replaced, out)
+    job = Linearization(recipe, settings, source, tokenizer, config, replaced, out)
+    _check_adapters(job)
+    return job
+
+
+def _check_adapters(job: Linearization) -> None:
+    """Refuse adapters for layers that no block has, before the stages that come first."""
+    for stage in job.stages:
+        if isinstance(stage, FineTune) and stage.lora is not None:
+            with torch.device("meta"):
+                block = KinBlock(job.config, job.replaced[0])
+            there = sorted({name.rpartition(".")[2] for name, x in block.named_modules() if isinstance(x, nn.Linear)})
+            missing = [name for name in stage.lora.targets if name not in there]
+            if missing:
+                raise ValueError(
+                    f"lora.targets: no linear layer is called {missing[0]}: a block has {', '.join(there)}"
+                )
+            if find_spec("peft") is None:
+                raise ImportError("adapters need PEFT: pip install peft, or give lora=null")
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a folder holds nothing, or a run that has begun."""
+    work = RunFolder(out / WORK)
+    if work.config.is_file():
+        return True
+    inside = work.path.iterdir() if work.path.is_dir() else ()
+    others = (path for path in out.iterdir() if path != work.path)
+    return not any(others) and all(path.name.startswith(".") for path in inside)
 
 
 def kept_layers(settings: LinearizeConfig, teacher: KinConfig) -> list[int]:
@@ -154,7 +188,7 @@ def linearize(job: Linearization) -> StopRequest:
     work = RunFolder(job.out / WORK)
     stop = StopRequest()
     with launch.opened(work):
-        _require_same(job, work.config)
+        _require_same(job, work)
         if (job.out / "config.json").is_file():
             return stop
         if job.settings.keep_attention == "auto":
@@ -190,20 +224,30 @@ def _chosen(job: Linearization, work: Path) -> Linearization:
     return replace(job, config=config, replaced=replaced)
 
 
-def _require_same(job: Linearization, file: Path) -> None:
-    """Refuse to go on with other settings than a run began with; note those of one that begins."""
-    now = {"teacher": str(job.teacher.folder), "recipe": job.recipe.name, **job.settings.model_dump(mode="json")}
-    if not file.is_file():
-        write_text(file, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+def _require_same(job: Linearization, work: RunFolder) -> None:
+    """Note the settings of a run that has learned nothing yet; refuse to go on with others than one learned with."""
+    own = {"teacher": str(job.teacher.folder), "recipe": job.recipe.name}
+    if not work.config.is_file() or not _has_learned(work.path):
+        now = own | job.settings.model_dump(mode="json")
+        write_text(work.config, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
         return
-    before = parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    changed = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in ("checkpoint", "evaluation")
-    ]
+    before = parse_yaml(work.config.read_text(encoding="utf-8"), str(work.config))
+    changed = [(name, before.pop(name, None), value) for name, value in own.items()]
+    changed = [each for each in changed if each[1] != each[2]]
+    if not changed:
+        settings = check(job.recipe.config, before, str(work.config))
+        free = ("checkpoint", "evaluation")
+        changed = [each for each in changed_fields(settings, job.settings) if each[0].partition(".")[0] not in free]
     if changed:
-        raise ValueError(f"OUT: {job.out} was begun with other settings: {changed[0]}: name another folder")
+        name, old, new = changed[0]
+        raise ValueError(
+            f"OUT: {job.out} was begun with other settings: {name} was {old!r} and is {new!r}: name another folder"
+        )
+
+
+def _has_learned(work: Path) -> bool:
+    """Whether something lies there that depends on the settings."""
+    return (work / "keep_attention.json").is_file() or any(work.rglob("*.safetensors"))
 
 
 def _stage_config(job: Linearization, stage: Stage, folder: Path) -> TrainConfig:
@@ -336,10 +380,9 @@ def _finetune(job: Linearization, stage: FineTune, folder: Path, number: int) ->
     run = RunFolder(folder)
     if run.model.is_dir():
         return StopRequest()
-    before = _student(job, number - 1)
 
     def make(device: torch.device) -> tuple[CausalLM, Callable[..., Trainer]]:
-        model = load_model(before, device, torch.float32)
+        model = load_model(_student(job, number - 1), device, torch.float32)
         prepare(model, stage)
         if job.settings.run.gradient_checkpointing:
             launch.checkpoint_activations(model)

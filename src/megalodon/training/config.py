@@ -153,7 +153,7 @@ def differences(old: TrainConfig, new: TrainConfig, step: int) -> tuple[list[str
         return [f"model.architecture: {old.model.architecture} before, {new.model.architecture} now"], None
     found = {
         key: f"{key}: {before!r} before, {now!r} now"
-        for key, before, now in _differences(old, new, ())
+        for key, before, now in changed_fields(old, new)
         if not PLACES.fullmatch(key)
     }
     note = None
@@ -170,16 +170,16 @@ def _is_sections(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(each, BaseModel) for each in value.values())
 
 
-def _differences(old: BaseModel, new: BaseModel, path: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+def changed_fields(old: BaseModel, new: BaseModel, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, Any]]:
     """(key, before, now) of every field that differs and may not change."""
     for name, field in type(old).model_fields.items():
         before, now = getattr(old, name), getattr(new, name)
         inside = (*path, name)
         if _is_sections(before) and _is_sections(now) and before.keys() == now.keys():
             for key in before:
-                yield from _differences(before[key], now[key], (*inside, key))
+                yield from changed_fields(before[key], now[key], (*inside, key))
         elif isinstance(before, BaseModel) and type(before) is type(now):
-            yield from _differences(before, now, inside)
+            yield from changed_fields(before, now, inside)
         elif before != now and not (
             isinstance(field.json_schema_extra, dict) and CHANGEABLE in field.json_schema_extra
         ):

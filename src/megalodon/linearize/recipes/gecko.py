@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import Field
 
 from megalodon.linearize.config import LoraSection, StageSection
-from megalodon.linearize.recipe import FineTune, Recipe, Stage, Transfer
+from megalodon.linearize.recipe import FineTune, Recipe, Stage, Transfer, beyond_reach
 from megalodon.linearize.recipes.distill import Likeness, objective
 from megalodon.linearize.recipes.lolcats import ADAMW, output_error
 from megalodon.models.kin import KinConfig
@@ -54,6 +54,9 @@ class Gecko(Recipe):
 
     def mixer(self, settings: Config, teacher: KinConfig, layer: int) -> dict[str, Any]:
         return {"name": "window_memory", "chunk_size": settings.chunk_size, "feature_dim": settings.feature_dim}
+
+    def problems(self, settings: Config, teacher: KinConfig) -> list[str]:
+        return beyond_reach(settings, "chunk_size", 2 * settings.chunk_size)
 
     def stages(self, settings: Config) -> list[Stage]:
         new = r"memory_maps|gate_proj\..*"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megalodon.linearize import losses
 from megalodon.linearize.config import LinearizeConfig, LoraSection, StageSection
-from megalodon.linearize.recipe import FineTune, Lesson, Recipe, Stage, Transfer
+from megalodon.linearize.recipe import FineTune, Lesson, Recipe, Stage, Transfer, beyond_reach
 from megalodon.models.kin import KinConfig
 from megalodon.training.optimizer import OptimizerConfig
 from megalodon.training.schedule import ScheduleConfig
@@ -56,6 +56,9 @@ class LoLCATs(Recipe):
     def mixer(self, settings: Config, teacher: KinConfig, layer: int) -> dict[str, Any]:
         own = {"window": settings.window, "feature_dim": settings.feature_dim, "affine": settings.affine}
         return {"name": "lolcats", **own}
+
+    def problems(self, settings: Config, teacher: KinConfig) -> list[str]:
+        return beyond_reach(settings, "window", settings.window)
 
     def stages(self, settings: Config) -> list[Stage]:
         maps = r"feature_map_[qk]\..*|window_logit"

@@ -99,15 +99,7 @@ class TokenStep:
         on a CPU that has kernels. After any other pass a generation starts (see `watch`); a pass with gradients says
         that weights are about to change, and memory is needed for other things.
         """
-        if torch.compiler.is_compiling():
-            return None
-        if torch.is_grad_enabled() or model.training:
-            _STEPS.forget(model)
-            return None
-        if not _is_next_token(x, state) or backend_for(x.device, x.dtype)[0] != "numba":
-            _STEPS.start(model)
-            return None
-        return _STEPS.of(model)
+        return _STEPS.while_decoding(model, lambda: _is_next_token(x, state))
 
     def advance(self, x: Tensor, state: GeckoState) -> tuple[Tensor, GeckoState]:
         """Embeddings x [M, D] and the state before them, which `of` has looked at.
@@ -220,8 +212,10 @@ def _bypassed(model: StatefulModel) -> Iterator[nn.Module]:
 
 
 def _is_next_token(x: Tensor, state: GeckoState | None) -> bool:
-    """Whether x [B, 1, D] is one token of rows that go on from one place, with as much before them."""
+    """Whether x [B, 1, D] is one token of rows at one place, with as much before them, where kernels run."""
     if x.shape[1] != 1 or state is None or torch.is_autocast_enabled(x.device.type) or x.dtype not in tables.KINDS:
+        return False
+    if backend_for(x.device, x.dtype)[0] != "numba":
         return False
     positions, size = state.position.tolist(), state.dimensions.chunk_size
     places = {(position % size, min(position // size, 2)) for position in positions}

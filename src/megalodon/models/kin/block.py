@@ -17,6 +17,24 @@ from megalodon.ops.layout import Layout
 NORMS: dict[str, type[nn.RMSNorm] | type[nn.LayerNorm]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
+class FinalNorm(nn.RMSNorm):
+    """An RMS norm, called as the shell calls a final norm: it remembers nothing."""
+
+    # narrower than a mixer's: there is no memory
+    def forward(self, x: Tensor, memory: None, layout: Layout) -> tuple[Tensor, None]:  # type: ignore[override]
+        """[B, L, D] -> ([B, L, D], None)."""
+        return super().forward(x), None
+
+
+class FinalLayerNorm(nn.LayerNorm):
+    """A layer norm, called so."""
+
+    # narrower than a mixer's: there is no memory
+    def forward(self, x: Tensor, memory: None, layout: Layout) -> tuple[Tensor, None]:  # type: ignore[override]
+        """[B, L, D] -> ([B, L, D], None)."""
+        return super().forward(x), None
+
+
 class SwiGLU(nn.Module):
     """`down(silu(gate x) * up x)`, without biases."""
 

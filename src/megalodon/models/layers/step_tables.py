@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -52,9 +53,12 @@ class StepTables:
         return tensor.data_ptr()
 
     def write_linear(self, block: int, attention: nn.Module, feed_forward: nn.Module) -> None:
-        """A block's linear layers, read where they lie; their biases and scales are small."""
+        """Those of a block with these two branches."""
         layers = {name: getattr(attention, at) for name, at in ATTENTION.items()}
-        layers |= {name: getattr(feed_forward, at) for name, at in FEED_FORWARD.items()}
+        self.write_layers(block, layers | {name: getattr(feed_forward, at) for name, at in FEED_FORWARD.items()})
+
+    def write_layers(self, block: int, layers: Mapping[str, Any]) -> None:
+        """A block's linear layers by their names in `Weights`, read where they lie; biases and scales are small."""
         for name, layer in layers.items():
             if layer is not None:
                 self.weights[block, getattr(Weights, name)] = self.keep(layer.weight.detach())
@@ -65,6 +69,11 @@ class StepTables:
         for name, tensor in tensors.items():
             if tensor is not None:
                 self.weights[block, getattr(Weights, name)] = self.keep(tensor.detach().float().contiguous())
+
+    def set(self, block: int, **numbers: int) -> None:
+        """What is no tensor."""
+        for name, number in numbers.items():
+            self.weights[block, getattr(Weights, name)] = number
 
     def run(self, rows: int, **values: int) -> None:
         """One step; `values` are those of `Call` that change from one to the next."""

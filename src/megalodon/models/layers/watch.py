@@ -184,6 +184,21 @@ class Prepared(Generic[Module, Made]):
         kept.starts = False
         return kept.made
 
+    def while_decoding(self, module: Module, decodes: Callable[[], bool]) -> Made | None:
+        """It, for a pass that `decodes`; else None, and a generation may start.
+
+        A pass with gradients says that weights are about to change, and memory is needed for other things.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled() or module.training:
+            self.forget(module)
+            return None
+        if not decodes():
+            self.start(module)
+            return None
+        return self.of(module)
+
     def start(self, module: Module) -> None:
         """A generation starts: the next `of` reads all weights."""
         if (kept := self._kept.get(module)) is not None:

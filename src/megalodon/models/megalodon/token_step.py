@@ -193,15 +193,7 @@ class TokenStep:
         without gradients, autocast or a compiler at work. After any other pass a generation starts (see `watch`); a
         pass with gradients says that weights are about to change, and memory is needed for other things.
         """
-        if torch.compiler.is_compiling():
-            return None
-        if torch.is_grad_enabled() or model.training:
-            _STEPS.forget(model)
-            return None
-        if not _is_next_token(x, state) or backend_for(x.device, x.dtype)[0] not in ("blocked", "numba"):
-            _STEPS.start(model)
-            return None
-        return _STEPS.of(model)
+        return _STEPS.while_decoding(model, lambda: _is_next_token(x, state))
 
     def advance(self, x: Tensor, state: MegalodonState) -> tuple[Tensor, MegalodonState]:
         """Embeddings x [M, D] and the state before them, which `of` has looked at.
@@ -234,8 +226,10 @@ class TokenStep:
 
 
 def _is_next_token(x: Tensor, state: MegalodonState | None) -> bool:
-    """Whether x [B, 1, D] is one token of rows that go on from one place of their chunks."""
+    """Whether x [B, 1, D] is one token of rows that go on from one place of their chunks, where a step can run."""
     if x.shape[1] != 1 or state is None or torch.is_autocast_enabled(x.device.type):
+        return False
+    if backend_for(x.device, x.dtype)[0] not in ("blocked", "numba"):
         return False
     positions, chunk = state.position.tolist(), state.dimensions.chunk_size
     return min(positions, default=0) > 0 and len({position % chunk for position in positions}) == 1

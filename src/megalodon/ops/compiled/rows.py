@@ -232,6 +232,14 @@ def layer_norm(x: Any, D: Any, scale: Any, bias: Any, eps: Any, out: Any) -> Any
 
 
 @exact
+def loaded(address: Any, index: Any, kind: Any) -> Any:
+    """Element `index` of float32 or bfloat16 numbers, as float32."""
+    if kind == FLOAT32:
+        return f32(address)[index]
+    return float_of(int32(int64(u16(address)[index]) << 16))
+
+
+@exact
 def stored(value: Any, address: Any, index: Any, kind: Any) -> Any:
     """Write a float32 to element `index` of float32 or bfloat16 numbers, rounded to nearest even."""
     if kind == FLOAT32:
@@ -281,6 +289,16 @@ def turned(u: Any, d: Any, factor: Any, scale: Any, bias: Any, turns: Any, out: 
         even, odd = x[i] * factor * s[i] + b[i], x[i + 1] * factor * s[i + 1] + b[i + 1]
         stored(even * t[i] - odd * t[i + 1], out, i, kind)
         stored(even * t[i + 1] + odd * t[i], out, i + 1, kind)
+
+
+@loops
+def turned_halves(u: Any, pairs: Any, turns: Any) -> Any:
+    """In place: numbers i and i + pairs of a head's u turned by turns complex [pairs]."""
+    x, t = f32(u), f32(turns)
+    for i in range(pairs):
+        low, high = x[i], x[i + pairs]
+        x[i] = low * t[2 * i] - high * t[2 * i + 1]
+        x[i + pairs] = high * t[2 * i] + low * t[2 * i + 1]
 
 
 @loops
@@ -387,11 +405,7 @@ def weighted_values(
     while j < last:
         total = float32(0)
         for i in range(length):
-            if kind == FLOAT32:
-                value = f32(values)[i * step + j]
-            else:
-                value = float_of(int32(int64(u16(values)[i * step + j]) << 16))
-            total += w[i] * value
+            total += w[i] * loaded(values, i * step + j, kind)
         o[j] = total
         j += 1
 
@@ -407,3 +421,12 @@ def gate(a: Any, b: Any, first: Any, last: Any, out: Any) -> Any:
         v = f32(b)
         for i in range(first, last):
             o[i] = silu(u[i]) * v[i]
+
+
+@loops
+def gelu(x: Any, first: Any, last: Any, out: Any) -> Any:
+    """`out[first:last] = gelu(x)`, by its tanh approximation: x sigmoid(sqrt(8 / pi) (x + 0.044715 x^3))."""
+    u, o = f32(x), f32(out)
+    for i in range(first, last):
+        inner = float32(1.5957691216) * (u[i] + float32(0.044715) * u[i] * u[i] * u[i])
+        o[i] = u[i] / (float32(1.0) + exp(-inner))

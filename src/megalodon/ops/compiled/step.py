@@ -11,6 +11,7 @@ from typing import Any
 from megalodon.ops.compiled.rows import (
     COLUMNS,
     gate,
+    gelu,
     layer_norm,
     moving_average,
     product,
@@ -178,7 +179,10 @@ def feed_forward(a: Any, w: Any, thread: Any, threads: Any, n: Any, up: Any, sid
         linear(a, w, Weights.gate, n, D, F, begin, end, side)
     for row in range(M):
         at = 4 * row * F
-        gate(up + at, side + at if swiglu else 0, begin, end, hidden + at)
+        if a[Call.gelu] != 0:
+            gelu(up + at, begin, end, hidden + at)
+        else:
+            gate(up + at, side + at if swiglu else 0, begin, end, hidden + at)
     wait(a)
     linear(a, w, Weights.down, hidden, F, D, first, last, out)
     add(a, first, last, x, out, w[Weights.alpha])

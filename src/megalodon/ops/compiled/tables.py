@@ -52,6 +52,12 @@ class _Call(NamedTuple):
     betas: int  # float64 [2]
     reads: int  # whether there is something in the working memory
     two_hop: int  # whether the second residual adds the block's input
+    # the kin's alone; `value_dim` is the width of all keys, `offsets` are tokens read, `turns` complex [M, pairs]
+    pairs: int  # of a head that turn
+    layer_norms: int  # whether norms are layer norms
+    parallel: int  # whether both branches read one norm
+    gelu: int  # whether the feed-forward layer has GELU
+    most_features: int  # of any block
 
 
 class _Weights(NamedTuple):
@@ -96,6 +102,34 @@ class _Weights(NamedTuple):
     ffn_scale: int  # [D]
     ffn_bias: int
     alpha: int  # [D]
+    # the kin's alone
+    mixer: int  # `SOFTMAX` and those after it
+    query: int
+    query_scale: int
+    query_bias: int
+    key: int
+    key_scale: int
+    key_bias: int
+    head_norm: int  # 0: none, 1: RMS, 2: layer norm
+    head_q_scale: int  # [d]
+    head_q_bias: int
+    head_k_scale: int
+    head_k_bias: int
+    columns: int  # c of the maps
+    map_q: int  # [H, d, c]
+    map_k: int  # [H, d, c]; of CHUNKS [G, d, c]
+    share: int  # [H]: what the window's part is weighed with
+    rest: int  # [H]: and that of the sums
+    sums_eps: int  # [1]: added to what divides the sums, or of the norm
+    feature_q: int  # of RETENTION
+    feature_q_scale: int
+    feature_q_bias: int
+    feature_k: int
+    feature_k_scale: int
+    feature_k_bias: int
+    decay: int  # [H]: what the sums are multiplied with
+    opening: int  # [H, D]: the gate of the working memory
+    opening_bias: int  # [H]
 
 
 class _Memory(NamedTuple):
@@ -145,6 +179,31 @@ class _GeckoMemory(NamedTuple):
     matrix: int  # float32 [slots, H, d, e]: the working memory
 
 
+class _KinMemory(NamedTuple):
+    """Of one block of a kin model, row by row. Keys are w wide, the memory's behind those of attention; 0: none.
+
+    What is remembered of places is copied from `old_keys` and `old_values`, but where those are the new ones' own.
+    """
+
+    keys: int  # [M, room, G, w]
+    values: int  # [M, room, G, d]
+    room: int
+    places: int  # in use, the token's own among them
+    old_keys: int  # [M, old, G, w]
+    old_values: int
+    old: int
+    dropped: int  # places of the old ones that are not kept, at their beginning
+    width: int  # w
+    before_keys: int  # [M, before, G, w]
+    before_values: int
+    before: int
+    matrix: int  # float32 [M, G, c, d]: the working memory; 0 where it is not read
+    sums_in: int  # float32 [M, H, 2c, d]
+    sums_out: int
+    weights_in: int  # float32 [M, H, 2c]
+    weights_out: int
+
+
 Call = _Call(*range(len(_Call._fields)))
 """Where each number of a call stands."""
 Weights = _Weights(*range(len(_Weights._fields)))
@@ -153,6 +212,12 @@ Memory = _Memory(*range(len(_Memory._fields)))
 """Where each number of a block's memory stands."""
 GeckoMemory = _GeckoMemory(*range(len(_GeckoMemory._fields)))
 """Where each number of a Gecko block's memory stands."""
+KinMemory = _KinMemory(*range(len(_KinMemory._fields)))
+"""Where each number of a kin block's memory stands."""
+
+SOFTMAX, CHUNKS, SHARED, SUMS, RETENTION = range(5)
+"""How a kin block mixes: softmax over places; over two chunks, with a working memory; over a window, with sums of what
+left it under one normaliser; by sums alone; by sums that decay, [M, H, d, d], and a norm in place of a normaliser."""
 
 
 def scratch_size(rows: int, dim: int, z_dim: int, value_dim: int, ffn_dim: int, heads: int, capacity: int) -> int:
@@ -163,6 +228,13 @@ def scratch_size(rows: int, dim: int, z_dim: int, value_dim: int, ffn_dim: int, 
 def gecko_scratch_size(rows: int, dim: int, z_dim: int, value_dim: int, ffn_dim: int, heads: int, capacity: int) -> int:
     """The same for Gecko's step."""
     return rows * (5 * dim + 4 * z_dim + 6 * value_dim + 3 * ffn_dim + heads * capacity)
+
+
+def kin_scratch_size(
+    rows: int, dim: int, z_dim: int, value_dim: int, ffn_dim: int, heads: int, capacity: int, features: int
+) -> int:
+    """The same for the kin's, with so many features of a head."""
+    return rows * (3 * dim + 5 * z_dim + 2 * value_dim + 3 * ffn_dim + heads * (capacity + 2 * features))
 
 
 class _Product(NamedTuple):

@@ -59,6 +59,12 @@ class KeysAndValues(Memory):
         room.keys[:, offset:end], room.values[:, offset:end], room.filled = k, v, end
         return KeysAndValues(room.keys[:, :end], room.values[:, :end], room)
 
+    def with_place(self, offset: int, dtype: torch.dtype) -> KeysAndValues:
+        """What `after` returns for one token of rows that all hold `offset`, before the token is written."""
+        room = self._room(self.keys[:, :1].to(dtype), self.values[:, :1].to(dtype), offset)
+        room.filled = offset + 1
+        return KeysAndValues(room.keys[:, : offset + 1], room.values[:, : offset + 1], room)
+
     def _room(self, k: Tensor, v: Tensor, offset: int) -> Room:
         room, end = self.room, offset + k.shape[1]
         if room is not None and room.filled == offset and room.keys.shape[1] >= end:

@@ -6,6 +6,7 @@ token, which is where its chunks are counted from.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -284,7 +285,7 @@ class StatefulModel(StatefulPreTrainedModel):
             return make(self.config)
         fields = vars(self.config)
         if not self._sizes or self._sizes[0][0] != fields:
-            self._sizes[:] = [(dict(fields), make(self.config))]
+            self._sizes[:] = [(copy.deepcopy(fields), make(self.config))]
         return self._sizes[0][1]
 
     def empty_state(self, batch: int) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from megalodon.models.causal_lm import CausalLM, StatefulModel
 from megalodon.models.kin.block import FinalLayerNorm, FinalNorm, KinBlock
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers import Mixer, mixer_class
-from megalodon.models.kin.state import SIZE_FIELDS, KinDimensions, KinState
+from megalodon.models.kin.state import KinState
 from megalodon.models.kin.token_step import TokenStep, generation_starts
 from megalodon.models.pretrained import StatefulPreTrainedModel
 from megalodon.models.state import State
@@ -77,7 +76,6 @@ class KinModel(KinPreTrainedModel, StatefulModel):
     def __init__(self, config: KinConfig) -> None:
         super().__init__(config)
         self.state_kind = config.state_kind
-        self._sizes: tuple[Any, KinDimensions] | None = None
 
     def make_block(self, layer: int) -> KinBlock:
         return KinBlock(self.config, layer)
@@ -85,14 +83,6 @@ class KinModel(KinPreTrainedModel, StatefulModel):
     def make_final_norm(self) -> FinalNorm | FinalLayerNorm:
         kind = FinalNorm if self.config.norm == "rms" else FinalLayerNorm
         return kind(self.config.model_dim, self.config.norm_eps)
-
-    @property
-    def dimensions(self) -> KinDimensions:
-        """As any model's; kept while the config says the same, for every token asks and mixers take long to read."""
-        told = [getattr(self.config, name) for name in SIZE_FIELDS]
-        if self._sizes is None or self._sizes[0] != told:
-            self._sizes = copy.deepcopy(told), KinDimensions.of(self.config)
-        return self._sizes[1]
 
     def single_token(self, x: Tensor, state: State | None) -> TokenStep | None:
         assert state is None or isinstance(state, KinState)

@@ -13,12 +13,6 @@ from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers import Memory, mixer_class
 from megalodon.models.state import Dimensions, State
 
-SIZE_FIELDS = (
-    *("num_layers", "model_dim", "num_heads", "num_key_value_heads", "head_dim", "rope_base"),
-    *("mixers", "mixer_parameters"),
-)
-"""The fields of a config that say all of `KinDimensions`."""
-
 
 @dataclass(frozen=True)
 class KinDimensions(Dimensions):

@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
 COMMON: dict[str, Any] = {"vocab_size": 256, "num_heads": 1, "swiglu": True, "cema_ndim": 16, "norm_num_groups": 32}
 CASES = (
     "weights",
+    "memory",
     "decode-1-512",
     "decode-1-16384",
     "decode-1-1048576",
@@ -141,10 +142,12 @@ def reading(model: Any, length: int) -> Callable[[], float]:
     return run
 
 
-def training(model: Any, rows: int, length: int, bf16: bool) -> Callable[[], float]:
-    """Seconds of forward, backward and AdamW."""
+def training(
+    model: Any, rows: int, length: int, bf16: bool, optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[], float]:
+    """Seconds of forward, backward and AdamW, one of its own unless an optimiser is given."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     tokens = torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(0))
 
     def run() -> float:
@@ -173,19 +176,34 @@ def reading_weights(model: Any) -> Callable[[], float]:
     return run
 
 
+def reading_memory() -> Callable[[], float]:
+    """Seconds of a sum over 256 MiB, which no cache holds: what reading keys and values of many sequences takes."""
+    numbers = torch.ones(1 << 26)
+
+    def run() -> float:
+        began = CLOCK()
+        numbers.sum()
+        return CLOCK() - began
+
+    return run
+
+
 def prepare(case: str, model_name: str, dtype: str) -> Callable[[], float]:
     """The timed call of a case; it returns its own seconds."""
     model, (kind, *numbers) = make_model(model_name, dtype), case.split("-")
     sizes = list(map(int, numbers))
     if kind == "weights":
         return reading_weights(model)
+    if kind == "memory":
+        return reading_memory()
     if kind == "decode":
         return decoding(model, *sizes)
     if kind == "slots":
         return slots(model, *sizes)
     if kind == "prefill":
         return reading(model, *sizes)
-    return training(model, *sizes, bf16=kind == "trainbf16")
+    rows, length = sizes
+    return training(model, rows, length, kind == "trainbf16")
 
 
 def work() -> None:
@@ -242,12 +260,17 @@ class Build:
         self._process.wait()
 
 
-def compare(builds: list[Build], case: str, model: str, dtype: str, rounds: int, seconds: float) -> dict[str, Any]:
-    """Samples of each build, round by round."""
+def compare(
+    builds: list[Build], case: str, model: str, dtype: str, rounds: int, seconds: float, limit: float
+) -> dict[str, Any]:
+    """Samples of each build, round by round, at least two and no more than `limit` seconds have room for."""
+    until = time.monotonic() + limit
     samples: dict[str, list[list[float]]] = {build.name: [] for build in builds}
     for build in builds:
         build.ask(prepare=[case, model, dtype])
     for number in range(rounds):
+        if number >= 2 and time.monotonic() > until:
+            break
         for build in builds if number % 2 else builds[::-1]:
             samples[build.name].append(build.ask(seconds=seconds))
     return {"case": case, "model": model, "dtype": dtype, "samples": samples}
@@ -284,35 +307,33 @@ def main(
     cpu_time: Annotated[
         bool, typer.Option(help="the time of one thread on a processor: for a machine that others use too")
     ] = False,
+    minutes: Annotated[float, typer.Option(help="for all cases: each gets its share, and two rounds in any case")] = 30,
     output: Annotated[str, typer.Option(help="name of the files in results/; empty for none")] = "",
 ) -> None:
-    """Compare."""
+    """Compare, and write after every case."""
     here = Path(__file__).parents[1] / "src"
     shared = {CPU_TIME: "1", "OMP_NUM_THREADS": "1"} if cpu_time else {}
     if before is not None:
         builds = [Build("before", before, shared), Build("now", here, shared)]
     else:
         builds = [Build("blocked", here, {**shared, "MEGALODON_BACKEND": "blocked"}), Build("now", here, shared)]
-    results = []
+    results: list[dict[str, Any]] = []
     machine = describe_machine()
-    for one in case:
+    clock = "CPU time of one thread" if cpu_time else f"wall time, {machine['threads']} threads"
+    result = new_run("cpu_builds", machine, {"clock": clock, "rounds": rounds}) | {"results": results}
+    until = time.monotonic() + minutes * 60
+    for number, one in enumerate(case):
+        share = (until - time.monotonic()) / (len(case) - number)
         try:
-            results.append(compare(builds, one, model, dtype, rounds, seconds))
+            results.append(compare(builds, one, model, dtype, rounds, seconds, share))
         except RuntimeError as error:
             print(f"{one}: {error}", file=sys.stderr)
             continue
         print(table(results[-1:], builds[0].name).splitlines()[-1], flush=True)
-    text = table(results, builds[0].name)
-    print(text)
-    if output:
-        clock = "CPU time of one thread" if cpu_time else f"wall time, {machine['threads']} threads"
-        result = new_run("cpu_builds", machine, {"clock": clock, "rounds": rounds}) | {"results": results}
-        save(
-            result,
-            document("This build beside an earlier one", result, [f"Clock: {clock}.", text], False),
-            RESULTS,
-            output,
-        )
+        if output:
+            parts = [f"Clock: {clock}.", "", table(results, builds[0].name)]
+            save(result, document("This build beside an earlier one", result, parts, False), RESULTS, output)
+    print(table(results, builds[0].name))
     for build in builds:
         build.close()
 

@@ -1,18 +1,22 @@
 """Ours beside Transformers' Llama and Mamba of the same width and size, on one CPU, in one process, order-alternated.
 
+Where CTranslate2 is installed, decoding is measured beside it too, in float32 and in int8, and beside our own int8.
+
 Four sections: `train` (a whole step), `flatness` (our cost per token from 2K to 64K), `prefill` and `decode`. What
 exactly is timed stands in `_workloads.py`; README.md beside this file says how to run it and what it writes.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
+import _ctranslate2
 import torch
 import typer
 from _machine import describe_machine
@@ -54,7 +58,7 @@ LENGTHS = {
     Section.train: Lengths((512, 2048, 8192)),
     Section.flatness: Lengths((), (2048, 4096, 8192, 16384, 32768, 65536)),
     Section.prefill: Lengths((512, 4096, 16384), (65536,)),
-    Section.decode: Lengths((512, 4096, 16384), (65536, 1048576)),
+    Section.decode: Lengths((128, 512, 4096, 16384), (65536, 1048576)),
 }
 QUICK_LENGTHS = {
     Section.train: Lengths((128,)),
@@ -82,9 +86,14 @@ class Plan:
 
 
 def plan_groups(
-    sections: Sequence[Section], names: Sequence[str], lengths: dict[Section, Lengths], bf16: bool
+    sections: Sequence[Section],
+    names: Sequence[str],
+    lengths: dict[Section, Lengths],
+    bf16: bool,
+    engines: Sequence[str] = (),
 ) -> list[Plan]:
-    """The groups of a run: one per length, all contestants in it; for flatness one with all lengths of ours in it."""
+    """The groups of a run: one per length, all contestants in it, and `engines` where float32 decodes; for flatness one
+    with all lengths of ours in it."""
     plans = []
     for section in sections:
         at = lengths[section]
@@ -93,7 +102,9 @@ def plan_groups(
             if section == Section.flatness:
                 plans.append(Plan(section, precision, tuple((OURS, length) for length in at.alone)))
                 continue
-            together = [Plan(section, precision, tuple((name, length) for name in names)) for length in at.together]
+            decoding = section == Section.decode and precision == "float32"
+            there = [*names, *engines] if decoding else names
+            together = [Plan(section, precision, tuple((name, length) for name in there)) for length in at.together]
             plans += together + [Plan(section, precision, ((OURS, length),)) for length in at.alone]
     return plans
 
@@ -101,8 +112,9 @@ def plan_groups(
 class Comparison:
     """One run: its contestants, its meter, and the groups measured so far."""
 
-    def __init__(self, contestants: list[Contestant], meter: Meter) -> None:
+    def __init__(self, contestants: list[Contestant], meter: Meter, engines: Sequence[Engine] = ()) -> None:
         self.contestants = {contestant.name: contestant for contestant in contestants}
+        self.engines = {engine.name: engine for engine in engines}
         self.optimizers = {name: adamw(contestant) for name, contestant in self.contestants.items()}
         self.meter = meter
 
@@ -124,6 +136,8 @@ class Comparison:
     def _preparer(
         self, section: Section, precision: Precision, name: str, checkpointed: bool
     ) -> Callable[[int], Timed]:
+        if name in self.engines:
+            return self.engines[name].prepare
         contestant = self.contestants[name]
         if section == Section.train:
             optimizer = self.optimizers[name]
@@ -151,14 +165,54 @@ def build_contestants(also: Sequence[str], without: Sequence[str]) -> list[Conte
     """
     ours = build_megalodon()
     peers: dict[str, Callable[[int], Contestant]] = {"llama": build_llama, "mamba": build_mamba}
-    if unknown := set(without) - set(peers):
-        raise ValueError(f"--without {sorted(unknown)[0]}: there is no such peer; peers are {', '.join(peers)}")
+    if unknown := set(without) - {*peers, "ctranslate2"}:
+        known = ", ".join([*peers, "ctranslate2"])
+        raise ValueError(f"--without {sorted(unknown)[0]}: there is no such peer; peers are {known}")
     contestants = [ours, *(build(ours.parameters) for name, build in peers.items() if name not in without)]
     contestants += [build_also(source, ours.parameters) for source in also]
     names = [contestant.name for contestant in contestants]
     if len(set(names)) < len(names):
         raise ValueError(f"contestants need different names, got {', '.join(names)}; set NAME in the --also module")
     return contestants
+
+
+def build_engines(contestants: Sequence[Contestant], without: Sequence[str]) -> list[Engine]:
+    """What only decodes: ours in int8, and CTranslate2 where it is installed and there is a Llama to convert."""
+    engines: list[Engine] = [Int8Decoder(contestants[0])]
+    llama = next((contestant.model for contestant in contestants if contestant.name == "llama"), None)
+    if _ctranslate2.INSTALLED and llama is not None and "ctranslate2" not in without:
+        for name, quantization in (("ctranslate2", None), ("ctranslate2-int8", "int8")):
+            engines.append(_ctranslate2.Engine(name, llama, quantization))
+    return engines
+
+
+class Engine(Protocol):
+    """What decodes, and does nothing else here."""
+
+    name: str
+    parameters: int
+    description: str
+
+    def prepare(self, length: int) -> Timed:
+        """As `_workloads.prepare_decoding`."""
+        ...
+
+
+class Int8Decoder:
+    """A contestant with its weights in int8."""
+
+    def __init__(self, contestant: Contestant) -> None:
+        from megalodon.models.layers.int8 import quantize
+
+        model = copy.deepcopy(contestant.model)
+        quantize(model)
+        self.name, self.parameters = f"{contestant.name}-int8", contestant.parameters
+        self.description = "the same with weights in int8"
+        self._contestant = Contestant(self.name, model, self.description)
+
+    def prepare(self, length: int) -> Timed:
+        """As `_workloads.prepare_decoding`."""
+        return prepare_decoding(self._contestant, "float32", length)
 
 
 def fast_bf16(machine: dict[str, Any]) -> bool:
@@ -199,7 +253,7 @@ def main(
     also: Annotated[
         list[str] | None, typer.Option(help="Another implementation: a .py file or module (README).")
     ] = None,
-    without: Annotated[list[str] | None, typer.Option(help="Leave out a peer: llama or mamba.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Leave out a peer: llama, mamba or ctranslate2.")] = None,
     bf16: Annotated[
         bool | None, typer.Option(help="Measure bf16 too; unless given, where its matrix products are fast.")
     ] = None,
@@ -221,11 +275,14 @@ def main(
     with_bf16 = bf16 if bf16 is not None else fast_bf16(machine)
     settings = {"rounds": rounds, "budget_seconds": budget, "min_seconds": min_seconds, "batch": 1, "bf16": with_bf16}
     result = new_run("cpu_peers", machine, settings)
-    result["contestants"] = {c.name: {"parameters": c.parameters, "description": c.description} for c in contestants}
+    engines = build_engines(contestants, without or []) if Section.decode in sections else []
+    everyone: list[Contestant | Engine] = [*contestants, *engines]
+    result["contestants"] = {c.name: {"parameters": c.parameters, "description": c.description} for c in everyone}
     meter = Meter(rounds, budget, min_seconds, partial(typer.echo, err=True))
-    comparison, measured = Comparison(contestants, meter), []
+    comparison, measured = Comparison(contestants, meter, engines), []
     name = "-".join(["cpu_peers", *(s.value for s in section or ()), *(["quick"] if quick else [])])
-    for plan in plan_groups(sections, list(comparison.contestants), QUICK_LENGTHS if quick else LENGTHS, with_bf16):
+    lengths = QUICK_LENGTHS if quick else LENGTHS
+    for plan in plan_groups(sections, list(comparison.contestants), lengths, with_bf16, list(comparison.engines)):
         typer.echo(
             f"{plan.section.value} {plan.precision}: {', '.join(f'{n} {at}' for n, at in plan.members)}", err=True
         )

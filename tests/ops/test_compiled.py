@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,18 @@ def test_compiled_code_is_kept_and_found_again(fresh: pytest.MonkeyPatch, tmp_pa
     compiled._address.cache_clear()
     assert compiled.address(PRODUCT) is not None
     assert kept == {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@needed
+def test_half_a_file_of_compiled_code_is_made_anew(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    assert compiled.address(PRODUCT) is not None
+    sizes = {path: path.stat().st_size for path in tmp_path.rglob("*.nb[ci]")}
+    for path in sizes:
+        os.truncate(path, 100)
+    compiled._address.cache_clear()
+    assert compiled.address(PRODUCT) is not None
+    assert sizes and all(path.stat().st_size == size for path, size in sizes.items())
 
 
 def test_numba_is_not_imported_before_a_kernel_is_needed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from operator_cases import gradcheck, gradients, relative, segments
 from torch import Tensor
 
-from megalodon.ops import Layout, selective_scan
+from megalodon.ops import Layout, compiled, selective_scan
 from megalodon.ops.selective_scan.scalar import CHUNK, SPAN
 
 FORMS = ["channels", "heads", "discrete"]
@@ -120,6 +122,37 @@ def test_strong_decays_neither_overflow_nor_spoil_what_follows(form: str) -> Non
     found, exact_gradients = gradients(outputs, inputs), gradients_like(expected, outputs, wide)
     for name in inputs:
         assert torch.isfinite(found[name]).all() and relative(found[name].double(), exact_gradients[name]) < 1e-4
+
+
+@pytest.mark.skipif(compiled.missing() is not None, reason=f"no kernels: {compiled.missing()}")
+@pytest.mark.parametrize("form", ["heads", "discrete"])
+@settings(max_examples=12, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    length=st.sampled_from([2, 9, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHUNK + 9]),
+    longest=st.sampled_from([0, 5, 90]),
+    padded=st.booleans(),
+    part=st.booleans(),
+)
+def test_compiled_equals_definition(form: str, batch: int, length: int, longest: int, padded: bool, part: bool) -> None:
+    inputs = scan_inputs(form, batch, length, torch.float32)
+    wide = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
+    if part:  # of a wider tensor, as a layer's is
+        x = torch.cat([inputs["x"].detach().flatten(-2), torch.zeros(batch, length, 5)], -1)[..., :-5]
+        inputs["x"] = x.unflatten(-1, inputs["x"].shape[-2:]).requires_grad_()
+    documents = segments(batch, length, longest) if longest else None
+    lengths = torch.randint(0, length + 1, (batch,)) if padded else None
+    layout = Layout(batch, length, segment_ids=documents, lengths=lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["megalodon.ops.selective_scan.scalar"], "CACHEFUL", 12 * CHUNK * 2)  # short spans
+        outputs = run(inputs, backend="numba", layout=layout)
+        found = gradients(outputs, inputs)
+    expected = run(wide, backend="reference", layout=layout)
+    exact = gradients_like(expected, outputs, wide)
+    for actual, right in zip(outputs, expected, strict=True):
+        assert relative(actual.double(), right) < 1e-5
+    for name, gradient in found.items():
+        assert relative(gradient.double(), exact[name]) < 1e-4, name
 
 
 def gradients_like(outputs: tuple[Tensor, ...], narrow: tuple[Tensor, ...], inputs: dict[str, Tensor]) -> dict:

@@ -68,8 +68,9 @@ def kin_to_transformers(model: KinForCausalLM, model_type: str) -> PreTrainedMod
     config = AutoConfig.for_model(model_type, **peer.options(model.config))
     assert isinstance(config, PreTrainedConfig)
     theirs = AutoModelForCausalLM.from_config(config).to(model.lm_head.weight.dtype)
-    names = {_renamed(name, peer, 1): value for name, value in model.state_dict().items()}
-    theirs.load_state_dict(names)
+    known = theirs.state_dict()
+    peer = peer._replace(names=tuple(pair for pair in peer.names if any(_has(name, pair[0]) for name in known)))
+    theirs.load_state_dict({_renamed(name, peer, 1): value for name, value in model.state_dict().items()})
     theirs.tie_weights()
     return theirs.eval()
 
@@ -105,13 +106,17 @@ def only(config: KinConfig, mixer: str) -> dict[str, Any]:
     return layers[0][1].model_dump()
 
 
+def _has(name: str, fragment: str) -> bool:
+    return re.search(rf"(^|\.){re.escape(fragment)}\.", name) is not None
+
+
 def _renamed(name: str, peer: Peer, side: int) -> str:
     bodies = (peer.body, "model")
     if name.startswith(f"{bodies[side]}."):
         name = bodies[1 - side] + name.removeprefix(bodies[side])
     for pair in peer.names:
         old, new = pair[side], pair[1 - side]
-        if re.search(rf"(^|\.){re.escape(old)}\.", name):
+        if _has(name, old):
             return re.sub(rf"(^|\.){re.escape(old)}\.", rf"\g<1>{new}.", name, count=1)
     return name
 

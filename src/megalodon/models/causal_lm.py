@@ -22,6 +22,7 @@ from megalodon.models.config import Config
 from megalodon.models.generation import StateGenerationMixin
 from megalodon.models.keywords import refuse_unknown
 from megalodon.models.layers.head import apply_head
+from megalodon.models.layers.watch import is_forwarded_as_written
 from megalodon.models.loss import mean_of, summed_loss
 from megalodon.models.output import LanguageModelOutput, ModelOutput, the_state
 from megalodon.models.padding import RealTokens
@@ -59,6 +60,7 @@ class StatefulModel(StatefulPreTrainedModel):
         self.final_norm = self.make_final_norm()
         self.embedding_scale = math.sqrt(config.model_dim) if getattr(config, "scale_emb", False) else 1.0
         self.gradient_checkpointing = False
+        self._sizes: list[tuple[dict[str, Any], Dimensions]] = []
         self.post_init()
 
     def make_block(self, layer: int) -> nn.Module:
@@ -142,6 +144,38 @@ class StatefulModel(StatefulPreTrainedModel):
             ValueError: the arguments do not fit each other or the model; the message names the argument.
             UnknownKeyword: there is no such argument.
         """
+        found = self.read(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            segment_ids,
+            output_hidden_states,
+            cache,
+            position_ids,
+            seq_idx,
+            kwargs,
+        )
+        output = ModelOutput(*found)
+        return output if return_dict is not False else output.to_tuple()
+
+    def read(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: State | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        segment_ids: Tensor | None,
+        output_hidden_states: bool | None,
+        cache: State | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Any, tuple[Tensor, ...] | None]:
+        """What `forward` does, without Transformers' output around it: (last_hidden_state, the state or None, hidden
+        states or None)."""
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -181,9 +215,7 @@ class StatefulModel(StatefulPreTrainedModel):
             x, state = self._run(x, state, use_cache, segment_ids, lengths, bos, hidden)
             if rows is not None:
                 x, hidden = rows.unpack(x, length), hidden and [rows.unpack(h, length) for h in hidden]
-        kept: Any = state if use_cache else None
-        output = ModelOutput(x, kept, None if hidden is None else tuple(hidden))
-        return output if return_dict is not False else output.to_tuple()
+        return x, state if use_cache else None, None if hidden is None else tuple(hidden)
 
     def _run(
         self,
@@ -199,7 +231,7 @@ class StatefulModel(StatefulPreTrainedModel):
 
         `bos` tells where segments start. `hidden` collects the input of each block and the final hidden states.
         """
-        if x.shape[1] == 0:  # layers that others have put in place of ours need not take nothing
+        if 0 in x.shape[:2]:  # layers that others have put in place of ours need not take nothing
             if hidden is not None:
                 hidden += [x] * (len(self.layers) + 1)
             return x, (state or self.empty_state(len(x))) if use_cache else None
@@ -246,8 +278,14 @@ class StatefulModel(StatefulPreTrainedModel):
 
     @property
     def dimensions(self) -> Dimensions:
-        """The sizes that a state must share with this model."""
-        return self.state_class.dimensions_class.of(self.config)
+        """The sizes that a state must share with this model, made anew when its config has changed."""
+        make = self.state_class.dimensions_class.of
+        if torch.compiler.is_compiling():
+            return make(self.config)
+        fields = vars(self.config)
+        if not self._sizes or self._sizes[0][0] != fields:
+            self._sizes[:] = [(dict(fields), make(self.config))]
+        return self._sizes[0][1]
 
     def empty_state(self, batch: int) -> State:
         """The state of rows that have read nothing; the network is not run, whatever its layers have become."""
@@ -316,7 +354,7 @@ class StatefulModel(StatefulPreTrainedModel):
                 raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be [B, L]")
             looks = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
             if looks and input_ids.numel():  # on a GPU the look would wait for the device, in a compiled graph break it
-                low, high = (int(end) for end in input_ids.aminmax())
+                low, high = _ends(input_ids)
                 rows = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)  # an adapter has no number
                 if low < 0 or high >= rows:
                     raise ValueError(
@@ -355,6 +393,15 @@ class StatefulModel(StatefulPreTrainedModel):
             raise ValueError(f"past_key_values is on {state.device}: the model is on {x.device} (use .to)")
 
 
+def _ends(ids: Tensor) -> tuple[int, int]:
+    """The least and the greatest; a single id is had quicker without an operator."""
+    if ids.numel() == 1:
+        only = int(ids)
+        return only, only
+    low, high = ids.aminmax()
+    return int(low), int(high)
+
+
 class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
     """The language model: a `StatefulModel` and a linear head without bias; logits in float32."""
 
@@ -378,6 +425,13 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
     def note(self) -> str | None:
         """One line for the user before training, of what this model does otherwise than others; None: nothing."""
         return None
+
+    def _may_read(self) -> bool:
+        """Whether the network's `read` does all that calling it would, which decoding has no time for."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # hooks of backward passes are not looked for
+            return False
+        written = is_forwarded_as_written(self.model, (self.model_class,))
+        return written and type(self.model).forward is StatefulModel.forward
 
     def read_weights(self, folder: Path) -> tuple[list[str], list[str]]:
         """Take the weights of a folder of `save_pretrained`: (those that are missing, those that are not known)."""
@@ -430,20 +484,35 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         """
         state = the_state(past_key_values, cache, kwargs)
         shift_labels = kwargs.pop("shift_labels", None)
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            state,
-            inputs_embeds,
-            use_cache,
-            segment_ids,
-            output_hidden_states,
-            return_dict=True,
-            position_ids=position_ids,
-            seq_idx=seq_idx,
-            **kwargs,
-        )
-        x = outputs.last_hidden_state
+        if self._may_read():
+            x, after, hidden_states = self.model.read(
+                input_ids,
+                attention_mask,
+                state,
+                inputs_embeds,
+                use_cache,
+                segment_ids,
+                output_hidden_states,
+                None,
+                position_ids,
+                seq_idx,
+                dict(kwargs),  # it takes what tells documents out of them
+            )
+        else:
+            outputs = self.model(
+                input_ids,
+                attention_mask,
+                state,
+                inputs_embeds,
+                use_cache,
+                segment_ids,
+                output_hidden_states,
+                return_dict=True,
+                position_ids=position_ids,
+                seq_idx=seq_idx,
+                **kwargs,
+            )
+            x, after, hidden_states = outputs.last_hidden_state, outputs.past_key_values, outputs.hidden_states
         given = labels if shift_labels is None else shift_labels
         if given is not None and given.shape != x.shape[:2]:
             raise ValueError(f"labels have shape {tuple(given.shape)}: they must be {tuple(x.shape[:2])}")
@@ -469,7 +538,7 @@ class CausalLM(StatefulPreTrainedModel, StateGenerationMixin):
         else:
             total = summed_loss(self.lm_head, x, shift_labels.to(x.device))
             loss = mean_of(total, shift_labels, num_items_in_batch)
-        output = LanguageModelOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        output = LanguageModelOutput(loss, logits, after, hidden_states)
         return output if return_dict is not False else output.to_tuple()
 
 

@@ -9,7 +9,9 @@ from megalodon.ops.cema import IMPLEMENTATIONS as _CEMA
 from megalodon.ops.cema import KeptTables, cema
 from megalodon.ops.chunk_attention import IMPLEMENTATIONS as _CHUNK_ATTENTION
 from megalodon.ops.chunk_attention import causal_attention, chunk_attention
-from megalodon.ops.gate import silu_product
+from megalodon.ops.feed_forward import feed_forward
+from megalodon.ops.gate import gated_linear, silu, silu_product
+from megalodon.ops.gated_norm import gated_rms_norm
 from megalodon.ops.layout import Layout, layout_of
 from megalodon.ops.linear_attention import IMPLEMENTATIONS as _LINEAR_ATTENTION
 from megalodon.ops.linear_attention import (
@@ -21,6 +23,8 @@ from megalodon.ops.linear_attention import (
 )
 from megalodon.ops.long_convolution import IMPLEMENTATIONS as _LONG_CONVOLUTION
 from megalodon.ops.long_convolution import long_convolution
+from megalodon.ops.queries import queries_and_keys
+from megalodon.ops.rms_norm import rms_norm
 from megalodon.ops.rotary import rotate, rotate_halves, rotations, rotations_of, turns_of
 from megalodon.ops.segments import Segments, segmented
 from megalodon.ops.selective_scan import IMPLEMENTATIONS as _SELECTIVE_SCAN
@@ -65,10 +69,15 @@ __all__ = [
     "chunk_attention",
     "cross_linear_attention",
     "default_backend",
+    "feed_forward",
+    "gated_linear",
+    "gated_rms_norm",
     "layout_of",
     "linear_attention",
     "long_convolution",
     "move_rows",
+    "queries_and_keys",
+    "rms_norm",
     "rotate",
     "rotate_halves",
     "rotations",
@@ -76,6 +85,7 @@ __all__ = [
     "segmented",
     "selective_scan",
     "short_convolution",
+    "silu",
     "silu_product",
     "sliding_chunk_attention",
     "sparse_attention",

@@ -83,6 +83,13 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return default_backend(device, dtype), "default"
 
 
+def compiles(x: Tensor, *kernels: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether these kernels of `ops.compiled` run on x: there is something in it, and nobody names another back end."""
+    if x.device.type != "cpu" or x.dtype not in dtypes or not x.numel() or torch.compiler.is_compiling():
+        return False
+    return backend_for(x.device, x.dtype)[0] == "numba" and all(compiled.kernel(name) is not None for name in kernels)
+
+
 @contextmanager
 def default_backends() -> Iterator[None]:
     """The defaults, whatever the environment variable asks for: for work on another device than the caller's."""

@@ -76,10 +76,12 @@ class ParallelAttention(GatedChunkAttention):
         open_chunk: OpenChunk | None,
         layout: Layout,
         use_cache: bool,
+        activates: bool = False,
     ) -> tuple[Tensor, OpenChunk | None]:
         group = self.axes.chunk
         if group is None:
-            return super().attend(queries, v, open_chunk, layout, use_cache)
+            return super().attend(queries, v, open_chunk, layout, use_cache, activates)
+        v = F.silu(v) if activates else v
         assert isinstance(layout, SpanLayout)
         q, k = queries
         after = open_chunk_after(k, v, open_chunk, layout, group) if use_cache else None

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon.models import Config, architecture, build_model
 from megalodon.models.loss import LOGITS_AT_ONCE
@@ -67,8 +68,15 @@ def counted_saved_bytes(skip: set[int]) -> Iterator[list[int]]:
             total[0] += storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Onlooker():
         yield total
+
+
+class _Onlooker(TorchDispatchMode):
+    """Sees every operation, so that layers are called one by one, as on a GPU, and not several as one operator."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def saved_bytes(config: Config, length: int, precision: str) -> int:

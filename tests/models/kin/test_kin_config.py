@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from kin_cases import CAUSAL, relative, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
-from megalodon import KinConfig, KinForCausalLM
-from megalodon.models.kin.mixers import mixer_class
+from megalodon import KinConfig, KinForCausalLM, KinModel
+from megalodon.models.kin.mixers import MIXERS, mixer_class
 
 SIZES = {"num_layers": 2, "model_dim": 64, "num_heads": 4, "vocab_size": 97}
 
@@ -47,6 +48,23 @@ SIZES = {"num_layers": 2, "model_dim": 64, "num_heads": 4, "vocab_size": 97}
 def test_what_is_wrong_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KinConfig(**{**SIZES, **fields})
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+@torch.no_grad()
+def test_every_number_is_refused_by_name_or_works(name: str) -> None:
+    kind = mixer_class(name)
+    two_way = not kind.causal_mode
+    for field in kind.Parameters.model_fields:
+        for value in (-1, 0, -1.0, 0.0, math.nan, math.inf):
+            parameters = {name: {field: value}}
+            try:
+                config = KinConfig(**SIZES, mixers=name, mixer_parameters=parameters, two_way=two_way)
+            except ValueError as error:
+                assert f"{name}: {field}={value}" in str(error), error
+                continue
+            out = KinModel(config).eval()(tokens(1, 5)).last_hidden_state
+            assert torch.isfinite(out).all(), (field, value)
 
 
 def test_a_hybrid_has_parameters_of_all_and_of_one_layer() -> None:

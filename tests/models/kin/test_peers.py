@@ -60,7 +60,7 @@ def test_both_ways(model_type: str, options: dict) -> None:
 
 
 def test_parameters_of_flash_linear_attention_fit() -> None:
-    """Its models need a GPU: the names and shapes of one are made here and brought over."""
+    """Where it is not installed: the names and shapes of one of its models are made here and brought over."""
     ours = moved(KinForCausalLM(KinConfig(mixers="gla", num_layers=1, model_dim=64, num_heads=4, vocab_size=97)))
     names = {
         "embed_tokens": "embeddings",
@@ -89,6 +89,32 @@ def test_parameters_of_flash_linear_attention_fit() -> None:
     again = kin_from_peer(config, theirs)
     assert set(theirs) >= {"model.layers.0.attn.gk_proj.1.bias", "model.embeddings.weight", "model.norm.weight"}
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in ours.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_kv_heads": 2, "expand_k": 1.0, "clamp_min": -0.05, "feature_map": "relu"},
+        {"expand_v": 2.0, "use_output_gate": False, "tie_word_embeddings": True},
+    ],
+)
+@torch.no_grad()
+def test_flash_linear_attention_itself_both_ways(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own kernels, on a CPU in Triton's interpreter: that has no clock for choosing among their sizes, and does not
+    run the one that is taken for more than 64 tokens."""
+    models = pytest.importorskip("fla.models", reason="needs flash-linear-attention, fla-core and einops")
+    monkeypatch.setattr("triton.runtime.autotuner.Autotuner._bench", lambda *_, **__: [0.0, 0.0, 0.0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "vocab_size": 97, "intermediate_size": 80}
+    theirs = moved(models.GLAForCausalLM(models.GLAConfig(**sizes, **options))).to(device)
+    ours, x = kin_from_transformers(theirs).to(device), torch.randint(0, 97, (2, 50), device=device)
+    expected = theirs(x, use_cache=False).logits
+    assert relative(ours(x).logits, expected) < 1e-5
+    back = kin_to_transformers(ours, "gla").to(device)
+    assert type(back) is type(theirs)
+    assert relative(back(x, use_cache=False).logits, expected) < 1e-6
 
 
 @pytest.mark.parametrize(

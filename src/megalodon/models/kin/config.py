@@ -148,8 +148,13 @@ class KinConfig(Config):
             mixer_class(name)
             if name not in names:
                 raise ValueError(f"mixer_parameters has {name!r}, but no layer has this mixer: they have {names}")
-        for name in names:
+        for name, parameters in map(self.mixer_of, range(self.num_layers)):
             mixer = mixer_class(name)
+            turns = self.rope_base is not None or self.rope_frequencies is not None
+            if turns and self.head_size % 2 and mixer.turns_with(parameters):
+                raise ValueError(
+                    f"head_dim={self.head_dim}: {name} turns heads in pairs: it must be even, or rope_base=None"
+                )
             if self.rope_frequencies is not None and mixer.own_rotary:
                 raise ValueError(f"rope_frequencies: {name} turns by powers of rope_base alone")
             if self.parallel and mixer.takes_residual:
@@ -177,7 +182,7 @@ class KinConfig(Config):
         try:
             parameters = kind(**given)
         except ValidationError as error:
-            raise ValueError(_refusal(entry, kind, error)) from None
+            raise ValueError(refusal(entry, error)) from None
         parameters.check(self)
         return entry, parameters
 
@@ -240,18 +245,28 @@ class KinConfig(Config):
         return total
 
 
-def _refusal(mixer: str, kind: type[MixerParameters], error: ValidationError) -> str:
+_LIMITS = {
+    "greater_than_equal": "it must be at least {ge}",
+    "greater_than": "it must be more than {gt}",
+    "less_than_equal": "it must be at most {le}",
+    "finite_number": "it must be finite",
+}
+
+
+def refusal(mixer: str, error: ValidationError) -> str:
     """One line about the first wrong parameter of a mixer."""
     problem = error.errors()[0]
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        return f"{mixer}: {name}={problem['input']!r}: {problem['msg']}"
-    known = list(kind.model_fields)
-    near = "".join(f"; did you mean {other}?" for other in get_close_matches(name, known, 1))
+        limit = _LIMITS.get(problem["type"])
+        said = problem["msg"] if limit is None else limit.format(**problem.get("ctx", {}))
+        return f"{mixer}: {name}={problem['input']!r}: {said}"
+    fields = list(mixer_class(mixer).Parameters.model_fields)
+    near = "".join(f"; did you mean {other}?" for other in get_close_matches(name, fields, 1))
     elsewhere = [other for other in _mixers_with(name) if other != mixer]
     if elsewhere and not near:
         near = f"; it is a parameter of {', '.join(elsewhere)}"
-    return f"{mixer} has no parameter {name!r}{near} (it has {', '.join(known) or 'none'})"
+    return f"{mixer} has no parameter {name!r}{near} (it has {', '.join(fields) or 'none'})"
 
 
 def _mixers_with(parameter: str) -> list[str]:

@@ -33,7 +33,8 @@ class KinDimensions(Dimensions):
 
     def memories(self, dtype: torch.dtype = torch.float32) -> list[Memory | None]:
         """The form of each layer's memory for activations of this dtype: of no rows and no storage."""
-        return _memories(repr(self), dtype, lambda: KinConfig(**vars(self)))
+        two_way = not all(mixer_class(layer["name"]).causal_mode for layer in self.mixers)
+        return _memories(repr(self), dtype, lambda: KinConfig(**vars(self), two_way=two_way))
 
 
 class KinState(State):

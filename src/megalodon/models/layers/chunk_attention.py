@@ -13,6 +13,7 @@ from transformers import initialization as init
 from megalodon import ops
 from megalodon.models.implicit import Path, of_probe, probe
 from megalodon.models.layers.open_chunk import OpenChunk
+from megalodon.models.layers.watch import is_plain
 from megalodon.ops.layout import Layout
 
 
@@ -57,9 +58,16 @@ class GatedChunkAttention(nn.Module):
         Returns:
             (out [B, L, D], the open chunk or None).
         """
-        v = F.silu(self.v_proj(n)).unflatten(-1, (self.num_heads, -1))
-        o, open_chunk = self.attend(self.queries(m, turns), v, open_chunk, layout, use_cache)
-        return self.h_proj(m) + self.o_proj(self.gated(self.r_proj(m), o)), open_chunk
+        u = self.v_proj(n).unflatten(-1, (self.num_heads, -1))
+        if use_cache or torch.compiler.is_compiling():
+            o, open_chunk = self.attend(self.queries(m, turns), ops.silu(u), open_chunk, layout, use_cache)
+        else:
+            o, open_chunk = self.attend(self.queries(m, turns), u, open_chunk, layout, use_cache, activates=True)
+        r, h = self.r_proj(m), self.h_proj(m)
+        plain = is_plain(self.o_proj, nn.Linear) and self.o_proj.bias is None
+        if plain and not (self.training and self.hidden_dropout):
+            return ops.gated_linear(r, o.flatten(-2).to(r.dtype), self.o_proj.weight, h), open_chunk
+        return h + self.o_proj(self.gated(r, o)), open_chunk
 
     def gated(self, r: Tensor, o: Tensor) -> Tensor:
         """What attention found, o [B, L, H, e], behind the gate r [B, L, V]: [B, L, V], dropped out."""
@@ -69,11 +77,9 @@ class GatedChunkAttention(nn.Module):
         """m [B, L, D] -> queries and keys, rotated, [B, L, H, d] each (SPEC: q and k share one normalised z)."""
         z = self.z_proj(m).unflatten(-1, (self.num_heads, -1))
         head_dim = z.shape[-1]
-        z = F.rms_norm(z, (head_dim,), None, self.eps)
         scale = ((self.qk_weight + 1) / math.sqrt(head_dim)).unflatten(1, (self.num_heads, head_dim))
         bias = self.qk_bias.unflatten(1, (self.num_heads, head_dim))
-        both = torch.addcmul(bias, z[..., None, :, :], scale).to(z.dtype)
-        return ops.rotate(both.flatten(-3, -2), turns).unflatten(-2, (2, self.num_heads)).unbind(-3)
+        return ops.queries_and_keys(z, scale, bias, turns, self.eps)
 
     def attend(
         self,
@@ -82,9 +88,10 @@ class GatedChunkAttention(nn.Module):
         open_chunk: OpenChunk | None,
         layout: Layout,
         use_cache: bool,
+        activates: bool = False,
     ) -> tuple[Tensor, OpenChunk | None]:
         """Attention inside chunks of q, k [B, L, H, d] of `queries` and v [B, L, H, e] -> ([B, L, H, e], the open chunk
-        or None)."""
+        or None). `activates`, where none is asked for: the values are silu(v)."""
         q, k = queries
         dropout = self.attention_dropout if self.training else 0.0
         if use_cache and layout.fits_open_chunk:
@@ -103,6 +110,7 @@ class GatedChunkAttention(nn.Module):
             dropout=dropout,
             dropkey=self.dropkey,
             layout=layout,
+            activates=activates,
         )
         return out, OpenChunk.after(open_chunk, k, v, layout) if use_cache else None
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from megalodon import ops
-from megalodon.models.layers.norms import LayerNorm
+from megalodon.models.layers.norms import LayerNorm, effective
+from megalodon.models.layers.watch import is_plain
 
 
 class FeedForward(nn.Module):
@@ -37,9 +38,23 @@ class FeedForward(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
-        n = self.norm(y)
-        up = self.up_proj(n)
-        hidden = F.silu(up) if self.gate_proj is None else ops.silu_product(up, self.gate_proj(n))
-        out = self.down_proj(F.dropout(hidden, self.hidden_dropout, self.training))
+        out = self._at_once(y)
+        if out is None:
+            n = self.norm(y)
+            up = self.up_proj(n)
+            hidden = F.silu(up) if self.gate_proj is None else ops.silu_product(up, self.gate_proj(n))
+            out = self.down_proj(F.dropout(hidden, self.hidden_dropout, self.training))
         out = F.dropout(out, self.dropout, self.training)
         return out if self.alpha is None else out * self.alpha
+
+    def _at_once(self, y: Tensor) -> Tensor | None:
+        """All but `alpha` as one operator; None where a part has to be called."""
+        if self.gate_proj is None or self.norm.groups > 1 or (self.training and self.hidden_dropout):
+            return None
+        layers = (self.up_proj, self.gate_proj, self.down_proj)
+        plain = all(is_plain(layer, nn.Linear) and layer.bias is None for layer in layers)
+        if not plain or not is_plain(self.norm, LayerNorm):
+            return None
+        scale = effective(self.norm.weight, y.dtype)
+        bias = None if self.norm.bias is None else self.norm.bias.to(y.dtype)
+        return ops.feed_forward(y, scale, bias, self.norm.eps, *(layer.weight for layer in layers))

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from megalodon import ops
+
 
 def effective(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """`weight + 1` in `dtype`, rounded once: bfloat16 cannot hold the sum of 1 and a small offset."""
@@ -36,7 +38,7 @@ class RMSNorm(nn.Module):
         """[..., D] -> [..., D]."""
         weight = effective(self.weight, x.dtype)
         if self.groups == 1:
-            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+            return ops.rms_norm(x, weight, self.eps)
         y = x.unflatten(-1, (self.groups, -1))
         y = F.rms_norm(y, y.shape[-1:], None, self.eps).flatten(-2)
         return y if weight is None else y * weight

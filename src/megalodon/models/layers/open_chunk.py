@@ -23,12 +23,13 @@ class OpenChunk:
     Args:
         keys, values: [B, places, H, d] and [B, places, H, e].
         filled: places in use by the fullest row. None: all.
+        may_append: whether this holder has the right to.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, filled: int | None = None) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, filled: int | None = None, may_append: bool = True) -> None:
         self.keys, self.values = keys, values
         self.filled = keys.shape[1] if filled is None else filled
-        self._right = [None]
+        self._right = [None] * may_append
 
     @staticmethod
     def append(chunk: OpenChunk | None, k: Tensor, v: Tensor, layout: Layout) -> OpenChunk:
@@ -63,8 +64,12 @@ class OpenChunk:
         """What `with_token` returns, before the token is written; k and v only say how many rows and which dtypes."""
         chunk, needed = self, offset + 1
         if offset == 0 or not self._taken(needed, k, v):
-            chunk = self._grown(offset, _capacity(needed, chunk_size), k, v)
+            chunk = self.copied(offset, chunk_size, k, v)
         return OpenChunk(chunk.keys, chunk.values, needed)
+
+    def copied(self, used: int, chunk_size: int, k: Tensor, v: Tensor) -> OpenChunk:
+        """The first `used` places in buffers of their own, in the dtypes of k and v, with room for another token."""
+        return self._grown(used, _capacity(used + 1, chunk_size), k, v)
 
     @staticmethod
     def after(chunk: OpenChunk | None, k: Tensor, v: Tensor, layout: Layout) -> OpenChunk:

@@ -17,7 +17,8 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from operator import attrgetter, itemgetter
+from itertools import repeat
+from operator import attrgetter, call, contains, itemgetter
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -103,9 +104,9 @@ class Watch:
             calls_are_plain(),
             list(map(type, self._modules)),  # `fully_shard` changes the class of what it is given
             [kind.forward for kind in self._classes],
-            [values(attributes) for values, attributes in zip(self._constants, self._attributes, strict=True)],
-            list(map(bool, self._hooks)),
-            ["forward" in attributes for attributes in self._attributes],
+            list(map(call, self._constants, self._attributes)),
+            list(map(len, self._hooks)),
+            list(map(contains, self._attributes, repeat("forward"))),
             list(map(Tensor.data_ptr, self._weights)),
             list(map(attrgetter("_version"), self._versioned)),
         )
@@ -205,6 +206,17 @@ def is_forwarded_as_written(module: nn.Module, classes: tuple[type, ...]) -> boo
     if torch.compiler.is_compiling():  # the compiler sees what else there may be where it calls the module
         return True
     return _is_as_written(kind.forward, kind) and calls_are_plain()
+
+
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether an operator that is given the module's weights does all that calling the module would, gradients
+    included: no hooks, plain parameters, and no compiler at work, which sees more by itself."""
+    if torch.compiler.is_compiling() or not is_forwarded_as_written(module, (kind,)):
+        return False
+    if module._backward_hooks or module._backward_pre_hooks or torch_module._global_backward_hooks:
+        return False
+    parameters = (value for value in module._parameters.values() if value is not None)
+    return not torch_module._global_backward_pre_hooks and all(type(value) is nn.Parameter for value in parameters)
 
 
 @cache

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from megalodon import ops
-from megalodon.models.layers.memory_block import LayerState
 from megalodon.models.layers.step_tables import StepTables
-from megalodon.models.layers.timestep_norm import Moments
+from megalodon.models.megalodon.held import held_of
 from megalodon.models.megalodon.state import MegalodonDimensions, MegalodonState
 from megalodon.ops.compiled import tables
-from megalodon.ops.compiled.tables import Memory
 
 if TYPE_CHECKING:
     from megalodon.models.megalodon.token_step import BlockStep, NormStep
@@ -91,25 +89,19 @@ class FusedStep:
         """
         sizes, rows = self.sizes, len(x)
         offset = int(state.position[0]) % sizes.chunk_size
-        moments = torch.empty(2 * sizes.num_layers + 2, rows, sizes.norm_num_groups, dtype=torch.float64).unbind()
-        h = torch.empty(sizes.num_layers, rows, sizes.model_dim, sizes.cema_ndim, dtype=torch.complex64).unbind()
-        table, layers, read = [], [], []
-        for memory, mean, var, after in zip(state.layers, moments[::2], moments[1::2], h, strict=False):
-            chunk = memory.chunk.with_room(x, x, offset, sizes.chunk_size)
-            before, average = _plain(memory.moments), memory.cema.resolve_conj().contiguous()
-            row = memory_row(*before, (mean, var))
-            table.append(row + sequence_row(average, after, chunk.keys, chunk.values))
-            layers.append(LayerState(Moments(mean, var), after, chunk))
-            read.append((before, average))
-        before, final = _plain(state.final), Moments(*moments[-2:])
-        table.append(final_row(*before, final))
+        before = state.held
+        if before is None:
+            before = held_of(state, offset, sizes.chunk_size, x)
+        elif offset == 0 or not before.takes(offset + 1, x.dtype):
+            before = before.grown(offset, sizes.chunk_size, x)
+        after = before.successor(offset + 1)
         seen = state.position.numpy() + (sizes.norm_prior_count + 1)
         places, slots = np.full(rows, offset), np.arange(rows)
         wide = x.to(torch.float32, copy=True).contiguous()
-        out = self.run(wide, 1 / seen, places, slots, np.array(table), tables.KINDS[x.dtype])
+        out = self.run(wide, 1 / seen, places, slots, after.table, tables.KINDS[x.dtype])
         if offset + 1 == sizes.chunk_size:  # nobody attends to a chunk that is complete
-            layers = [layer._replace(chunk=layer.chunk.first(0)) for layer in layers]
-        return out.to(x.dtype), MegalodonState(layers, final, state.position + 1, sizes)
+            after = after.emptied()
+        return out.to(x.dtype), MegalodonState.of_held(after, state.position + 1, sizes)
 
     def run(
         self, x: Tensor, share: np.ndarray, offsets: np.ndarray, slots: np.ndarray, memory: np.ndarray, kind: int
@@ -121,8 +113,7 @@ class FusedStep:
             share: float64 [M]; 1 / (tokens seen, this one and the prior's included).
             offsets: int64 [M]; tokens in each row's open chunk.
             slots: int64 [M]; where each row's memory is.
-            memory: int64 [layers + 1, len(Memory)]: `memory_row` and `sequence_row` of each block, `final_row` of the
-                final norm.
+            memory: int64 [layers + 1, len(Memory)]: where the memory of each block lies, and of the final norm.
             kind: of keys and values.
 
         Returns:
@@ -144,27 +135,3 @@ class FusedStep:
             scratch=scratch.data_ptr(),
         )
         return out
-
-
-def _plain(moments: Moments) -> tuple[Tensor, Tensor]:
-    mean, var = moments
-    return mean.double().contiguous(), var.double().contiguous()
-
-
-def memory_row(mean: Tensor, var: Tensor, after: tuple[Tensor, Tensor] | None = None) -> list[int]:
-    """A norm's statistics, float64 [M, G] and contiguous: what a step reads, and `after`, what it writes (None: the
-    same)."""
-    mean_out, var_out = after or (mean, var)
-    return [mean.data_ptr(), var.data_ptr(), mean_out.data_ptr(), var_out.data_ptr()]
-
-
-def final_row(mean: Tensor, var: Tensor, after: tuple[Tensor, Tensor] | None = None) -> list[int]:
-    """The same of the final norm, as a whole row of the table."""
-    row = memory_row(mean, var, after)
-    return row + [0] * (len(Memory) - len(row))
-
-
-def sequence_row(h: Tensor, h_out: Tensor, keys: Tensor, values: Tensor) -> list[int]:
-    """CEMA's h, complex64 [M, D, N] and contiguous, before and after a step; keys and values [M, places, H, ...]."""
-    places = [keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3]]
-    return [h.data_ptr(), h_out.data_ptr(), *places]

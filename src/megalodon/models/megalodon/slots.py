@@ -30,7 +30,8 @@ from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.projection import Projection, can_pack
 from megalodon.models.layers.timestep_norm import Moments, TimestepNorm
 from megalodon.models.layers.watch import Watch
-from megalodon.models.megalodon.fused_step import KERNEL, FusedStep, final_row, memory_row, sequence_row
+from megalodon.models.megalodon.fused_step import KERNEL, FusedStep
+from megalodon.models.megalodon.held import chunk_row
 from megalodon.models.megalodon.state import MegalodonDimensions, MegalodonState
 from megalodon.models.megalodon.token_step import (
     BlockStep,
@@ -41,7 +42,7 @@ from megalodon.models.megalodon.token_step import (
     passed_over,
 )
 from megalodon.ops.backend import accumulator_dtype, matmul_dtype
-from megalodon.ops.compiled.tables import KINDS
+from megalodon.ops.compiled.tables import KINDS, Memory
 
 
 class SlotNorm:
@@ -312,12 +313,13 @@ class _Fused:
         layers, final = decoder.layers, decoder.final
         self._step = FusedStep([layer.step for layer in layers], final.norm_step, decoder.sizes)
         self._head, self._kind = FusedProduct(decoder.model.lm_head), KINDS[layers[0].keys.dtype]
-        self._memory = np.array([*map(self._row, layers), final_row(final.mean, final.var)])
-
-    @staticmethod
-    def _row(layer: SlotLayer) -> list[int]:
-        keys, values = (buffer.transpose(1, 2) for buffer in (layer.keys, layer.values))
-        return memory_row(layer.norm.mean, layer.norm.var) + sequence_row(layer.h, layer.h, keys, values)
+        self._memory = np.zeros((len(layers) + 1, len(Memory)), np.int64)
+        for row, layer in zip(self._memory, layers, strict=False):
+            h = layer.h.data_ptr()
+            row[Memory.h_in], row[Memory.h_out] = h, h
+            row[Memory.keys :] = chunk_row(*(buffer.transpose(1, 2) for buffer in (layer.keys, layer.values)))
+        for row, norm in zip(self._memory, [*(layer.norm for layer in layers), final], strict=True):
+            row[:4] = 2 * [norm.mean.data_ptr(), norm.var.data_ptr()]
 
     def step(self, tokens: Sequence[int], active: Sequence[int]) -> Tensor:
         """As `MegalodonSlots.step`."""

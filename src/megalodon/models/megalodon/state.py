@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from megalodon.models.layers.memory_block import LayerState
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.timestep_norm import Moments
+from megalodon.models.megalodon.held import Held
 from megalodon.models.state import Dimensions, State
 
 
@@ -47,15 +48,41 @@ class MegalodonState(State):
     layers: tuple[LayerState, ...]
     final: Moments
     dimensions: MegalodonDimensions
+    _held: Held | None = None
 
     def __init__(
         self, layers: Sequence[LayerState], final: Any, position: Tensor, dimensions: MegalodonDimensions
     ) -> None:
         super().__init__([layer.resolved() for layer in layers], final, position, dimensions)
 
+    @classmethod
+    def of_held(cls, held: Held, position: Tensor, dimensions: MegalodonDimensions) -> Self:
+        """The state that a fused step leaves, whose layers are made when somebody asks for them."""
+        state = cls.__new__(cls)
+        state._held, state.position, state.dimensions = held, position, dimensions
+        return state
+
+    @property
+    def held(self) -> Held | None:
+        """What a fused step has left, while nobody has asked for layers."""
+        return None if "layers" in self.__dict__ else self._held
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("layers", "final"):
+            held = self.__dict__.get("_held")
+            if held is not None and "layers" not in self.__dict__:
+                final, layers = held.final, held.layers()
+                self.__dict__ |= {"final": final, "layers": layers}
+            if name in self.__dict__:
+                return self.__dict__[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "final": self.final, "position": self.position, "dimensions": self.dimensions}
+
     @property
     def device(self) -> torch.device:
-        return self.layers[0].cema.device
+        return self.layers[0].cema.device if self.held is None else self.held.h.device
 
     @property
     def parts(self) -> tuple[str, ...]:

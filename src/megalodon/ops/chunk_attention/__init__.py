@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from megalodon.ops.backend import Implementations, check_devices, choose
 from megalodon.ops.chunk_attention import blocked, causal, reference
@@ -102,6 +103,7 @@ def chunk_attention(
     dropkey: bool = False,
     backend: str | None = None,
     layout: Layout | None = None,
+    activates: bool = False,
 ) -> Tensor:
     """Causal attention inside chunks of C tokens, counted from the start of each document.
 
@@ -121,6 +123,7 @@ def chunk_attention(
             shape between "triton-fused" and "triton-strips", which can be named too; cached keys take the fused one.
         layout: the batch's layout, in place of `segment_ids` and `prefix_lengths`, where it is already known. Tokens
             beyond its `lengths` give zero.
+        activates: the values are silu(v), so that less need be kept for the backward pass; `prefix_v` holds values.
 
     Returns:
         [B, L, H, e] in the dtype of v.
@@ -157,4 +160,8 @@ def chunk_attention(
         )
     if layout.longest_offset > (0 if prefix_k is None else prefix_k.shape[1]):
         raise ValueError(f"the open chunk holds {layout.longest_offset} tokens: prefix_k and prefix_v must hold them")
-    return run(q, k, v, prefix, layout, dropout, dropkey)
+    if not activates:
+        return run(q, k, v, prefix, layout, dropout, dropkey)
+    if run is not blocked.chunk_attention:
+        return run(q, k, F.silu(v), prefix, layout, dropout, dropkey)
+    return blocked.chunk_attention(q, k, v, prefix, layout, dropout, dropkey, True)

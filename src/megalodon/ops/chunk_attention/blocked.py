@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 
 from megalodon.ops.chunk_attention.causal import causal_attention
+from megalodon.ops.gate import silu
 from megalodon.ops.layout import Layout
 from megalodon.ops.tiles import move_rows, tokens_of
 
 
 def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, layout: Layout, dropout: float, dropkey: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: tuple[Tensor, Tensor] | None,
+    layout: Layout,
+    dropout: float,
+    dropkey: bool,
+    activates: bool = False,
 ) -> Tensor:
     """See `megalodon.ops.chunk_attention`; `prefix` holds [B, n, H, d] keys and values, row b's first offsets[b]
     valid.
@@ -23,13 +31,22 @@ def chunk_attention(
     with torch.autocast(q.device.type, enabled=False):
         if q.shape[1] == 0 or q.shape[0] == 0:
             return v
+        if activates and layout.uniform_offset != 0:
+            v, activates = silu(v), False
         if layout.uniform_offset is not None:
-            return _uniform(q, k, v, prefix, layout, dropout, dropkey)
+            return _uniform(q, k, v, prefix, layout, dropout, dropkey, activates)
         return _binned(q, k, v, prefix, layout, dropout, dropkey)
 
 
 def _uniform(
-    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, layout: Layout, dropout: float, dropkey: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: tuple[Tensor, Tensor] | None,
+    layout: Layout,
+    dropout: float,
+    dropkey: bool,
+    activates: bool,
 ) -> Tensor:
     chunk, offset = layout.chunk_size, layout.uniform_offset
     assert chunk is not None and offset is not None
@@ -44,11 +61,11 @@ def _uniform(
         outputs.append(causal_attention(q[:, :head], keys, values, offset, None, dropout, dropkey))
     if whole:
         queries, keys, values = (tokens_of(x, head, head + whole).reshape(-1, chunk, *x.shape[2:]) for x in (q, k, v))
-        out = causal_attention(queries, keys, values, 0, None, dropout, dropkey)
+        out = causal_attention(queries, keys, values, 0, None, dropout, dropkey, activates)
         outputs.append(out.reshape(len(q), whole, *v.shape[2:]))
     if head + whole < length:
         queries, keys, values = (x[:, head + whole :] for x in (q, k, v))
-        outputs.append(causal_attention(queries, keys, values, 0, None, dropout, dropkey))
+        outputs.append(causal_attention(queries, keys, values, 0, None, dropout, dropkey, activates))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 

@@ -7,15 +7,20 @@ because keys are narrow and values wide (q, k have 256 dimensions where v has 20
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megalodon.ops.backend import full_precision, matmul_dtype
+from megalodon.ops import compiled
+from megalodon.ops.backend import compiles, full_precision, matmul_dtype
+from megalodon.ops.compiled.tables import CausalSoftmax
+from megalodon.ops.gate import silu, silu_gradient
 
 STRIP = 128
 """Rows of queries computed together."""
@@ -48,13 +53,32 @@ def hidden(rows: range, keys: int, offset: int | Tensor, first: Tensor | None, d
 
 def _strips(
     q: Tensor, k: Tensor, offset: int | Tensor, first: Tensor | None
-) -> Iterator[tuple[slice, int, Tensor | None]]:
-    """(rows, number of keys they need, mask) of each strip."""
+) -> Iterator[tuple[slice, int, Callable[[Tensor, Tensor], Tensor]]]:
+    """(rows, number of keys they need, what makes weights of a strip's q and k) of each strip."""
     queries, keys = q.shape[-2], k.shape[-2]
+    plain = first is None and isinstance(offset, int) and compiles(q, _SOFTMAX)
     for start in range(0, queries, STRIP):
         stop = min(start + STRIP, queries)
         needed = min(keys, stop + offset) if isinstance(offset, int) else keys
-        yield slice(start, stop), needed, hidden(range(start, stop), needed, offset, first, q.device)
+        if plain and isinstance(offset, int):
+            yield slice(start, stop), needed, partial(_compiled_weights, seen=start + offset + 1)
+            continue
+        mask = hidden(range(start, stop), needed, offset, first, q.device)
+        yield slice(start, stop), needed, partial(_weights, mask=mask)
+
+
+_SOFTMAX = "tokens.causal_softmax"
+
+
+def _compiled_weights(q: Tensor, k: Tensor, seen: int) -> Tensor:
+    """`_weights` where query i of each strip sees the first `seen + i` keys."""
+    scores = torch.bmm(q, k.transpose(1, 2))
+    kernel, table = compiled.kernel(_SOFTMAX), np.zeros(len(CausalSoftmax), np.int64)
+    assert kernel is not None, "`compiles` has asked for it"
+    table[CausalSoftmax.matrices : CausalSoftmax.keys + 1] = scores.shape
+    table[CausalSoftmax.seen], table[CausalSoftmax.scores] = seen, scores.data_ptr()
+    kernel(table, scores.numel())
+    return scores
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
@@ -76,15 +100,19 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Heads are merged with rows: q, k [N H, L, d], v [N H, K, e]."""
+    """Heads are merged with rows: q, k [N H, L, d], v [N H, K, e]; `activates`: the values are silu(v), which the
+    backward pass makes anew."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor, first: Tensor | None, activates: bool
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, first, None if isinstance(offset, int) else offset)
         ctx.offset = offset if isinstance(offset, int) else None
+        ctx.activates, v = activates, silu(v) if activates else v
         out = v.new_empty(*q.shape[:2], v.shape[-1])
-        for rows, keys, mask in _strips(q, k, offset, first):
-            weights = _weights(q[:, rows], k[:, :keys], mask)
+        for rows, keys, weigh in _strips(q, k, offset, first):
+            weights = weigh(q[:, rows], k[:, :keys])
             _product(weights.to(v.dtype), v[:, :keys], out[:, rows])
         return out
 
@@ -93,11 +121,12 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         q, k, v, first, offset = ctx.saved_tensors
         offset = ctx.offset if offset is None else offset
+        u, v = v, silu(v) if ctx.activates else v
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         written = 0  # keys that have a gradient: the last strip needs most of them, so strips run backwards
-        for rows, keys, mask in reversed(list(_strips(q, k, offset, first))):
+        for rows, keys, weigh in reversed(list(_strips(q, k, offset, first))):
             q_s, k_s, v_s, grad_s = q[:, rows], k[:, :keys], v[:, :keys], grad[:, rows]
-            weights = _weights(q_s, k_s, mask)
+            weights = weigh(q_s, k_s)
             d_weights = torch.bmm(grad_s, v_s.transpose(1, 2)).to(weights.dtype)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(q.dtype)
             _product(d_scores, k_s, dq[:, rows])
@@ -108,7 +137,7 @@ class _CausalAttention(torch.autograd.Function):
                     _product(left.transpose(1, 2), right, total[:, :keys])
                     total[:, keys:] = 0
             written = max(written, keys)
-        return dq, dk, dv, None, None
+        return dq, dk, silu_gradient(u, dv) if ctx.activates else dv, None, None, None
 
 
 def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
@@ -140,6 +169,7 @@ def causal_attention(
     first: Tensor | None = None,
     dropout: float = 0.0,
     dropkey: bool = False,
+    activates: bool = False,
 ) -> Tensor:
     """Attention of each query over the keys that precede it; scores are not scaled; softmax in float32 or better.
 
@@ -150,10 +180,13 @@ def causal_attention(
         first: int64 [N, L]; the first key each query may see. None: 0.
         dropout: probability, applied in training mode by the caller's choice to pass it.
         dropkey: drop keys before the softmax, in place of weights after it.
+        activates: the values are silu(v); less is kept for the backward pass than of values made before.
 
     Returns:
         [N, L, H, e] in the dtype of v.
     """
+    if activates and (dropout > 0 or q.shape[1] == 1 or v.dtype != matmul_dtype(v)):
+        v, activates = silu(v), False
     dtype, wide = v.dtype, matmul_dtype(v)
     q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
     if dropout == 0 and q.shape[2] == 1 and first is None and isinstance(offset, int):
@@ -165,7 +198,8 @@ def causal_attention(
     elif dropout > 0:
         out = _with_dropout(q, k, v, offset, first, dropout, dropkey)
     else:
-        out = _CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), offset, first).unflatten(0, q.shape[:2])
+        out = _CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), offset, first, activates)
+        out = out.unflatten(0, q.shape[:2])
     return out.transpose(1, 2).to(dtype)
 
 
@@ -174,7 +208,10 @@ def _with_dropout(
 ) -> Tensor:
     """Whole score matrices, differentiated by autograd: what is dropped must be the same in both passes."""
     outputs = []
-    for rows, keys, mask in _strips(q, k, offset, first):
+    for start in range(0, q.shape[2], STRIP):
+        rows = slice(start, min(start + STRIP, q.shape[2]))
+        keys = min(k.shape[2], rows.stop + offset) if isinstance(offset, int) else k.shape[2]
+        mask = hidden(range(rows.start, rows.stop), keys, offset, first, q.device)
         scores = torch.matmul(q[..., rows, :], k[..., :keys, :].transpose(-1, -2))
         scores = scores.float() if scores.dtype == torch.bfloat16 else scores
         unseen = torch.zeros(scores.shape, dtype=torch.bool, device=q.device)

@@ -13,6 +13,7 @@ import platform
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -79,13 +80,24 @@ def _address(name: str) -> int:
     config: Any = numba_config
     folder = cache_folder(numba.__version__)
     _check_writable(folder)
+    if config.DISABLE_JIT:
+        raise RuntimeError("NUMBA_DISABLE_JIT is set")
     module, function = name.split(".")
     kernel: Any = getattr(import_module(f"megalodon.ops.compiled.{module}"), function)
+
+    def compile_kernel() -> Any:
+        make = numba.cfunc(
+            types.void(types.CPointer(types.int64)), cache=True, error_model="numpy", fastmath={"contract"}
+        )
+        return make(kernel.py_func)
+
     before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
     try:
-        compiled = numba.cfunc(
-            types.void(types.CPointer(types.int64)), cache=True, error_model="numpy", fastmath={"contract"}
-        )(kernel.py_func)
+        compiled = compile_kernel()
+    except (EOFError, UnpicklingError):  # a full disk, or a machine that went down, has left half a file
+        for kept in folder.rglob("*.nb[ci]"):
+            kept.unlink(missing_ok=True)
+        compiled = compile_kernel()
     finally:
         config.CACHE_DIR = before
     _KEPT.append(compiled)

@@ -320,12 +320,30 @@ def scores(q: Any, d: Any, keys: Any, step: Any, kind: Any, first: Any, last: An
 
 
 @loops
+def largest(x: Any, length: Any) -> Any:
+    """The greatest of x [length], in eight parts that do not wait for one another; with a NaN among them, any."""
+    u = f32(x)
+    a = b = c = d = e = f = g = h = u[0]
+    whole = length // 8 * 8
+    for i in range(0, whole, 8):
+        a = u[i] if u[i] > a else a
+        b = u[i + 1] if u[i + 1] > b else b
+        c = u[i + 2] if u[i + 2] > c else c
+        d = u[i + 3] if u[i + 3] > d else d
+        e = u[i + 4] if u[i + 4] > e else e
+        f = u[i + 5] if u[i + 5] > f else f
+        g = u[i + 6] if u[i + 6] > g else g
+        h = u[i + 7] if u[i + 7] > h else h
+    for i in range(whole, length):
+        a = u[i] if u[i] > a else a
+    return max(max(max(a, b), max(c, d)), max(max(e, f), max(g, h)))
+
+
+@loops
 def softmax(x: Any, length: Any) -> Any:
     """In place, x [length]."""
     u = f32(x)
-    most = u[0]
-    for i in range(length):
-        most = max(most, u[i])
+    most = largest(x, length)
     total = float32(0)
     for i in range(length):
         u[i] = exp(u[i] - most)
@@ -335,9 +353,10 @@ def softmax(x: Any, length: Any) -> Any:
         u[i] = u[i] * factor
 
 
-_sum_8, _sum_1, _half_sum_8, _half_sum_1 = (
-    make_weighted_sum(vectors, kind) for kind in (FLOAT32, BFLOAT16) for vectors in (8, 1)
+_sum_24, _sum_8, _sum_1, _half_sum_24, _half_sum_8, _half_sum_1 = (
+    make_weighted_sum(vectors, kind) for kind in (FLOAT32, BFLOAT16) for vectors in (24, 8, 1)
 )
+"""Many neighbours at a time: values come from far memory, which is quickest in long runs."""
 
 
 @loops
@@ -349,17 +368,21 @@ def weighted_values(
     j = first
     while j + WIDTH <= last:
         at = values + j * size
-        wide = j + 8 * WIDTH <= last
+        vectors = 24 if j + 24 * WIDTH <= last else 8 if j + 8 * WIDTH <= last else 1
         if kind == FLOAT32:
-            if wide:
+            if vectors == 24:
+                _sum_24(weights, length, at, step, out + 4 * j)
+            elif vectors == 8:
                 _sum_8(weights, length, at, step, out + 4 * j)
             else:
                 _sum_1(weights, length, at, step, out + 4 * j)
-        elif wide:
+        elif vectors == 24:
+            _half_sum_24(weights, length, at, step, out + 4 * j)
+        elif vectors == 8:
             _half_sum_8(weights, length, at, step, out + 4 * j)
         else:
             _half_sum_1(weights, length, at, step, out + 4 * j)
-        j += 8 * WIDTH if wide else WIDTH
+        j += vectors * WIDTH
     w, o = f32(weights), f32(out)
     while j < last:
         total = float32(0)

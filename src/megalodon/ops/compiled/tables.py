@@ -303,3 +303,172 @@ class _DecayNorm(NamedTuple):
 
 DecayNorm = _DecayNorm(*range(len(_DecayNorm._fields)))
 """Where each number of a decaying norm stands."""
+
+
+class _RootMeanSquare(NamedTuple):
+    """The norm of each row of a matrix by its root mean square, times a scale."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    rows: int
+    dim: int
+    x: int  # [rows, D]
+    weight: int  # [D]; the scale
+    eps: int  # float64 [1]
+    y: int  # [rows, D]; the gradient of x in the backward pass
+    factors: int  # [rows]: 1 / root mean square
+    dy: int  # [rows, D]
+    sums: int  # [parts, D]: what each part of `PART` rows adds to the gradient of the scale
+
+
+RootMeanSquare = _RootMeanSquare(*range(len(_RootMeanSquare._fields)))
+"""Where each number of such a norm stands."""
+
+
+class _Queries(NamedTuple):
+    """Queries and keys made of one normalised z, scaled, shifted and rotated."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    rows: int
+    heads: int
+    head_dim: int
+    z: int  # [rows, H, d]
+    scale: int  # [2, H, d]: of queries, of keys
+    bias: int
+    turns: int  # complex [places, d / 2]
+    places: int  # row i is turned by number `i % places`
+    eps: int  # float64 [1]
+    q: int  # [rows, H, d]; gradients in the backward pass
+    k: int
+    dz: int  # [rows, H, d]
+    sums: int  # [parts, 5, H, d]: what each part of `PART` rows adds to the gradients of scale [2, H, d] and bias
+    # [2, H, d], and space to work in
+
+
+Queries = _Queries(*range(len(_Queries._fields)))
+"""Where each number of queries and keys stands."""
+
+
+class _CausalSoftmax(NamedTuple):
+    """The softmax of scores whose later keys are hidden."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    matrices: int
+    queries: int
+    keys: int
+    seen: int  # keys that the first query of each matrix sees; each next one sees one more
+    scores: int  # [matrices, queries, keys]; changed in place
+
+
+CausalSoftmax = _CausalSoftmax(*range(len(_CausalSoftmax._fields)))
+"""Where each number of such a softmax stands."""
+
+PART = 64
+"""Rows whose share of a weight's gradient is summed by one thread: sums do not depend on the number of threads."""
+
+
+class _Convolution(NamedTuple):
+    """A short convolution of whole texts. Steps are elements from one token, or row, to the next."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    rows: int  # B
+    length: int
+    dim: int
+    taps: int  # K
+    silu: int  # 1 where it follows
+    x: int  # [B, L, D]
+    token_step: int
+    row_step: int
+    recent: int  # [B, K - 1, D]
+    weight: int  # [K, D]
+    bias: int  # [D], or 0
+    y: int  # [B, L, D]
+    dy: int  # [B, L, D]
+    d_joined: int  # [B, K - 1 + L, D]: of recent, then of x
+    totals: int  # float64 [K + 1, D]: gradients of the taps and of the bias; added to
+    scratch: int  # [K + 2, D], zeros
+
+
+Convolution = _Convolution(*range(len(_Convolution._fields)))
+"""Where each number of a short convolution stands."""
+
+
+class _GatedNorm(NamedTuple):
+    """`rms_norm(y * silu(z)) * weight`."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    rows: int
+    dim: int
+    groups: int
+    y: int  # [n, D]
+    z: int  # [n, D]
+    z_step: int  # elements from one row to the next
+    weight: int  # [D]
+    eps: int  # float64 [1]
+    out: int  # [n, D]; its gradient in the backward pass
+    dy: int  # [n, D]
+    dz: int
+    totals: int  # float64 [threads, D]: gradients of the weight; added to
+    scratch: int  # [threads, D], zeros
+
+
+GatedNorm = _GatedNorm(*range(len(_GatedNorm._fields)))
+"""Where each number of a gated norm stands."""
+
+
+class _Scan(NamedTuple):
+    """What stands between the products of a span of Mamba-2's scan: n chunks of T tokens in each of B rows."""
+
+    barrier: int  # as in a call
+    number: int
+    team: int
+    rows: int  # B
+    chunks: int  # n
+    size: int  # T
+    heads: int  # H
+    groups: int  # G
+    width: int  # P
+    state: int  # P N, numbers of a head's state
+    x: int  # [B, n, T, H, P]
+    token_step: int  # elements from one token of x to the next
+    row_step: int
+    weight: int  # [B, n, T, H], or 0
+    entering: int  # [B, n, T, H]
+    leaving: int
+    decay: int  # [B, n, H]
+    sums: int  # float64 [B, n, H, T]
+    document: int  # int64 [B, n, T], or 0
+    skip: int  # [H], or 0
+    written: int  # [B, n, H, T, P]
+    kept: int  # [B, n, T, H, P]
+    scores: int  # [B, n, G, T, T]; their gradients in the backward pass of weights
+    weights: int  # [B, n, H, T, T]; their gradients in the backward pass
+    known: int  # [B, n, H, T, T]: weights, in the backward pass
+    inter: int  # [B, n, T, H, P]: read from states; y afterwards
+    intra: int  # [B, n, H, T, P]: read inside chunks
+    added: int  # [B, n, H, P N]; gradients of states before chunks, then of what is added
+    before: int  # [B, n, H, P N]
+    last: int  # [B, H, P N]; the state before, then after, or its gradient the other way
+    dy: int  # [B, n, T, H, P]
+    scaled: int  # [B, n, T, H, P]: dy times entering
+    heads_first: int  # [B, n, H, T, P]: dy
+    dx: int  # [B, n, T, H, P]
+    d_weight: int  # [B, n, T, H]
+    d_entering: int
+    d_leaving: int
+    d_skip: int  # [B, n, T, H]
+    d_decay: int  # [B, n, H], of the logarithm
+    d_sums: int  # float64 [B, n, H, T]: what tokens receive less what they give, inside chunks
+
+
+Scan = _Scan(*range(len(_Scan._fields)))
+"""Where each number of a scan stands."""

@@ -10,9 +10,13 @@ from torch import Tensor
 from megalodon.ops.backend import Implementations, check_devices, choose, full_precision
 from megalodon.ops.compiling import one_break_at_most
 from megalodon.ops.layout import Layout, layout_of
-from megalodon.ops.selective_scan import blocked, reference
+from megalodon.ops.selective_scan import blocked, numba, reference
 
-IMPLEMENTATIONS: Implementations = {"reference": reference.selective_scan, "blocked": blocked.selective_scan}
+IMPLEMENTATIONS: Implementations = {
+    "reference": reference.selective_scan,
+    "blocked": blocked.selective_scan,
+    "numba": numba.selective_scan,
+}
 
 
 @one_break_at_most
@@ -43,7 +47,7 @@ def selective_scan(
         initial_state: [B, E, N] or [B, H, P, N]; the state before the first token. None: zero.
         segment_ids: int [B, L]; a change along L starts a document with a zero state. The row's first document
             continues `initial_state`.
-        backend: "reference" or "blocked"; None chooses (see `megalodon.ops.backend`).
+        backend: "reference", "blocked" or "numba"; None chooses (see `megalodon.ops.backend`).
         layout: the batch's layout, in place of `segment_ids`. Tokens beyond its `lengths` give zero and leave the
             state alone.
 
@@ -68,15 +72,9 @@ def selective_scan(
     with torch.autocast(x.device.type, enabled=False):
         if initial_state is None:
             initial_state = torch.zeros(state_shape, dtype=real, device=x.device)
-        u = x.to(real)
-        a = None if a is None else a.to(real)
-        y, state = run(u, dt.to(real), a, b.to(real), c.to(real), initial_state.to(real), layout)
-        if skip is not None:
-            weight = skip.to(real).reshape(-1, *[1] * (x.ndim - 3))
-            padding = layout.padding
-            if padding is not None:
-                u = u.masked_fill(padding.reshape(*padding.shape, *[1] * (u.ndim - 2)), 0)
-            y = torch.addcmul(y, weight, u)
+        a, skip = (None if value is None else value.to(real) for value in (a, skip))
+        arguments = (x.to(real), dt.to(real), a, b.to(real), c.to(real), skip, initial_state.to(real), layout)
+        y, state = run(*arguments)
         return y.to(x.dtype), state
 
 

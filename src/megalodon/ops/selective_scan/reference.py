@@ -9,9 +9,16 @@ from megalodon.ops.layout import Layout
 
 
 def selective_scan(
-    x: Tensor, dt: Tensor, a: Tensor | None, b: Tensor, c: Tensor, initial_state: Tensor, layout: Layout
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor | None,
+    initial_state: Tensor,
+    layout: Layout,
 ) -> tuple[Tensor, Tensor]:
-    """`h_t = exp(dt_t a) h_{t-1} + (dt_t x_t) b_t`, `y_t = c_t . h_t`; see `megalodon.ops.selective_scan`."""
+    """`h_t = exp(dt_t a) h_{t-1} + (dt_t x_t) b_t`, `y_t = c_t . h_t + skip x_t`; see `ops.selective_scan`."""
     starts, lengths = layout.starts, torch.from_numpy(layout.lengths).to(x.device)
     per_channel = x.ndim == 3
     h = initial_state
@@ -35,6 +42,8 @@ def selective_scan(
         is_token = t < lengths
         h = _where(is_token, advanced, h)
         y = (advanced * c_t).sum(-1)
+        if skip is not None:
+            y = y + (skip if per_channel else skip[:, None]) * x[:, t]
         outputs.append(_where(is_token, y, torch.zeros_like(y)))
     return (torch.stack(outputs, dim=1) if outputs else x), h
 

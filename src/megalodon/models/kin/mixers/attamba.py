@@ -19,7 +19,15 @@ from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import (
+    AtLeastOne,
+    Memory,
+    Mixer,
+    MixerParameters,
+    NotNegative,
+    Positive,
+    Reference,
+)
 from megalodon.models.kin.mixers.landmarks import LandmarkMemory, attend
 from megalodon.models.kin.mixers.mamba2 import GroupedNorm
 from megalodon.models.kin.mixers.state_space import ScanMemory, rates_of, steps_of
@@ -66,8 +74,8 @@ class ChunkStateSpace(nn.Module):
     def forward(self, u: Tensor, memory: ScanMemory, layout: Layout) -> tuple[Tensor, ScanMemory]:
         """u [B, L, D] -> (y [B, L, D], the memory after it); a document of the layout is a chunk."""
         z, mixed, raw = self.in_proj(u).split([self.inner, self.channels, self.heads], dim=-1)
-        mixed, recent = ops.short_convolution(mixed, self.conv_weight, None, memory.recent, layout)
-        x, b, c = F.silu(mixed).split([self.inner, self.state_size, self.state_size], dim=-1)
+        mixed, recent = ops.short_convolution(mixed, self.conv_weight, None, memory.recent, layout, silu=True)
+        x, b, c = mixed.split([self.inner, self.state_size, self.state_size], dim=-1)
         x = x.unflatten(-1, (self.heads, -1))
         b, c = b.unsqueeze(2), c.unsqueeze(2)
         rates = rates_of(self.A_log)
@@ -87,15 +95,15 @@ class Attamba(Mixer):
         chunks at one place); state_size: N; inner: width of the state-space models (None: 2/3 of the width, in their
         heads); heads: theirs; kernel_size: taps; rate_min, rate_max: of their decays at the start."""
 
-        chunk: int = 8
-        leading: int = 8
-        offset: int | None = None
-        state_size: int = 32
-        inner: int | None = None
-        heads: int | None = None
-        kernel_size: int = 4
-        rate_min: float = 0.01
-        rate_max: float = 2.0
+        chunk: AtLeastOne = 8
+        leading: NotNegative = 8
+        offset: NotNegative | None = None
+        state_size: AtLeastOne = 32
+        inner: AtLeastOne | None = None
+        heads: AtLeastOne | None = None
+        kernel_size: AtLeastOne = 4
+        rate_min: Positive = 0.01
+        rate_max: Positive = 2.0
 
         def sizes(self, config: KinConfig) -> tuple[int, int]:
             """(inner width, heads) of the state-space models."""
@@ -103,22 +111,16 @@ class Attamba(Mixer):
             return self.inner or -(-2 * config.model_dim // (3 * heads)) * heads, heads
 
         def check(self, config: KinConfig) -> None:
-            for name in ("chunk", "state_size", "kernel_size", "inner", "heads"):
-                value = getattr(self, name)
-                if value is not None and value < 1:
-                    raise ValueError(f"attamba: {name}={value}: it must be at least 1")
-            if self.leading < 0:
-                raise ValueError(f"attamba: leading={self.leading}: it must be at least 0")
-            if self.offset is not None and not 0 <= self.offset < self.chunk:
-                raise ValueError(
-                    f"attamba: offset={self.offset}: it must be at least 0 and less than chunk={self.chunk}"
-                )
+            if self.offset is not None and self.offset >= self.chunk:
+                raise ValueError(f"attamba: offset={self.offset}: it must be less than chunk={self.chunk}")
+            if self.rate_min > self.rate_max:
+                raise ValueError(f"attamba: rate_min={self.rate_min}: it must be at most rate_max={self.rate_max}")
             inner, heads = self.sizes(config)
             if inner % heads:
                 raise ValueError(f"attamba: inner={inner} is not divisible by heads={heads}")
             if config.model_dim % config.num_heads:
                 raise ValueError(f"attamba: model_dim={config.model_dim} is not divisible by num_heads")
-            if (config.model_dim // config.num_heads) % 2:
+            if config.rope_base is not None and (config.model_dim // config.num_heads) % 2:
                 raise ValueError(
                     f"attamba: heads of {config.model_dim // config.num_heads} cannot turn: make them even"
                 )

@@ -22,6 +22,7 @@ class Attention(Projected):
     """`out = Wo softmax(rope(Wq x) rope(Wk x)^T / sqrt(d)) Wv x`."""
 
     kind = "growing"
+    turns_heads = True
     two_way_mode = True
 
     def empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeysAndValues:

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from megalodon.models.implicit import Path
@@ -192,10 +192,17 @@ class Reference(NamedTuple):
     state_dict: dict[str, Tensor]
 
 
-class MixerParameters(BaseModel):
-    """What users may set of a mixer; subclasses add fields. Unknown names and wrong types are refused."""
+AtLeastOne = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+class MixerParameters(BaseModel):
+    """What users may set of a mixer; subclasses add fields. Unknown names, wrong types and numbers that are not finite
+    are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def check(self, config: KinConfig) -> None:
         """Raise ValueError, naming the field, unless these parameters fit a model of this config."""
@@ -208,6 +215,7 @@ class Mixer(nn.Module):
         kind: how its memory grows with what was read.
         two_way_mode: whether it has a noncausal form, used where `config.two_way`.
         causal_mode: whether it has a causal form.
+        turns_heads: whether it turns the heads of the config, of `head_dim`, in pairs.
         own_rotary: whether it turns heads by powers of rope_base and in no other way.
         takes_residual: whether it is given the residual stream itself, not its norm, to bring norms of its own.
     """
@@ -215,6 +223,7 @@ class Mixer(nn.Module):
     kind: ClassVar[Kind]
     two_way_mode: ClassVar[bool] = False
     causal_mode: ClassVar[bool] = True
+    turns_heads: ClassVar[bool] = False
     own_rotary: ClassVar[bool] = False
     takes_residual: ClassVar[bool] = False
 
@@ -260,6 +269,11 @@ class Mixer(nn.Module):
     def kind_with(cls, parameters: MixerParameters) -> Kind:
         """`kind`, where it depends on the parameters."""
         return cls.kind
+
+    @classmethod
+    def turns_with(cls, parameters: Any) -> bool:
+        """`turns_heads`, where it depends on the parameters."""
+        return cls.turns_heads
 
     @classmethod
     def reference(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import MixerParameters, Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, MixerParameters, NotNegativeFloat, Reference
 from megalodon.models.kin.mixers.normalised import NormalisedLinear
 from megalodon.models.kin.mixers.sums import WeightedSums
 
@@ -24,13 +24,9 @@ class Based(NormalisedLinear):
         """feature_dim: d, size of a query and key head. value_dim: e, of a value head; None: the config's head_dim.
         eps: added to the normaliser."""
 
-        feature_dim: int = 16
-        value_dim: int | None = None
-        eps: float = 1e-12
-
-        def check(self, config: KinConfig) -> None:
-            if self.feature_dim < 1:
-                raise ValueError(f"based: feature_dim={self.feature_dim}: it must be at least 1")
+        feature_dim: AtLeastOne = 16
+        value_dim: AtLeastOne | None = None
+        eps: NotNegativeFloat = 1e-12
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.mixers.base import AtLeastOne, NotNegativeFloat
 from megalodon.models.kin.mixers.feature_maps import FeedForwardMap
 from megalodon.models.kin.mixers.normalised import NormalisedLinear
 from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
@@ -20,10 +21,10 @@ class FeedForwardKernel(Projected, NormalisedLinear):
         """hidden_dim: of the network; None: twice head_dim. feature_dim: its features; None: head_dim. gated: a gated
         linear unit in place of the hidden layer. eps: added to the normaliser."""
 
-        hidden_dim: int | None = None
-        feature_dim: int | None = None
+        hidden_dim: AtLeastOne | None = None
+        feature_dim: AtLeastOne | None = None
         gated: bool = False
-        eps: float = 1e-12
+        eps: NotNegativeFloat = 1e-12
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)

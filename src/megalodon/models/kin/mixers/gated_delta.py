@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, Memory, Mixer, MixerParameters, NotNegativeFloat, Reference
 from megalodon.models.kin.mixers.sums import sums_of
 from megalodon.ops.layout import Layout
 
@@ -45,16 +45,14 @@ class GatedDelta(Mixer):
         """key_heads: heads of q and k; None: num_heads, which values have. key_dim, value_dim: of a head; None: the
         config's head_dim. conv_size: taps K of the convolution. norm_eps: of the norm of each head."""
 
-        key_heads: int | None = None
-        key_dim: int | None = None
-        value_dim: int | None = None
-        conv_size: int = 4
-        norm_eps: float = 1e-6
+        key_heads: AtLeastOne | None = None
+        key_dim: AtLeastOne | None = None
+        value_dim: AtLeastOne | None = None
+        conv_size: AtLeastOne = 4
+        norm_eps: NotNegativeFloat = 1e-6
 
         def check(self, config: KinConfig) -> None:
-            if self.conv_size < 1:
-                raise ValueError(f"gated_delta: conv_size={self.conv_size}: it must be at least 1")
-            if self.key_heads is not None and (self.key_heads < 1 or config.num_heads % self.key_heads):
+            if self.key_heads is not None and config.num_heads % self.key_heads:
                 raise ValueError(
                     f"gated_delta: num_heads={config.num_heads} is not divisible by key_heads={self.key_heads}"
                 )
@@ -101,8 +99,8 @@ class GatedDelta(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any], Tensor]:
         """(q and k [B, L, H, d], v [B, L, H, e], log decays and strengths, the convolution's memory)."""
         before = None if memory is None else memory.recent
-        mixed, recent = ops.short_convolution(self.qkv_proj(x), self.conv_weight, None, before, layout)
-        q, k, v = F.silu(mixed).split(self.sizes, dim=-1)
+        mixed, recent = ops.short_convolution(self.qkv_proj(x), self.conv_weight, None, before, layout, silu=True)
+        q, k, v = mixed.split(self.sizes, dim=-1)
         q, k = (y.unflatten(-1, (self.key_heads, -1)) for y in (q, k))
         q, k = (y * torch.rsqrt((y * y).sum(-1, keepdim=True) + 1e-6) for y in (q, k))
         repeats = self.num_heads // self.key_heads

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from megalodon import ops
 from megalodon.models.implicit import Path, of_probe, probe
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, Mixer, MixerParameters, NotNegativeFloat, Positive, Reference
 from megalodon.models.kin.mixers.sums import Sums, sums_of
 from megalodon.ops.layout import Layout
 from megalodon.ops.linear_attention import FEATURE_MAPS
@@ -32,12 +32,12 @@ class GLA(Mixer):
 
         expand_k: float = 0.5
         expand_v: float = 1.0
-        gate_rank: int = 16
-        gate_normalizer: float = 16.0
+        gate_rank: AtLeastOne = 16
+        gate_normalizer: Positive = 16.0
         least_log_decay: float | None = None
         feature_map: str | None = None
         output_gate: bool = True
-        norm_eps: float = 1e-5
+        norm_eps: NotNegativeFloat = 1e-5
 
         def check(self, config: KinConfig) -> None:
             for name in ("expand_k", "expand_v"):
@@ -47,6 +47,8 @@ class GLA(Mixer):
                         f"gla: {name}={getattr(self, name)} makes a width of {width:g}, not divisible by "
                         f"num_heads={config.num_heads}"
                     )
+            if self.least_log_decay is not None and self.least_log_decay > 0:
+                raise ValueError(f"gla: least_log_decay={self.least_log_decay}: it must be at most 0")
             if self.feature_map is not None and self.feature_map not in FEATURE_MAPS:
                 raise ValueError(f"gla: feature_map={self.feature_map!r}: choose from {', '.join(FEATURE_MAPS)}")
 

@@ -19,7 +19,7 @@ from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, Memory, Mixer, MixerParameters, Reference
 from megalodon.ops.backend import full_precision
 from megalodon.ops.layout import Layout
 
@@ -98,12 +98,12 @@ class H3(Mixer):
         head_dim: h, width of a head's keys and values."""
 
         state_size: int = 64
-        head_dim: int = 1
+        head_dim: AtLeastOne = 1
 
         def check(self, config: KinConfig) -> None:
             if self.state_size < 2 or self.state_size % 2:
                 raise ValueError(f"h3: state_size={self.state_size}: it must be even and at least 2")
-            if self.head_dim < 1 or config.model_dim % self.head_dim:
+            if config.model_dim % self.head_dim:
                 raise ValueError(f"h3: head_dim={self.head_dim} does not divide model_dim={config.model_dim}")
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:

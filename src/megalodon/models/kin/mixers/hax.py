@@ -20,7 +20,7 @@ from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Memory, Reference
+from megalodon.models.kin.mixers.base import Memory, NotNegativeFloat, Reference
 from megalodon.models.kin.mixers.context import Context, context_of
 from megalodon.models.kin.mixers.keys_and_values import KeysAndValues
 from megalodon.models.kin.mixers.mamba import Mamba, mamba_options
@@ -88,7 +88,7 @@ class Hax(Mamba):
         keys: int = 64
         bits: int = 8
         dilated_length: int = 2048
-        selection_loss: float = 0.1
+        selection_loss: NotNegativeFloat = 0.1
 
         def check(self, config: KinConfig) -> None:
             super().check(config)

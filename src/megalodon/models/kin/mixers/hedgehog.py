@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, NotNegativeFloat, Reference
 from megalodon.models.kin.mixers.feature_maps import HeadwiseMap, features_of
 from megalodon.models.kin.mixers.normalised import NormalisedLinear
 from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
@@ -19,14 +19,16 @@ from megalodon.models.kin.mixers.sums import WeightedSums
 class Hedgehog(Projected, NormalisedLinear):
     """`phi(q)^T sum phi(k) v^T / phi(q)^T sum phi(k)`, phi(x) = [softmax(x W_h), softmax(-x W_h)], after rotation."""
 
+    turns_heads = True
+
     class Parameters(ProjectedParameters):
         """feature_dim: m, columns of W_h; None: the config's head_dim. activation: of the features, "relu" for T2R's.
         skip: add x to x W_h. eps: added to the normaliser."""
 
-        feature_dim: int | None = None
+        feature_dim: AtLeastOne | None = None
         activation: Literal["softmax_both", "exp_both", "softmax", "exp", "relu", "elu"] = "softmax_both"
         skip: bool = False
-        eps: float = 1e-12
+        eps: NotNegativeFloat = 1e-12
 
         def check(self, config: KinConfig) -> None:
             if self.skip and self.feature_dim not in (None, config.head_dim):

@@ -20,7 +20,7 @@ from torch import Tensor
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.attention import Attention
-from megalodon.models.kin.mixers.base import Memory
+from megalodon.models.kin.mixers.base import AtLeastOne, Memory, NotNegative
 from megalodon.models.kin.mixers.context import Context, context_of
 from megalodon.models.kin.mixers.keys_and_values import KeysAndValues
 from megalodon.ops.layout import Layout
@@ -51,16 +51,13 @@ class Hip(Attention):
         search; key_block: keys that are found together; window: keys until a block's first query that it sees in any
         case, with those after; sinks: the same, of the document's first keys."""
 
-        mask_size: int = 512
-        query_block: int = 32
-        key_block: int = 2
-        window: int = 128
-        sinks: int = 32
+        mask_size: NotNegative = 512
+        query_block: AtLeastOne = 32
+        key_block: AtLeastOne = 2
+        window: AtLeastOne = 128
+        sinks: NotNegative = 32
 
         def check(self, config: KinConfig) -> None:
-            for name, least in (("mask_size", 0), ("query_block", 1), ("key_block", 1), ("window", 1), ("sinks", 0)):
-                if getattr(self, name) < least:
-                    raise ValueError(f"hip: {name}={getattr(self, name)}: it must be at least {least}")
             if self.mask_size % self.key_block:
                 raise ValueError(f"hip: mask_size={self.mask_size} is not divisible by key_block={self.key_block}")
 

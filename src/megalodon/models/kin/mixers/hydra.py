@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, Mixer, MixerParameters, NotNegativeFloat, Positive, Reference
 from megalodon.models.kin.mixers.mamba2 import GroupedNorm, Mamba2, mamba2_options
 from megalodon.models.kin.mixers.state_space import DepthwiseConvolution, rates_of, step_bias_, steps_of
 from megalodon.ops.layout import Layout, document_numbers
@@ -32,24 +32,25 @@ class Hydra(Mixer):
         """expand: E / D; head_dim: P (None: 64, or its largest part that divides E); state_size: N; groups: of heads
         that share B and C; kernel_size: taps of the centred convolution, odd."""
 
-        expand: int = 2
-        head_dim: int | None = None
-        state_size: int = 64
-        groups: int = 1
-        kernel_size: int = 7
-        norm_eps: float = 1e-5
-        step_min: float = 0.001
-        step_max: float = 0.1
-        step_floor: float = 1e-4
+        expand: AtLeastOne = 2
+        head_dim: AtLeastOne | None = None
+        state_size: AtLeastOne = 64
+        groups: AtLeastOne = 1
+        kernel_size: AtLeastOne = 7
+        norm_eps: NotNegativeFloat = 1e-5
+        step_min: Positive = 0.001
+        step_max: Positive = 0.1
+        step_floor: NotNegativeFloat = 1e-4
 
         def head_of(self, inner: int) -> int:
             """P for E channels."""
             return Mamba2.Parameters(head_dim=self.head_dim).head_of(inner)
 
         def check(self, config: KinConfig) -> None:
-            if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            if self.kernel_size % 2 == 0:
                 raise ValueError(f"hydra: kernel_size={self.kernel_size}: it must be odd")
-            sizes = {name: getattr(self, name) for name in ("expand", "head_dim", "state_size", "groups")}
+            names = ("expand", "head_dim", "state_size", "groups", "step_min", "step_max")
+            sizes = {name: getattr(self, name) for name in names}
             try:
                 Mamba2.Parameters(**sizes).check(config)
             except ValueError as error:

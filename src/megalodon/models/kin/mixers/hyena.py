@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, Memory, Mixer, MixerParameters, NotNegative, Reference
 from megalodon.models.kin.mixers.keys_and_values import KeysAndValues
 from megalodon.models.kin.mixers.long_filters import (
     KeptKernel,
@@ -92,17 +92,16 @@ class Hyena(Mixer):
         at least 3; frequency: of its sines at the start; shift: added to the window."""
 
         max_length: int = 16384
-        kernel_size: int = 3
-        filter_width: int = 64
-        inner_layers: int = 2
+        kernel_size: AtLeastOne = 3
+        filter_width: AtLeastOne = 64
+        inner_layers: NotNegative = 2
         time_features: int = 5
         frequency: float = 1.0
         shift: float = 0.0
 
         def check(self, config: KinConfig) -> None:
-            for name, least in (("max_length", 2), ("kernel_size", 1), ("filter_width", 1), ("inner_layers", 0)):
-                if getattr(self, name) < least:
-                    raise ValueError(f"hyena: {name}={getattr(self, name)}: it must be at least {least}")
+            if self.max_length < 2:
+                raise ValueError(f"hyena: max_length={self.max_length}: it must be at least 2")
             if self.time_features < 3 or self.time_features % 2 == 0:
                 raise ValueError(f"hyena: time_features={self.time_features}: it must be odd and at least 3")
 

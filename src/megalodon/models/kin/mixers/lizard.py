@@ -12,7 +12,7 @@ from transformers import initialization as init
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.attention import window_multiply_adds
-from megalodon.models.kin.mixers.base import Memory
+from megalodon.models.kin.mixers.base import AtLeastOne, Memory, NotNegative, NotNegativeFloat
 from megalodon.models.kin.mixers.feature_maps import HeadwiseMap
 from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
 from megalodon.models.kin.mixers.sums import WindowedSums, sums_of
@@ -36,18 +36,17 @@ class Lizard(Projected):
         rotary: turn queries and keys of both parts by their places, which the paper's formulas do not. gate_bias and
         alpha: b and every alpha_h at the start. eps: added to the gated part's normaliser."""
 
-        window: int = 128
-        sinks: int = 4
-        feature_dim: int | None = None
+        window: AtLeastOne = 128
+        sinks: NotNegative = 4
+        feature_dim: AtLeastOne | None = None
         rotary: bool = False
         gate_bias: float = GATE_BIAS
         alpha: float = 1.0
-        eps: float = 1e-12
+        eps: NotNegativeFloat = 1e-12
 
-        def check(self, config: KinConfig) -> None:
-            for name, least in (("window", 1), ("sinks", 0)):
-                if getattr(self, name) < least:
-                    raise ValueError(f"lizard: {name}={getattr(self, name)}: it must be at least {least}")
+    @classmethod
+    def turns_with(cls, parameters: Parameters) -> bool:
+        return parameters.rotary
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)

@@ -14,7 +14,7 @@ from megalodon import ops
 from megalodon.models.implicit import Path, probe
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.attention import window_multiply_adds
-from megalodon.models.kin.mixers.base import Memory, Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, Memory, Reference
 from megalodon.models.kin.mixers.feature_maps import HeadwiseMap
 from megalodon.models.kin.mixers.hedgehog import distilled, distilled_fields
 from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
@@ -30,18 +30,15 @@ class LoLCATs(Projected):
     """
 
     kind = "constant"
+    turns_heads = True
 
     class Parameters(ProjectedParameters):
         """window: W, the token itself included. feature_dim: columns of the maps' matrices; None: head_dim. affine:
         weigh the linear part with 1 - sigmoid(g_h)."""
 
-        window: int = 64
-        feature_dim: int | None = None
+        window: AtLeastOne = 64
+        feature_dim: AtLeastOne | None = None
         affine: bool = False
-
-        def check(self, config: KinConfig) -> None:
-            if self.window < 1:
-                raise ValueError(f"lolcats: window={self.window}: it must be at least 1")
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)

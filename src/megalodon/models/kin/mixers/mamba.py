@@ -14,7 +14,15 @@ from transformers import initialization as init
 from megalodon import ops
 from megalodon.models.implicit import Path, banded
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Kind, Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import (
+    AtLeastOne,
+    Kind,
+    Mixer,
+    MixerParameters,
+    NotNegativeFloat,
+    Positive,
+    Reference,
+)
 from megalodon.models.kin.mixers.state_space import (
     DepthwiseConvolution,
     ScanMemory,
@@ -35,23 +43,19 @@ class Mamba(Mixer):
         projection (None: D / 16, rounded up); bias, conv_bias: of the projections and the convolution; step_min,
         step_max, step_floor: of the steps at the start."""
 
-        expand: int = 2
-        state_size: int = 16
-        kernel_size: int = 4
-        step_rank: int | None = None
+        expand: AtLeastOne = 2
+        state_size: AtLeastOne = 16
+        kernel_size: AtLeastOne = 4
+        step_rank: AtLeastOne | None = None
         bias: bool = False
         conv_bias: bool = True
-        step_min: float = 0.001
-        step_max: float = 0.1
-        step_floor: float = 1e-4
+        step_min: Positive = 0.001
+        step_max: Positive = 0.1
+        step_floor: NotNegativeFloat = 1e-4
 
         def check(self, config: KinConfig) -> None:
-            for name in ("expand", "state_size", "kernel_size", "step_rank"):
-                value = getattr(self, name)
-                if value is not None and value < 1:
-                    raise ValueError(f"mamba: {name}={value}: it must be at least 1")
-            if not 0 < self.step_min <= self.step_max:
-                raise ValueError(f"mamba: step_min={self.step_min}: it must be positive and at most step_max")
+            if self.step_min > self.step_max:
+                raise ValueError(f"mamba: step_min={self.step_min}: it must be at most step_max={self.step_max}")
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
@@ -85,8 +89,8 @@ class Mamba(Mixer):
     def opened(self, u: Tensor, memory: ScanMemory | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """(the convolved x [B, L, E], the gate z [B, L, E], the convolution's last inputs)."""
         x, z = self.in_proj(u).chunk(2, dim=-1)
-        x, recent = self.conv1d(x, None if memory is None else memory.recent, layout)
-        return F.silu(x), z, recent
+        x, recent = self.conv1d(x, None if memory is None else memory.recent, layout, silu=True)
+        return x, z, recent
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(steps [B, L, E], b and c [B, L, N]) of the convolved x [B, L, E]."""

@@ -16,7 +16,7 @@ from transformers import initialization as init
 from megalodon import ops
 from megalodon.models.implicit import Path, banded, of_probe, probe
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, Mixer, MixerParameters, NotNegativeFloat, Positive, Reference
 from megalodon.models.kin.mixers.state_space import (
     DepthwiseConvolution,
     ScanMemory,
@@ -36,9 +36,11 @@ class GroupedNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.groups, self.eps = groups, eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., E] -> [..., E]."""
-        return grouped_rms_norm(x, self.weight, self.groups, self.eps)
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """x, or x * silu(z), [..., E] -> [..., E]."""
+        if z is None:
+            return grouped_rms_norm(x, self.weight, self.groups, self.eps)
+        return ops.gated_rms_norm(x, z, self.weight, self.groups, self.eps)
 
 
 class Mamba2(Mixer):
@@ -53,33 +55,34 @@ class Mamba2(Mixer):
         no limit); step_min, step_max, step_floor: of the steps at the start; rate_min, rate_max: of the decays at the
         start."""
 
-        expand: int = 2
-        head_dim: int | None = None
-        state_size: int = 128
-        groups: int = 1
-        kernel_size: int = 4
+        expand: AtLeastOne = 2
+        head_dim: AtLeastOne | None = None
+        state_size: AtLeastOne = 128
+        groups: AtLeastOne = 1
+        kernel_size: AtLeastOne = 4
         bias: bool = False
         conv_bias: bool = True
-        norm_eps: float = 1e-5
+        norm_eps: NotNegativeFloat = 1e-5
         norm_before_gate: bool = False
-        norm_groups: int | None = None
-        step_least: float = 0.0
-        step_most: float | None = None
-        step_min: float = 0.001
-        step_max: float = 0.1
-        step_floor: float = 1e-4
-        rate_min: float = 1.0
-        rate_max: float = 16.0
+        norm_groups: AtLeastOne | None = None
+        step_least: NotNegativeFloat = 0.0
+        step_most: Positive | None = None
+        step_min: Positive = 0.001
+        step_max: Positive = 0.1
+        step_floor: NotNegativeFloat = 1e-4
+        rate_min: Positive = 1.0
+        rate_max: Positive = 16.0
 
         def head_of(self, inner: int) -> int:
             """P for E channels."""
             return math.gcd(inner, 64) if self.head_dim is None else self.head_dim
 
         def check(self, config: KinConfig) -> None:
-            for name in ("expand", "head_dim", "state_size", "groups", "kernel_size", "norm_groups"):
-                value = getattr(self, name)
-                if value is not None and value < 1:
-                    raise ValueError(f"mamba2: {name}={value}: it must be at least 1")
+            for least, most in (("step_min", "step_max"), ("rate_min", "rate_max")):
+                if getattr(self, least) > getattr(self, most):
+                    raise ValueError(
+                        f"mamba2: {least}={getattr(self, least)}: it must be at most {most}={getattr(self, most)}"
+                    )
             inner = self.expand * config.model_dim
             head = self.head_of(inner)
             if inner % head:
@@ -88,8 +91,10 @@ class Mamba2(Mixer):
                 raise ValueError(f"mamba2: groups={self.groups} does not divide the {inner // head} heads")
             if inner % (self.norm_groups or self.groups):
                 raise ValueError(f"mamba2: norm_groups={self.norm_groups} does not divide the {inner} channels")
-            if not 0 <= self.step_least < (math.inf if self.step_most is None else self.step_most):
-                raise ValueError(f"mamba2: step_least={self.step_least}: it must be 0 or more and less than step_most")
+            if self.step_most is not None and self.step_least >= self.step_most:
+                raise ValueError(
+                    f"mamba2: step_least={self.step_least}: it must be less than step_most={self.step_most}"
+                )
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)
@@ -123,8 +128,8 @@ class Mamba2(Mixer):
 
     def forward(self, u: Tensor, memory: ScanMemory | None, layout: Layout) -> tuple[Tensor, ScanMemory]:
         z, mixed, raw = self._opened(u)
-        mixed, recent = self.conv1d(mixed, None if memory is None else memory.recent, layout)
-        x = F.silu(mixed[..., : self.inner]).unflatten(-1, (self.heads, -1))
+        mixed, recent = self.conv1d(mixed, None if memory is None else memory.recent, layout, silu=True)
+        x = mixed[..., : self.inner].unflatten(-1, (self.heads, -1))
         y, state = self._scanned(x, mixed, raw, None if memory is None else memory.state, layout)
         return self.out_proj(self._normed(y.flatten(-2), z)), ScanMemory(recent, state)
 
@@ -135,10 +140,10 @@ class Mamba2(Mixer):
     def _scanned(
         self, x: Tensor, mixed: Tensor, raw: Tensor, state: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor]:
-        """The scan of x [B, L, H, P] with its skip, its weights from the convolved `mixed`; and the state after it."""
+        """The scan of x [B, L, H, P] with its skip, weighted by what `mixed` became; and the state after it."""
         given = self.given
         weights = given.groups * given.state_size
-        b, c = F.silu(mixed[..., self.inner :]).split([weights, weights], dim=-1)
+        b, c = mixed[..., self.inner :].split([weights, weights], dim=-1)
         b, c = (value.unflatten(-1, (given.groups, -1)) for value in (b, c))
         dt = steps_of(raw, self.dt_bias)
         if given.step_least > 0 or given.step_most is not None:
@@ -147,16 +152,16 @@ class Mamba2(Mixer):
 
     def _normed(self, y: Tensor, z: Tensor) -> Tensor:
         """y [B, L, E] gated and normalised."""
-        gate = F.silu(z)
-        return self.norm(y) * gate if self.given.norm_before_gate else self.norm(y * gate)
+        return self.norm(y) * F.silu(z) if self.given.norm_before_gate else self.norm(y, z)
 
     def paths(self, u: Tensor, layout: Layout) -> list[Path]:
         z, mixed, raw = self._opened(u)
         values, convolved = mixed[..., : self.inner], self.conv1d(mixed, None, layout)[0]
         c = convolved[..., : self.inner]
-        x = F.silu(c).unflatten(-1, (self.heads, -1))
-        y = self._scanned(x, convolved, raw, None, layout)[0].flatten(-2)
-        scan = of_probe(self._scanned(probe(x), convolved, raw, None, layout)[0])  # [B, heads, L, L], the skip within
+        activated = F.silu(convolved)
+        x = activated[..., : self.inner].unflatten(-1, (self.heads, -1))
+        y = self._scanned(x, activated, raw, None, layout)[0].flatten(-2)
+        scan = of_probe(self._scanned(probe(x), activated, raw, None, layout)[0])  # [B, heads, L, L], the skip within
         matrix = scan.repeat_interleave(self.head_dim, 1) * torch.sigmoid(c).transpose(1, 2)[:, :, None]
         normed = y if self.given.norm_before_gate else y * F.silu(z)
         mean = normed.unflatten(-1, (self.norm.groups, -1)).square().mean(-1, keepdim=True)

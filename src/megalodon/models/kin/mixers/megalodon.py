@@ -14,7 +14,7 @@ from megalodon import ops
 from megalodon.models.gated_attention_config import GatedAttentionConfig
 from megalodon.models.implicit import Path
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters
+from megalodon.models.kin.mixers.base import AtLeastOne, Memory, Mixer, MixerParameters
 from megalodon.models.layers.cema import CEMA
 from megalodon.models.layers.chunk_attention import GatedChunkAttention
 from megalodon.models.layers.memory_block import memory_paths
@@ -43,18 +43,18 @@ class MegalodonMemory(Memory):
 
 
 class BlockParameters(MixerParameters):
-    """z_dim, value_dim: widths of queries and keys, and of values, all heads together; None: a quarter of the model's,
-    and twice it. heads: None: as many as divide z_dim. cema_ndim: N. chunk_size: C. norm_groups: of the norm over time;
-    None: as many of 32 as divide the width."""
+    """z_dim, value_dim: widths of queries and keys, and of values, all heads together; None: an even quarter of the
+    model's, and twice it. heads: None: as many as divide z_dim. cema_ndim: N. chunk_size: C. norm_groups: of the norm
+    over time; None: as many of 32 as divide the width."""
 
     mixer: ClassVar[str]
 
-    z_dim: int | None = None
-    value_dim: int | None = None
-    heads: int | None = None
-    cema_ndim: int = 16
-    chunk_size: int = 2048
-    norm_groups: int | None = None
+    z_dim: AtLeastOne | None = None
+    value_dim: AtLeastOne | None = None
+    heads: AtLeastOne | None = None
+    cema_ndim: AtLeastOne = 16
+    chunk_size: AtLeastOne = 2048
+    norm_groups: AtLeastOne | None = None
 
     def sizes(self, config: KinConfig) -> GatedAttentionConfig:
         """Those of one layer, as the architecture's own modules take them."""
@@ -68,7 +68,7 @@ class BlockParameters(MixerParameters):
 
     def widths(self, config: KinConfig, rope_base: float) -> dict[str, Any]:
         """The fields that both architectures have, with defaults that fit the model's width."""
-        dim, z_dim = config.model_dim, self.z_dim or max(config.model_dim // 4, 2)
+        dim, z_dim = config.model_dim, self.z_dim or max(config.model_dim // 8 * 2, 2)
         groups = [count for count in range(1, 33) if dim % count == 0 and count < dim]
         fitting = [heads for heads in range(1, config.num_heads + 1) if z_dim % (2 * heads) == 0]
         return {

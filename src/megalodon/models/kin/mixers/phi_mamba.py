@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, Mixer, MixerParameters, Reference
 from megalodon.models.kin.mixers.state_space import DepthwiseConvolution, ScanMemory
 from megalodon.ops.backend import full_precision
 from megalodon.ops.layout import Layout, document_numbers
@@ -34,18 +34,14 @@ class PhiMamba(Mixer):
         """expand: E / D; state_size: N; query_heads: of B and C (None: num_heads); value_heads: of x (None:
         query_heads); kernel_size: taps of the convolution; activation: after it, "identity" or "silu"."""
 
-        expand: int = 1
-        state_size: int = 64
-        query_heads: int | None = None
-        value_heads: int | None = None
-        kernel_size: int = 4
+        expand: AtLeastOne = 1
+        state_size: AtLeastOne = 64
+        query_heads: AtLeastOne | None = None
+        value_heads: AtLeastOne | None = None
+        kernel_size: AtLeastOne = 4
         activation: str = "identity"
 
         def check(self, config: KinConfig) -> None:
-            for name in ("expand", "state_size", "query_heads", "value_heads", "kernel_size"):
-                value = getattr(self, name)
-                if value is not None and value < 1:
-                    raise ValueError(f"phi_mamba: {name}={value}: it must be at least 1")
             queries = self.query_heads or config.num_heads
             values = self.value_heads or queries
             if values % queries:

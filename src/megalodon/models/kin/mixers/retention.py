@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from megalodon import ops
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Memory, Reference
+from megalodon.models.kin.mixers.base import Memory, NotNegativeFloat, Reference
 from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
 from megalodon.models.kin.mixers.sums import Sums, sums_of
 from megalodon.ops.layout import Layout
@@ -24,6 +24,7 @@ class Retention(Projected):
     normalised without weights, then Wo. E maps all heads of a token together."""
 
     kind = "constant"
+    turns_heads = True
 
     class Parameters(ProjectedParameters):
         """decay: slopes as of ALiBi, of RetNet, or none. first_slope: of head 0, in place of ALiBi's. qk_norm: a layer
@@ -32,7 +33,7 @@ class Retention(Projected):
         decay: Literal["alibi", "retnet", "none"] = "alibi"
         first_slope: float | None = None
         qk_norm: bool = False
-        norm_eps: float = 1e-5
+        norm_eps: NotNegativeFloat = 1e-5
 
         def check(self, config: KinConfig) -> None:
             if self.first_slope is not None and not 0 < self.first_slope < 1:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from megalodon import ops
 from megalodon.models.kin.block import SwiGLU
-from megalodon.models.kin.config import KinConfig
+from megalodon.models.kin.config import KinConfig, refusal
 from megalodon.models.kin.mixers import mixer_class
-from megalodon.models.kin.mixers.base import Memory, Mixer, MixerParameters, Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, Memory, Mixer, MixerParameters, Reference
 from megalodon.models.kin.mixers.landmarks import LandmarkMemory, attend
 from megalodon.models.kin.mixers.mamba import mamba_options
 from megalodon.ops.layout import Layout
@@ -69,6 +69,7 @@ class Scout(Mixer):
     """`x1 = x + local(norm x); x2 = x1 + mlp(norm x1); y = x2 + checkpoint_attention(norm x2) - x`."""
 
     kind = "growing"
+    turns_heads = True
     own_rotary = True
     takes_residual = True
 
@@ -76,21 +77,17 @@ class Scout(Mixer):
         """segment: S, tokens for each checkpoint; over: the local mixer, "mamba" or "sliding_attention";
         local_parameters: of it."""
 
-        segment: int = 10
+        segment: AtLeastOne = 10
         over: str = "mamba"
         local_parameters: dict[str, Any] = {}  # noqa: RUF012
 
         def check(self, config: KinConfig) -> None:
-            if self.segment < 1:
-                raise ValueError(f"scout: segment={self.segment}: it must be at least 1")
             if self.over not in LOCAL:
                 raise ValueError(f"scout: over={self.over!r}: it must be one of {', '.join(LOCAL)}")
             try:
                 self.local().check(config)
             except ValidationError as error:
-                problem = error.errors()[0]
-                name = ".".join(str(part) for part in problem["loc"])
-                raise ValueError(f"scout: local_parameters: {self.over}: {name}: {problem['msg']}") from None
+                raise ValueError(f"scout: local_parameters: {refusal(self.over, error)}") from None
 
         def local(self) -> MixerParameters:
             """The local mixer's parameters."""

@@ -13,7 +13,7 @@ from megalodon import ops
 from megalodon.models.implicit import Path, probe
 from megalodon.models.kin.config import KinConfig
 from megalodon.models.kin.mixers.attention import unpacked, window_multiply_adds
-from megalodon.models.kin.mixers.base import Memory, Reference
+from megalodon.models.kin.mixers.base import AtLeastOne, Memory, Reference
 from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
 from megalodon.models.kin.mixers.sums import WindowMemory
 from megalodon.ops.layout import Layout
@@ -24,16 +24,13 @@ class SlidingAttention(Projected):
     """`attention` of each token over itself and the W - 1 tokens before it; two-way, those after it too."""
 
     kind = "constant"
+    turns_heads = True
     two_way_mode = True
 
     class Parameters(ProjectedParameters):
         """window: W, the token itself included."""
 
-        window: int = 128
-
-        def check(self, config: KinConfig) -> None:
-            if self.window < 1:
-                raise ValueError(f"sliding_attention: window={self.window}: it must be at least 1")
+        window: AtLeastOne = 128
 
     def __init__(self, config: KinConfig, layer_index: int, parameters: Parameters) -> None:
         super().__init__(config, layer_index, parameters)

@@ -57,9 +57,9 @@ class DepthwiseConvolution(nn.Module):
         if self.bias is not None:
             init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor, recent: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Causal: x [B, L, D] and the last inputs before it -> (y, the last inputs after it)."""
-        return ops.short_convolution(x, self.weight[:, 0], self.bias, recent, layout)
+    def forward(self, x: Tensor, recent: Tensor | None, layout: Layout, silu: bool = False) -> tuple[Tensor, Tensor]:
+        """Causal: x [B, L, D] and the last inputs before it -> (y, or silu(y), the last inputs after it)."""
+        return ops.short_convolution(x, self.weight[:, 0], self.bias, recent, layout, silu)
 
 
 def step_bias_(bias: Tensor, smallest: float, largest: float, floor: float) -> None:

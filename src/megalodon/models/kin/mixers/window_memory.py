@@ -18,7 +18,7 @@ from transformers import initialization as init
 from megalodon import ops
 from megalodon.models.implicit import Path, of_probe, probe
 from megalodon.models.kin.config import KinConfig
-from megalodon.models.kin.mixers.base import Memory
+from megalodon.models.kin.mixers.base import AtLeastOne, Memory
 from megalodon.models.kin.mixers.projected import Projected, ProjectedParameters
 from megalodon.models.layers.open_chunk import OpenChunk
 from megalodon.models.layers.window import Window
@@ -60,19 +60,14 @@ class WindowMemory(Projected):
     """
 
     kind = "constant"
+    turns_heads = True
 
     class Parameters(ProjectedParameters):
         """chunk_size: C; a token sees itself and C to 2C - 1 before it. feature_dim: f, rows of the memory; None:
         twice head_dim."""
 
-        chunk_size: int = 64
-        feature_dim: int | None = None
-
-        def check(self, config: KinConfig) -> None:
-            for name in ("chunk_size", "feature_dim"):
-                value = getattr(self, name)
-                if value is not None and value < 1:
-                    raise ValueError(f"window_memory: {name}={value}: it must be at least 1")
+        chunk_size: AtLeastOne = 64
+        feature_dim: AtLeastOne | None = None
 
         def features(self, config: KinConfig) -> int:
             """f."""

@@ -249,3 +249,16 @@ def test_long_rows_train_in_pieces(monkeypatch, checkpointing: bool, use_cache: 
     assert (again is None) == (state is None) == (not use_cache)
     assert state is None or state_difference(again, state) < 1e-12
     assert all(relative(other, gradient) < 1e-10 for other, gradient in zip(others, gradients, strict=True))
+
+
+@pytest.mark.parametrize("begins", range(8))
+def test_loaded_numbers_stand_where_complex_kernels_read_them(begins: int, tmp_path: Path) -> None:
+    """In a file mapped into memory, float64 stands at multiples of 8 bytes; complex128 needs 16 or ends the process."""
+    model, ids = tiny_model().double().eval(), tokens(2, 13)
+    with torch.no_grad():
+        state = model(ids, use_cache=True).past_key_values
+        state.save(tmp_path / "state", {"note": "x" * 2 * begins})
+        loaded = MegalodonState.load(tmp_path / "state", model.config)
+        assert [layer.cema.data_ptr() % 16 for layer in loaded.layers] == [0, 0]
+        expected = model(ids, past_key_values=state).logits
+        assert torch.equal(model(ids, past_key_values=loaded.reset(torch.tensor([False, False]))).logits, expected)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megalodon.models.storage import Storage, check_storage, compressed, restored
 from megalodon.ops.backend import accumulator_dtype, full_precision
+from megalodon.ops.complex import aligned
 
 FORMAT = "megalodon-state-1"
 """What a saved state's metadata says under `format`."""
@@ -366,7 +367,8 @@ class State:
                 raise ValueError(f"the state's {name} has shape {actual}: a state of this model has {wanted}")
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            return {name: aligned(x) if x.is_floating_point() else x for name, x in own.items()}
 
         layers = [cls.layer_from(part(f"layers.{i}."), sizes, i) for i in range(sizes.num_layers)]
         return cls(layers, cls.final_from(part("final_norm."), sizes), tensors["position"].cpu(), sizes)

@@ -25,3 +25,12 @@ def resolved(x: Tensor) -> Tensor:
     they look at complex numbers as pairs of real ones.
     """
     return _Resolved.apply(x) if x.requires_grad else x.resolve_conj()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Real x [..., 2], or a copy of it where its address is not one that complex numbers of its precision may have.
+
+    `torch.view_as_complex` takes any address, and the kernels that then move a number at once end the process. Files
+    of tensors that are mapped into memory keep to 8 bytes, which is too little for float64.
+    """
+    return x.clone() if x.data_ptr() % (2 * x.element_size()) else x

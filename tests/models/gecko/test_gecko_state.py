@@ -276,3 +276,27 @@ def test_a_config_of_the_other_architecture_is_refused() -> None:
     for config, model in ((MegalodonConfig(), GeckoForCausalLM), (GeckoConfig(), MegalodonForCausalLM)):
         with pytest.raises(ValueError, match=f"config is a {type(config).__name__}: {model.__name__} needs"):
             model(config)
+
+
+@torch.no_grad()
+def test_a_loaded_state_of_float64_goes_on_with_segments(tmp_path: Path) -> None:
+    model, x = segmented_gecko().double().eval(), text(3, 30)
+    state = model(x[:, :11], use_cache=True).past_key_values
+    state.save(tmp_path / "state")
+    loaded = GeckoState.load(tmp_path / "state", model.config)
+    addresses = [layer.cema.data_ptr() for layer in loaded.layers]
+    assert all(address % 16 == 0 for address in addresses)  # others end the process
+    logits = model(x[:, 11:], past_key_values=loaded).logits
+    assert relative(logits, model(x).logits[:, 11:]) < 1e-6
+
+
+def test_weights_at_any_address_make_complex_numbers() -> None:
+    """As a file that is mapped into memory gives them: float64 at a multiple of 8 bytes that is none of 16."""
+    cema = tiny_gecko().double().model.layers[0].cema
+    expected = [x.detach().clone() for x in cema.coefficients()]
+    room = torch.empty(cema.gamma.numel() + 1, dtype=torch.float64)
+    cema.gamma.data = room[1:].view_as(cema.gamma).copy_(cema.gamma.data)
+    assert cema.gamma.data_ptr() % 16 == 8
+    found = cema.coefficients()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert found[2].data_ptr() % 16 == 0

@@ -53,7 +53,7 @@ class GeckoCEMA(FullPrecision):
         p = torch.sigmoid(alpha)
         steps = torch.arange(1, components + 1, dtype=wide, device=theta.device) * (2 * math.pi / components)
         q = torch.polar(1 - p * torch.sigmoid(delta), torch.sigmoid(theta)[:, None] * steps)
-        return p, q, torch.view_as_complex(gamma.contiguous())
+        return p, q, torch.complex(*gamma.unbind(-1))  # not a view: loaded weights stand anywhere
 
     def forward(self, x: Tensor, state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
         """x [B, L, D] and h complex [B, D, N] -> (y [B, L, D], h after it)."""

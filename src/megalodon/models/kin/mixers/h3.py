@@ -83,7 +83,7 @@ class DiagonalStateSpace(nn.Module):
         real = full_precision(self.C.dtype)
         a = torch.complex(-self.log_A_real.to(real).exp(), self.A_imag.to(real))
         half = a * self.log_dt.to(real).exp()[:, None] / 2
-        b, c = (torch.view_as_complex(value.to(real).contiguous()) for value in (self.B, self.C))
+        b, c = (torch.complex(*value.to(real).unbind(-1)) for value in (self.B, self.C))
         dt = self.log_dt.to(real).exp()[:, None]
         return (1 + half) / (1 - half), 2 * c * b * dt / (1 - half)
 

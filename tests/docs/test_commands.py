@@ -54,7 +54,10 @@ FEW_STEPS = [
 SMALLER = {  # what is put behind the words of a command, or in the place of some, so that it takes seconds
     "train": [*FEW_STEPS],
     "compare": ["--dry-run"],
-    "linearize": [*FEW_STEPS[:4], "transfer.tokens=128", "finetune.tokens=128", "evaluation.max_tokens=50"],
+    "linearize": [
+        *(*FEW_STEPS[:4], "data.sequence_length=160", "transfer.tokens=320", "finetune.tokens=320"),
+        "evaluation.max_tokens=50",
+    ],
     "evaluate recall": ["--dry-run"],
     "generate": ["--max-tokens", "5"],
 }

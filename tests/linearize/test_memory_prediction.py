@@ -83,6 +83,7 @@ def test_a_step_of_the_whole_model_holds_what_was_predicted(
     assert said.teacher == (0 if stage.objective is None else sum(p.nbytes for p in theirs.parameters()))
 
 
+@pytest.mark.slow
 def test_more_at_once_takes_more(teacher: Path, tmp_path: Path) -> None:
     def total(*keys: str) -> int:
         said = predicted(job_of("lolcats", teacher, tmp_path, ["window=8", *keys]))[0]

@@ -44,12 +44,16 @@ TIED = (("share_emb", True),)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("packed", marks=pytest.mark.slow), "streamed"])
-@pytest.mark.parametrize("sizes", [*PAIRS, *FOURS], ids=name)
+@pytest.mark.parametrize("sizes", [*PAIRS, *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in FOURS)], ids=name)
 def test_four_processes(ranks, sizes, kind):
     check(ranks, sizes, Case(kind, changes=DEEP))
 
 
-@pytest.mark.parametrize("sizes", [*FOURS, MeshSizes(tensor=2, chunk=2)], ids=name)
+@pytest.mark.parametrize(
+    "sizes",
+    [*(pytest.param(sizes, marks=pytest.mark.slow) for sizes in FOURS[:4]), FOURS[4], MeshSizes(tensor=2, chunk=2)],
+    ids=name,
+)
 def test_four_processes_of_the_successor(ranks, sizes):
     """Two chunks of attention, and the working memory, over spans; heads of which one is not rotated."""
     check(ranks, sizes, Case("streamed", changes=(*DEEP, ("num_rope_heads", 3)), architecture="gecko"))

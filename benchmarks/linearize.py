@@ -1,11 +1,10 @@
-"""What recipes recover of a small Llama, of how many tokens: loss in its length and beyond, recall, speed, memory.
+"""What recipes recover of a small Llama, of how many tokens: loss in its length and beyond, recall.
 
 Trains the teacher of configs/linearize/teacher.yaml (or goes on with it), writes it as a Transformers model, and
 applies each recipe with a share of the teacher's tokens, divided among its stages. Everything is kept in the folder,
 and the table is written after each row: the same command goes on where it was stopped, and knows rows of other calls.
 
     python benchmarks/linearize.py --folder runs/linearize --shares 0.05 0.2 0.01
-    python benchmarks/linearize.py --folder runs/linearize --section decoding
 
 A recipe may be given with keys: `--recipes gecko "gecko of the next token=gecko,logits=0"`.
 """
@@ -145,24 +144,6 @@ def read(model: Any, text: torch.Tensor, length: int) -> Any:
     return state
 
 
-@torch.inference_mode()
-def decoding(models: dict[str, Any], text: torch.Tensor, length: int, steps: int = 24) -> dict[str, dict[str, float]]:
-    """Tokens a second of each model after `length` tokens, step by step in turn, and the bytes of its state."""
-    states = {name: read(model, text, length) for name, model in models.items()}
-    bytes_of = {name: state.nbytes for name, state in states.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for step in range(steps):
-        for name, model in models.items():
-            begin = time.perf_counter()
-            output = model(text[None, step : step + 1], past_key_values=states[name], use_cache=True)
-            states[name] = output.past_key_values
-            seconds[name].append(time.perf_counter() - begin)
-    return {
-        name: {"tokens/s": 1 / sorted(each[4:])[(steps - 4) // 2], "bytes": bytes_of[name]}
-        for name, each in seconds.items()
-    }
-
-
 def once(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured, now or before."""
     if not file.is_file():
@@ -231,10 +212,7 @@ def report(config: Any, options: Any) -> None:
     places = {"nothing learned": 0, "transfer": 1, "all stages": 2}
     rows.sort(key=lambda row: (row["model"] != "teacher", row["model"], row["share"], places.get(row["after"], 0)))
     result = new_run("linearize", describe_machine(512), {key: str(value) for key, value in vars(options).items()})
-    speeds = {
-        file.stem: json.loads(file.read_text(encoding="utf-8")) for file in (options.folder / "decoding").glob("*.json")
-    }
-    result |= {"rows": rows, "decoding": speeds}
+    result |= {"rows": rows}
     length, data, model = config.data.sequence_length, config.data, config.model
     told = [
         f"The teacher: a Llama of {model.num_layers} layers and width {model.model_dim} on bytes, trained on "
@@ -247,8 +225,6 @@ def report(config: Any, options: Any) -> None:
         "",
         quality_table(rows),
     ]
-    if speeds:
-        told += ["", "Decoding of one row, one thread, models in turn:", "", decoding_table(speeds)]
     save(
         result, document("Recipes of linearisation on a small Llama", result, told, False), options.results, "linearize"
     )
@@ -269,35 +245,12 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(header, lines)
 
 
-def decoding_table(speeds: dict[str, dict[str, dict[str, float]]]) -> str:
-    """One line a model: tokens a second, times the teacher's, megabytes of state, by how many tokens were read."""
-    lengths = sorted(speeds, key=int)
-    header = ["model "]
-    for places in lengths:
-        header += [f"tokens/s after {int(places):,}", "times the teacher's", "state, MB"]
-    names = list(dict.fromkeys(name for places in lengths for name in speeds[places]))
-    lines = []
-    for name in names:
-        cells = [name]
-        for places in lengths:
-            found, teacher = speeds[places].get(name), speeds[places].get("teacher")
-            if found is None:
-                cells += ["", "", ""]
-                continue
-            times = "" if teacher is None else f"{found['tokens/s'] / teacher['tokens/s']:.1f}"
-            cells += [f"{found['tokens/s']:.0f}", times, f"{found['bytes'] / 1e6:.2f}"]
-        lines.append(cells)
-    return markdown_table(header, lines)
-
-
 def main() -> None:
     """Do what is missing, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/linearize"))
-    parser.add_argument("--section", choices=["quality", "decoding"], default="quality")
     parser.add_argument("--recipes", nargs="+", type=Attempt.of, default=[Attempt.of(name) for name in RECIPES])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.2, 0.01], help="in this order")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[16384, 100_000], help="decode after so many tokens")
     parser.add_argument("--budget", type=int, default=16384, help="tokens that losses inside the length are of")
     parser.add_argument("--teacher", nargs="*", default=[], help="keys over configs/linearize/teacher.yaml")
     parser.add_argument(
@@ -310,21 +263,6 @@ def main() -> None:
     text, length = held_out_text(config), config.data.sequence_length
     if len(text) <= max(LONG, max(BEYOND) * length):
         raise SystemExit(f"the longest held-out document has {len(text):,} bytes: {LONG:,} are read at once")
-    if options.section == "decoding":
-        for places in options.lengths:
-
-            def measure(places: int = places) -> dict[str, Any]:
-                models: dict[str, Any] = {}
-                if places == min(options.lengths):  # whose memory grows
-                    models["teacher"] = Teacher(llama).model()
-                for attempt in options.recipes:
-                    job = job_of(attempt, max(options.shares), llama, config, options)
-                    models[attempt.label] = load_model(bare(attempt, job, options), "cpu", torch.float32)
-                return decoding(models, text, places)
-
-            once(options.folder / "decoding" / f"{places}.json", measure)
-            report(config, options)
-        return
     told = {"model": "teacher", "share": 1.0, "after": ""}
     once(
         options.folder / "measured" / "teacher.json",

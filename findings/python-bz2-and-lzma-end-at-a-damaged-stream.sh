@@ -3,6 +3,9 @@
 # the header of a later stream is damaged they take what follows for no part of the file, and give the text up to there
 # as if it were whole. gzip raises for the same damage. A corpus is read by half without a word.
 set -euo pipefail
+folder=$(mktemp -d)  # nothing is installed: bz2 and lzma are the standard library's
+trap 'rm -rf "$folder"' EXIT
+cd "$folder"
 python3 - <<'PYTHON'
 import bz2
 import gzip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def _contiguous(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     return [x.to(dtype).contiguous() for x in tensors]
 
 
-class Way:
+class Way(ABC):
     """How a kind of mixer goes through the kernel.
 
     Class attributes:
@@ -100,13 +101,13 @@ class Way:
         """What all rows must have in common, of how many tokens each has read; None: nothing."""
         return None
 
+    @abstractmethod
     def open(self, memory: Any, position: int, dtype: torch.dtype) -> Opened:
         """For a token after `position` others, of activations in `dtype`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self, memory: Any, opened: Opened, position: int) -> Memory:
         """The memory after the token."""
-        raise NotImplementedError
 
 
 class _Everything(Way):

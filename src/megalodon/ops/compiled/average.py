@@ -11,7 +11,7 @@ from typing import Any
 
 from numba.core import cgutils, types
 
-from megalodon.ops.compiled.rows import share_of, whose
+from megalodon.ops.compiled.rows import clear, share_of, whose
 from megalodon.ops.compiled.tables import AVERAGED, FLOAT32, Average
 from megalodon.ops.compiled.vectors import (
     _CONTRACT,
@@ -209,13 +209,6 @@ def _copy(source: Any, target: Any, count: Any) -> Any:
 
 
 @loops
-def _clear(target: Any, count: Any) -> Any:
-    v = f32(target)
-    for i in range(count):
-        v[i] = 0.0
-
-
-@loops
 def forward(a: Any) -> Any:
     """y and the last states, on every thread of the pool: `a` int64, laid out as `Average`."""
     thread, threads = whose(a[Average.number], a[Average.team])
@@ -233,7 +226,7 @@ def forward(a: Any) -> Any:
                 i64(runs)[AVERAGED * run + 2],
             )
             if fresh != 0:
-                _clear(h, state)
+                clear(h, state)
             at = 4 * ((row * a[Average.length] + begin) * D + part * WIDTH)
             _run(
                 a[Average.x] + at, D, tokens, h, a[Average.coefficients] + 4 * part * N * 5 * WIDTH, N,
@@ -261,14 +254,14 @@ def backward(a: Any) -> Any:
             begin, tokens, fresh = runs[AVERAGED * run], runs[AVERAGED * run + 1], runs[AVERAGED * run + 2]
             target = kept + 4 * run * state
             if fresh != 0:
-                _clear(target, state)
+                clear(target, state)
             else:
                 _copy(entering if run == 0 else history, target, state)
             _copy(target, history, state)
             _states(a[Average.x] + here + 4 * begin * D, D, tokens, history, coefficients, N, omega, 0, 0)
         sums, d_omega = a[Average.sums] + 4 * task * N * 5 * WIDTH, a[Average.d_omega] + 4 * task * WIDTH
-        _clear(sums, N * 5 * WIDTH)
-        _clear(d_omega, WIDTH)
+        clear(sums, N * 5 * WIDTH)
+        clear(d_omega, WIDTH)
         for run in range(count - 1, -1, -1):
             begin, tokens, fresh = runs[AVERAGED * run], runs[AVERAGED * run + 1], runs[AVERAGED * run + 2]
             at = here + 4 * begin * D
@@ -280,4 +273,4 @@ def backward(a: Any) -> Any:
                 a[Average.y] + at, sums, d_omega,
             )  # fmt: skip
             if fresh != 0:
-                _clear(adjoint, state)
+                clear(adjoint, state)

@@ -75,6 +75,14 @@ _float32, _bfloat16, _int8 = (_make_product(kind) for kind in (FLOAT32, BFLOAT16
 
 
 @loops
+def clear(target: Any, count: Any) -> Any:
+    """Zeros in the place of `count` numbers of float32."""
+    v = f32(target)
+    for i in range(count):
+        v[i] = 0.0
+
+
+@loops
 def product(
     x: Any, M: Any, K: Any, w: Any, kind: Any, scale: Any, bias: Any, first: Any, last: Any, out: Any, width: Any
 ) -> Any:

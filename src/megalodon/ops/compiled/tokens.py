@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megalodon.ops.compiled.rows import head_factor, rms_norm, share_of, softmax, whose
+from megalodon.ops.compiled.rows import clear, head_factor, rms_norm, share_of, softmax, whose
 from megalodon.ops.compiled.tables import PART, CausalSoftmax, Queries, RootMeanSquare
 from megalodon.ops.compiled.vectors import f32, f64, float32, loops
-
-
-@loops
-def _clear(sums: Any, size: Any) -> Any:
-    total = f32(sums)
-    for i in range(size):
-        total[i] = 0.0
 
 
 @loops
@@ -37,7 +30,7 @@ def norm_backward(a: Any) -> Any:
     w, factors = f32(a[RootMeanSquare.weight]), f32(a[RootMeanSquare.factors])
     for part in range(first, last):
         sums = a[RootMeanSquare.sums] + 4 * part * D
-        _clear(sums, D)
+        clear(sums, D)
         d_w = f32(sums)
         for row in range(part * PART, min((part + 1) * PART, rows)):
             at = 4 * row * D
@@ -114,7 +107,7 @@ def queries_backward(a: Any) -> Any:
     for part in range(first, last):
         sums = a[Queries.sums] + 4 * part * 5 * size
         space = sums + 16 * size
-        _clear(sums, 4 * size)
+        clear(sums, 4 * size)
         for row in range(part * PART, min((part + 1) * PART, rows)):
             turns = a[Queries.turns] + 4 * (row % a[Queries.places]) * d
             for head in range(H):
@@ -146,4 +139,4 @@ def causal_softmax(a: Any) -> Any:
         x = a[CausalSoftmax.scores] + 4 * row * K
         seen = min(a[CausalSoftmax.seen] + row % rows, K)
         softmax(x, seen)
-        _clear(x + 4 * seen, K - seen)
+        clear(x + 4 * seen, K - seen)

@@ -36,8 +36,10 @@ class CompiledSpan(scalar.Span):
         table[[Scan.rows, Scan.chunks, Scan.size, Scan.heads]] = rows, chunks, size, heads
         table[[Scan.groups, Scan.width, Scan.state]] = self.b.shape[2], width, width * self.b.shape[-1]
         table[[Scan.token_step, Scan.row_step]] = x.stride(2), x.stride(0)
-        own = {"x": x, "entering": self.entering, "leaving": self.leaving, "decay": self.decay, "sums": self.sums}
-        own |= {"weight": self.weight, "document": self.document, "skip": self.skip}  # type: ignore[dict-item]
+        own: dict[str, Tensor | None] = {
+            "x": x, "entering": self.entering, "leaving": self.leaving, "decay": self.decay, "sums": self.sums,
+            "weight": self.weight, "document": self.document, "skip": self.skip,
+        }  # fmt: skip
         kept = {field: value.contiguous() for field, value in own.items() if value is not None and field != "x"}
         for field, value in (*kept.items(), ("x", x), *tensors.items()):
             if value is not None:

@@ -243,7 +243,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kind: type[Span], state: Tensor, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        given = _Inputs(*inputs)  # type: ignore[arg-type]
+        given = _Inputs(*inputs)  # type: ignore[arg-type]  # `apply` hands on a tuple of what may be None
         outputs, before = [], []
         for span in given.spans():
             before.append(state)
